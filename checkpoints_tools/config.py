@@ -1,0 +1,20 @@
+"""Checkpoint configuration. Imports neither torch nor DeepSpeed."""
+
+from pydantic import Field
+
+from parallel.config import Section
+
+
+class CheckpointConfig(Section):
+    """When training state is saved, how much of it is kept, and what a run starts from."""
+
+    dir: str = ""
+    """Folder of the step-* folders; empty: checkpoints/ in the run directory."""
+    every: int = Field(100, ge=0)
+    """Steps between checkpoints, besides the one at the end; 0 saves only that one."""
+    keep_last: int = Field(3, ge=1)
+    """Newest checkpoints kept; older ones go once a newer one is committed."""
+    keep_every: int = Field(0, ge=0)
+    """Steps whose multiples are never removed; 0 has no such milestones."""
+    resume: str = "auto"
+    """auto: the newest checkpoint if there is one; none: refuse to touch an old run; or a step folder."""

@@ -1,0 +1,702 @@
+"""TransXSSM on one device, for inference, evaluation and export. Needs torch alone.
+
+    h = E[t];   for each layer   h ← r₁ ⊙ h + Mixer(RMSNorm(h));   h ← r₂ ⊙ h + SwiGLU(RMSNorm(h))
+    logits = RMSNorm(h) Eᵀ                       (or a separate lm_head when embeddings are untied)
+
+    Attention   causal softmax(QKᵀ/√head_dim) V, grouped queries; one layer in attn_layer_period
+    SSD         S_t = exp(Δ_t A) S_{t-1} + Δ_t x_t b_tᵀ,  y_t = S_t c_t (+ D x_t); all the others
+
+One table of rotary angles turns Q and K in attention, C and B in SSD. A `Cache` carries K/V and the
+states S, so that a prompt, a few more tokens, or one token are all the same `forward`.
+
+The file stands alone because the Hugging Face modelling file of an export is generated from it. It
+uses the project's `kernels` package for long scans when that is installed.
+"""
+
+import functools
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Fields that Hugging Face's save_pretrained writes for itself and that do not change the model.
+HF_BOOKKEEPING = {"architectures", "auto_map", "transformers_version", "use_cache"}
+# rope_scaling: the keys each rope_type needs, and those it may have.
+ROPE_SCALING: dict[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "llama3": (
+        {"factor", "low_freq_factor", "high_freq_factor"},
+        {"original_max_position_embeddings"},
+    ),
+    "yarn": (
+        {"factor"},
+        {"original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
+        | {"mscale", "mscale_all_dim", "truncate"},
+    ),
+}
+# The JSON types that a field's annotation admits; others are checked where they are used.
+FIELD_TYPES: dict[Any, tuple[type, ...]] = {
+    int: (int,),
+    float: (float, int),
+    bool: (bool,),
+    str: (str,),
+}
+# Kept in float32 whatever the model's dtype: rounding A or Δ compounds over the whole sequence.
+FLOAT32_PARAMETERS = ("A_log", "dt_bias", "D")
+FALLBACK_CHUNK = 64
+
+
+class ModelError(Exception):
+    """A model folder or configuration that cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class TransXSSMConfig:
+    """config.json, field by field."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    state_dim: int = 0  # 0: head_dim
+    ssd_groups: int = 0  # 0: num_attention_heads
+    ssd_chunk_size: int = 0  # 0: chosen by the scan
+    ssd_skip: bool = False
+    ssd_conv_width: int = 0
+    attn_layer_period: int = 8
+    attn_layer_offset: int = 7
+    rope: str = "unified"
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 4096
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    dtype: str = "float32"
+    model_type: str = "transxssm"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "state_dim", self.state_dim or self.head_dim)
+        object.__setattr__(self, "ssd_groups", self.ssd_groups or self.num_attention_heads)
+        if self.model_type != "transxssm":
+            raise ModelError(f"model_type={self.model_type!r} is not 'transxssm'.")
+        if self.rope not in ("unified", "attention_only", "none"):
+            raise ModelError(f"rope={self.rope!r}: use unified, attention_only or none.")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        for name in (*sizes, "num_attention_heads", "attn_layer_period"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"{name}={getattr(self, name)} is not positive.")
+        for name in ("ssd_chunk_size", "ssd_conv_width", "attn_layer_offset"):
+            if getattr(self, name) < 0:
+                raise ModelError(f"{name}={getattr(self, name)} is negative.")
+        for name in ("num_key_value_heads", "ssd_groups"):
+            value = getattr(self, name)
+            if value < 1 or self.num_attention_heads % value:
+                heads = self.num_attention_heads
+                raise ModelError(f"{name}={value} does not divide num_attention_heads={heads}.")
+        for name in ("head_dim", "state_dim"):
+            if getattr(self, name) < 2 or getattr(self, name) % 2:
+                raise ModelError(f"{name}={getattr(self, name)} is not a positive even number.")
+        kind, keys = self.rope_scaling_type, set(self.rope_scaling or {}) - {"rope_type", "type"}
+        if kind not in ROPE_SCALING:
+            raise ModelError(f"rope_scaling type {kind!r}: use one of {', '.join(ROPE_SCALING)}.")
+        required, optional = ROPE_SCALING[kind]
+        if missing := required - keys:
+            raise ModelError(f"rope_scaling of type {kind!r} lacks {_names(missing)}.")
+        if unknown := keys - required - optional:
+            raise ModelError(f"rope_scaling of type {kind!r} has unknown keys {_names(unknown)}.")
+
+    @property
+    def rope_scaling_type(self) -> str:
+        """Hugging Face's rope_type (`type` in older files)."""
+        scaling = self.rope_scaling or {}
+        return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+    def is_attention(self, layer: int) -> bool:
+        """Whether the 0-based `layer` is an attention layer."""
+        return layer % self.attn_layer_period == self.attn_layer_offset
+
+    @classmethod
+    def from_json(cls, text: str) -> "TransXSSMConfig":
+        """Parse config.json; unknown and missing fields are errors."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ModelError(f"config.json is not valid JSON: {error}.") from error
+        if not isinstance(values, dict):
+            raise ModelError("config.json does not hold a JSON object.")
+        values = {name: value for name, value in values.items() if name not in HF_BOOKKEEPING}
+        if unknown := set(values) - {field.name for field in fields(cls)}:
+            raise ModelError(
+                f"config.json has unknown fields: {_names(unknown)}. They might change the "
+                "model in a way this version does not know; remove them if they do not."
+            )
+        required = {field.name for field in fields(cls) if field.default is MISSING}
+        if missing := required - set(values):
+            raise ModelError(f"config.json lacks {_names(missing)}.")
+        for field in fields(cls):
+            kinds = FIELD_TYPES.get(field.type)
+            # type() and not isinstance: a JSON true is not a number here
+            if kinds and field.name in values and type(values[field.name]) not in kinds:
+                value = json.dumps(values[field.name])
+                raise ModelError(f"config.json: {field.name}={value} is not {kinds[0].__name__}.")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def _names(names: set[str], limit: int = 8) -> str:
+    """Names for an error message: sorted, and no longer than a paragraph."""
+    shown = ", ".join(sorted(names)[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+# ------------------------------------------------------------------------------------ rotation
+
+
+def rotary_frequencies(config: TransXSSMConfig, dim: int) -> tuple[Tensor, float]:
+    """(theta^(-2k/dim) float64 [dim/2] after rope_scaling, factor on cos and sin).
+
+    A scaled frequency is f/factor (interpolated) where the pair turns slowly over the original
+    context, f where it turns fast, and a blend between; linear scaling interpolates all of them.
+    """
+    freq = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
+    scaling, kind = config.rope_scaling or {}, config.rope_scaling_type
+    if kind == "default":
+        return freq, 1.0
+    factor = float(scaling["factor"])
+    if kind == "linear":
+        return freq / factor, 1.0
+    context = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = context * freq / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return freq * (keep + (1 - keep) / factor), 1.0
+
+    # YaRN blends linearly in the pair's index, between the indices where a pair makes
+    # beta_fast and beta_slow turns over the original context.
+    def index_of(turns: float) -> float:
+        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first = index_of(scaling.get("beta_fast") or 32)
+    last = index_of(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    ramp = torch.arange(dim // 2, dtype=torch.float64, device="cpu") - first
+    keep = 1 - (ramp / ((last - first) or 0.001)).clamp(0, 1)
+
+    def magnitude(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = magnitude(1.0)
+        mscale, mscale_all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        if mscale and mscale_all_dim:
+            attention_factor = magnitude(mscale) / magnitude(mscale_all_dim)
+    return freq * (keep + (1 - keep) / factor), float(attention_factor)
+
+
+class RotaryTable:
+    """cos and sin by position, built when first needed.
+
+    Not a buffer: a model made on the meta device would leave it uninitialised, and a cast of the
+    model to bfloat16 would round the angles.
+    """
+
+    def __init__(self, config: TransXSSMConfig, dim: int) -> None:
+        self.config, self.dim = config, dim
+        self.cos = self.sin = torch.empty(0, dim // 2, device="cpu")
+
+    @torch.inference_mode(False)  # a table first built in inference mode could not train later
+    def at(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin [length, dim/2] float32 of the positions from `start` on."""
+        end = start + length
+        if end > len(self.cos):
+            freq, magnitude = rotary_frequencies(self.config, self.dim)
+            positions = torch.arange(max(end, 2 * len(self.cos)), dtype=torch.float64, device="cpu")
+            angles = positions[:, None] * freq  # [positions, dim/2]
+            self.cos = (angles.cos() * magnitude).float().to(device)
+            self.sin = (angles.sin() * magnitude).float().to(device)
+        if self.cos.device != device:
+            self.cos, self.sin = self.cos.to(device), self.sin.to(device)
+        return self.cos[start:end], self.sin[start:end]
+
+
+Angles = tuple[Tensor, Tensor] | None  # cos, sin [L, dim/2]; None: no rotation
+
+
+def rotate(x: Tensor, angles: Angles) -> Tensor:
+    """Turn the pairs (k, k + dim/2) of x [B, L, heads, dim] in float32."""
+    if angles is None:
+        return x
+    cos, sin = (table[:, None] for table in angles)  # [L, 1, dim/2]
+    first, second = x.float().chunk(2, dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------ the scan
+
+
+@functools.cache
+def kernels_ssd() -> Callable[..., Any] | None:
+    """`ssd` of the project's kernels package, or None.
+
+    Looked up by its full path, because Hugging Face publishes another package called kernels.
+    """
+    try:
+        return getattr(importlib.import_module("kernels.ssd.ssd"), "ssd", None)
+    except ImportError:
+        return None
+
+
+def chunked_scan(
+    x: Tensor, dt: Tensor, A: Tensor, b: Tensor, c: Tensor, state: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The SSD recurrence, `chunk` steps at a time; float32 throughout.
+
+    x [B, L, H, P]; dt [B, L, H] after softplus; A [H]; b, c [B, L, G, N] rotated; state
+    [B, H, P, N]. Returns y [B, L, H, P] and the last state. With E_ts = exp(A Σ_{s<r≤t} Δ_r):
+
+        y_t = Σ_{s≤t} E_ts Δ_s (c_t·b_s) x_s + E_t0 S_0 c_t
+        S_T = Σ_s E_Ts Δ_s x_s b_sᵀ + E_T0 S_0
+    """
+    repeat = x.shape[2] // b.shape[2]
+    outputs = []
+    for start in range(0, x.shape[1], chunk):
+        # [B, T, heads, dim] -> [B, heads, T, dim], the groups of b and c repeated to heads
+        xs, bs, cs = (
+            t[:, start : start + chunk].float().transpose(1, 2).repeat_interleave(r, dim=1)
+            for t, r in ((x, 1), (b, repeat), (c, repeat))
+        )
+        step = dt[:, start : start + chunk].transpose(1, 2)  # [B, H, T]
+        decay = step * A[:, None]
+        since_start = decay.cumsum(-1)  # log E_t0
+        length = decay.shape[-1]
+        # log E_ts, summed from s on: differences of two cumulative sums would cancel digits
+        log_e = decay[..., None].expand(-1, -1, -1, length).tril(-1).cumsum(-2)
+        e = log_e.exp().tril()  # [B, H, T, S], zero where s > t
+        fed = xs * step[..., None]  # Δ_s x_s  [B, H, S, P]
+        y = (e * (cs @ bs.mT)) @ fed
+        y = y + since_start.exp()[..., None] * (cs @ state.mT)
+        outputs.append(y)
+        weighted = bs * e[..., -1, :, None]
+        state = since_start[..., -1, None, None].exp() * state + fed.mT @ weighted
+    return torch.cat(outputs, dim=2).transpose(1, 2), state
+
+
+def single_step(
+    x: Tensor, dt: Tensor, A: Tensor, b: Tensor, c: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`chunked_scan` of one token, L = 1: the recurrence as it is written."""
+    repeat = x.shape[2] // b.shape[2]
+    bs, cs = (t[:, 0].float().repeat_interleave(repeat, dim=1) for t in (b, c))  # [B, H, N]
+    step = dt[:, 0]  # [B, H]
+    fed = x[:, 0].float() * step[..., None]  # [B, H, P]
+    state = (step * A).exp()[..., None, None] * state + fed[..., None] * bs[..., None, :]
+    y = state @ cs[..., None]  # [B, H, P, 1]
+    return y.squeeze(-1)[:, None], state
+
+
+# ------------------------------------------------------------------------------------ caches
+
+
+@dataclass
+class SSDCache:
+    """What an SSD layer remembers."""
+
+    state: Tensor | None = None  # [B, H, P, N] float32
+    conv_tail: Tensor | None = None  # [B, channels, width - 1], inputs of the convolution
+
+
+@dataclass
+class KVCache:
+    """What an attention layer remembers; the buffers grow by doubling."""
+
+    length: int = 0
+    keys: Tensor | None = None  # [B, Hkv, capacity, head_dim]
+    values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add [B, Hkv, L, head_dim]; returns all keys and values so far."""
+        start, end = self.length, self.length + keys.shape[2]
+        self.keys = self._store(self.keys, keys, start, end)
+        self.values = self._store(self.values, values, start, end)
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    @staticmethod
+    def _store(buffer: Tensor | None, new: Tensor, start: int, end: int) -> Tensor:
+        if buffer is None or end > buffer.shape[2]:
+            old, capacity = buffer, max(64, 2 * end)
+            buffer = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
+            if old is not None:
+                buffer[:, :, :start] = old[:, :, :start]
+        buffer[:, :, start:end] = new
+        return buffer
+
+
+class Cache:
+    """The memory of all layers after `length` tokens. Use it under torch.no_grad()."""
+
+    def __init__(self, config: TransXSSMConfig) -> None:
+        self.length = 0
+        self.layers: list[SSDCache | KVCache] = [
+            KVCache() if config.is_attention(i) else SSDCache()
+            for i in range(config.num_hidden_layers)
+        ]
+
+
+# ------------------------------------------------------------------------------------ layers
+
+
+class RMSNorm(nn.Module):
+    """u / √(mean(u²) + eps) ⊙ w, the norm in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, u: Tensor) -> Tensor:
+        wide = u.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.to(u.dtype) * self.weight
+
+
+class Residual(nn.Module):
+    """r ⊙ h + update."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, h: Tensor, update: Tensor) -> Tensor:
+        return self.weight * h + update
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped queries and rotated Q, K."""
+
+    def __init__(self, config: TransXSSMConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = linear(config.hidden_size, width)
+        self.k_proj = linear(config.hidden_size, kv_width)
+        self.v_proj = linear(config.hidden_size, kv_width)
+        self.o_proj = linear(width, config.hidden_size)
+
+    def forward(self, u: Tensor, angles: Angles, cache: KVCache | None) -> Tensor:
+        batch, length, _ = u.shape
+        # [B, L, heads · head_dim] -> [B, L, heads, head_dim], rotated -> [B, heads, L, head_dim]
+        heads = (batch, length, -1, self.head_dim)
+        q = rotate(self.q_proj(u).view(heads), angles).transpose(1, 2)
+        k = rotate(self.k_proj(u).view(heads), angles).transpose(1, 2)
+        v = self.v_proj(u).view(heads).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        before = k.shape[2] - length
+        mask = None
+        if before and length > 1:  # query t sees the keys up to before + t
+            mask = torch.ones(length, before + length, dtype=torch.bool, device=u.device)
+            mask = mask.tril(before)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=not before and length > 1, enable_gqa=True
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+
+
+class SSD(nn.Module):
+    """The state-space mixer: S_t = exp(Δ_t A) S_{t-1} + Δ_t x_t b_tᵀ, y_t = S_t c_t (+ D x_t)."""
+
+    def __init__(self, config: TransXSSMConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        self.widths = [heads * config.head_dim] + [config.ssd_groups * config.state_dim] * 2
+        self.x_proj, self.b_proj, self.c_proj = (linear(hidden, w) for w in self.widths)
+        self.dt_proj = linear(hidden, heads)
+        self.out_proj = linear(self.widths[0], hidden)
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.dt_bias = nn.Parameter(torch.zeros(heads))
+        self.D = nn.Parameter(torch.ones(heads)) if config.ssd_skip else None
+        self.conv: nn.Conv1d | None = None
+        if width := config.ssd_conv_width:
+            channels = sum(self.widths)
+            self.conv = nn.Conv1d(channels, channels, width, groups=channels, bias=False)
+
+    def forward(self, u: Tensor, angles: Angles, cache: SSDCache | None) -> Tensor:
+        batch, length, _ = u.shape
+        config = self.config
+        x, b, c = self.x_proj(u), self.b_proj(u), self.c_proj(u)
+        if self.conv is not None:
+            x, b, c = self._convolve(torch.cat([x, b, c], dim=-1), self.conv, cache)
+        x = x.reshape(batch, length, -1, config.head_dim)  # [B, L, H, P]
+        b = b.reshape(batch, length, -1, config.state_dim)  # [B, L, G, N]
+        c = c.reshape(batch, length, -1, config.state_dim)
+        y, state = self._scan(x, self.dt_proj(u), b, c, angles, cache.state if cache else None)
+        if cache is not None:
+            cache.state = state
+        return self.out_proj(y.reshape(batch, length, -1))
+
+    def _convolve(self, xbc: Tensor, conv: nn.Conv1d, cache: SSDCache | None) -> tuple[Tensor, ...]:
+        """silu of the causal depthwise convolution of xbc [B, L, channels], split again."""
+        xbc = xbc.transpose(1, 2)  # [B, channels, L]
+        batch, channels, length = xbc.shape
+        tail = cache.conv_tail if cache is not None else None
+        if tail is None:
+            tail = xbc.new_zeros(batch, channels, self.config.ssd_conv_width - 1)
+        xbc = torch.cat([tail, xbc], dim=-1)
+        if cache is not None:
+            cache.conv_tail = xbc[..., length:].clone()  # a view would keep the whole prompt
+        return F.silu(conv(xbc)).transpose(1, 2).split(self.widths, dim=-1)
+
+    def _scan(
+        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, angles: Angles, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """y [B, L, H, P] in x's dtype and the state after the last token."""
+        batch, length, heads, width = x.shape
+        A, dt_bias = -self.A_log.float().exp(), self.dt_bias.float()
+        D = None if self.D is None else self.D.float()
+        fast = kernels_ssd() if length > 1 else None
+        if fast is not None:
+            cos, sin = (t.expand(batch, -1, -1) for t in angles) if angles else (None, None)
+            starts = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * length
+            y, state = fast(
+                x, dt, A, b, c, cos=cos, sin=sin, dt_bias=dt_bias, cu_seqlens=starts,
+                chunk_size=self.config.ssd_chunk_size, initial_state=state,
+                output_final_state=True, D=D,
+            )  # fmt: skip
+            return y, state
+        dt = F.softplus(dt.float() + dt_bias)
+        b, c = rotate(b, angles), rotate(c, angles)
+        if state is None:
+            state = x.new_zeros(batch, heads, width, b.shape[-1], dtype=torch.float32)
+        if length == 1:
+            y, state = single_step(x, dt, A, b, c, state)
+        else:
+            chunk = self.config.ssd_chunk_size or FALLBACK_CHUNK
+            y, state = chunked_scan(x, dt, A, b, c, state, chunk)
+        if D is not None:
+            y = y + D[:, None] * x.float()
+        return y.to(x.dtype), state
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: W_down(silu(W_gate u) ⊙ W_up u)."""
+
+    def __init__(self, config: TransXSSMConfig) -> None:
+        super().__init__()
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(u)) * self.up_proj(u))
+
+
+class Layer(nn.Module):
+    """A mixer and a feed-forward, each with its norm before and its residual after."""
+
+    def __init__(self, config: TransXSSMConfig, index: int) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.is_attention = config.is_attention(index)
+        self.pre_sequence_layernorm = RMSNorm(size, eps)
+        if self.is_attention:
+            self.attn = Attention(config)
+        else:
+            self.ssd = SSD(config)
+        self.post_sequence_residual = Residual(size)
+        self.pre_state_layernorm = RMSNorm(size, eps)
+        self.feed_forward = FeedForward(config)
+        self.post_state_residual = Residual(size)
+
+    def forward(self, h: Tensor, angles: Angles, cache: SSDCache | KVCache | None) -> Tensor:
+        mixer = self.attn if self.is_attention else self.ssd
+        h = self.post_sequence_residual(h, mixer(self.pre_sequence_layernorm(h), angles, cache))
+        return self.post_state_residual(h, self.feed_forward(self.pre_state_layernorm(h)))
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: TransXSSMConfig) -> None:
+        super().__init__()
+        self.word_embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class TransXSSM(nn.Module):
+    """The whole model; parameter names are those of its safetensors files."""
+
+    def __init__(self, config: TransXSSMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head: nn.Linear | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = linear(config.hidden_size, config.vocab_size)
+        self.attn_table = RotaryTable(config, config.head_dim)
+        self.ssd_table = RotaryTable(config, config.state_dim)
+
+    def forward(
+        self, token_ids: Tensor, cache: Cache | None = None, *, position_offset: int | None = None
+    ) -> Tensor:
+        """Logits float32 [B, L, vocab] of token_ids [B, L]; see `hidden`."""
+        return self.logits(self.hidden(token_ids, cache, position_offset=position_offset))
+
+    def hidden(
+        self, token_ids: Tensor, cache: Cache | None = None, *, position_offset: int | None = None
+    ) -> Tensor:
+        """Normalised hidden states [B, L, hidden] of token_ids [B, L], one sequence a row.
+
+        With a cache the tokens continue what it remembers, and it is updated. position_offset is
+        the position of the first token; by default the number of tokens in the cache.
+        """
+        start = position_offset
+        if start is None:
+            start = cache.length if cache is not None else 0
+        length, device, rope = token_ids.shape[1], token_ids.device, self.config.rope
+        attn_angles = None if rope == "none" else self.attn_table.at(start, length, device)
+        ssd_angles = self.ssd_table.at(start, length, device) if rope == "unified" else None
+        h = self.model.word_embed(token_ids)
+        for i, layer in enumerate(self.model.layers):
+            angles = attn_angles if self.config.is_attention(i) else ssd_angles
+            h = layer(h, angles, cache.layers[i] if cache is not None else None)
+        if cache is not None:
+            cache.length += length
+        return self.model.final_layernorm(h)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits float32 of hidden states: apart, so that a prompt needs only its last row."""
+        head = self.model.word_embed if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.weight).float()
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int) -> None:
+        """Initialise as training does: the same distributions, not the same numbers."""
+        rng = torch.Generator().manual_seed(seed)
+        outputs = ("o_proj.weight", "out_proj.weight", "down_proj.weight")
+        for name, p in self.named_parameters():
+            uniform = torch.rand(p.shape, generator=rng)
+            if name.endswith("A_log"):
+                value = (1 + 15 * uniform).log()
+            elif name.endswith("dt_bias"):
+                step = torch.exp(math.log(1e-3) + uniform * math.log(100))
+                value = step + torch.log(-torch.expm1(-step))  # softplus⁻¹
+            elif name.endswith("conv.weight"):
+                value = (2 * uniform - 1) / math.sqrt(p.shape[-1])
+            elif p.dim() == 1:
+                value = torch.ones(p.shape)
+            else:
+                value = 0.02 * torch.randn(p.shape, generator=rng)
+                if name.endswith(outputs):
+                    value /= math.sqrt(2 * self.config.num_hidden_layers)
+            p.copy_(value)
+
+
+# ------------------------------------------------------------------------------------ loading
+
+
+def load_model(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> TransXSSM:
+    """The model of a folder with config.json and model.safetensors (or its index and shards).
+
+    Every tensor of the files fills exactly one parameter and every parameter is filled, or the
+    folder is refused: nothing is left at its initial value without a word.
+    """
+    folder = Path(folder)
+    try:
+        config = TransXSSMConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(
+            f"{folder} is not a single-GPU model: config.json cannot be read ({error.strerror}). "
+            "`transxssm checkpoint export` makes such a folder from a training checkpoint."
+        ) from error
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
+    with torch.device("meta"):
+        model = TransXSSM(config)
+    expected = dict(model.named_parameters())
+    loaded: dict[str, Tensor] = {}
+    unknown, problems = set(), []
+    for name, tensor in _read_tensors(folder):
+        if name in loaded:
+            problems.append(f"{name} is stored twice")
+        elif name not in expected:
+            unknown.add(name)
+        elif tensor.shape != expected[name].shape or not tensor.is_floating_point():
+            problems.append(
+                f"{name} is {_describe(tensor)}, the model wants {_describe(expected[name])}"
+            )
+            loaded[name] = tensor
+        else:
+            keep = name.rsplit(".", 1)[-1] in FLOAT32_PARAMETERS
+            loaded[name] = tensor.to(device=device, dtype=torch.float32 if keep else dtype)
+    if unknown:
+        problems.append(f"tensors without a place in the model: {_names(unknown)}")
+    if missing := set(expected) - set(loaded):
+        problems.append(f"parameters without a tensor: {_names(missing)}")
+    if problems:
+        raise ModelError(f"{folder} does not fit its config.json: {'; '.join(problems)}.")
+    model.load_state_dict(loaded, strict=True, assign=True)
+    return model.eval()
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the folder, checked against the index where there is one."""
+    from safetensors import SafetensorError, safe_open  # the model itself needs torch alone
+
+    index = folder / "model.safetensors.index.json"
+    try:
+        weight_map: dict[str, str] | None = None
+        files = ["model.safetensors"]
+        if index.exists():
+            if (folder / "model.safetensors").exists():
+                raise ModelError(
+                    f"{folder} has both model.safetensors and {index.name}: remove one."
+                )
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(weight_map.values()))
+        for file in files:
+            if not (folder / file).is_file():
+                raise ModelError(f"{folder} lacks {file}: copy the folder again, whole.")
+            with safe_open(folder / file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                    if weight_map is not None and weight_map.get(name) != file:
+                        raise ModelError(f"{folder}: {index.name} does not place {name} in {file}.")
+                    yield name, tensors.get_tensor(name)
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{folder}: the weights cannot be read: {error}.") from error

@@ -1,0 +1,140 @@
+"""Byte-level BPE tokenizers: train, load, inspect (Hugging Face `tokenizers`).
+
+Any text round-trips: every byte is a token of its own before the merges. Token 0 ends a document,
+token 1 is padding.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # type: ignore[import-untyped]
+
+from data_pipeline.corpus import documents
+from data_pipeline.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
+MIN_VOCAB_SIZE = 256 + 2
+CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer, its file's hash and the token ids that packing needs."""
+
+    tokenizer: Tokenizer
+    file: Path
+    hash: str
+    vocab_size: int
+    eod_id: int
+    pad_id: int
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text. `<|endoftext|>` inside a text is plain text, not token 0."""
+        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def train_tokenizer(
+    inputs: Sequence[Path | str], out: Path, vocab_size: int, text_field: str = "text"
+) -> Path:
+    """Train on the corpus `inputs` and write `out` (a .json file, or a folder to hold one).
+
+    Reads the corpus as a stream; the same corpus gives the same file. A small corpus may fill
+    less than `vocab_size`. Returns the file's path. Raises DataError for a bad corpus or size.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise DataError(
+            f"vocab_size={vocab_size} is too small for a byte-level tokenizer: 256 bytes and 2 "
+            f"special tokens need at least {MIN_VOCAB_SIZE}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(inputs, text_field), trainer)
+
+    file = out if out.suffix == ".json" else out / "tokenizer.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    tokenizer.save(str(temporary))
+    os.replace(temporary, file)
+    return file
+
+
+def _texts(inputs: Sequence[Path | str], text_field: str) -> Iterator[str]:
+    """The corpus in short texts: the library holds 256 of them at a time, however long."""
+    for document in documents(inputs, text_field):
+        for at in range(0, len(document.text), CHUNK):
+            yield document.text[at : at + CHUNK]
+
+
+def load_tokenizer(path: Path) -> TextTokenizer:
+    """The tokenizer at `path`: a tokenizer.json or a folder that holds one.
+
+    Its end-of-text token must be `<|endoftext|>`; without `<|padding|>` that one also pads.
+    Raises DataError when it is missing, unreadable or lacks the end-of-text token.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{file}: no tokenizer there ({error.strerror}). Train one with `transxssm tokenizer "
+            "train`, or name a Hugging Face tokenizer.json."
+        ) from error
+    try:
+        tokenizer = Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{file}: not a Hugging Face tokenizer.json ({error}).") from error
+    tokenizer.encode_special_tokens = True  # text that spells a special token stays text
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    eod_id = tokenizer.token_to_id(END_OF_TEXT)
+    if eod_id is None:
+        raise DataError(
+            f"{file}: has no token {END_OF_TEXT!r}, which ends every document; add it as a special "
+            "token."
+        )
+    pad_id = tokenizer.token_to_id(PADDING)
+    return TextTokenizer(
+        tokenizer=tokenizer,
+        file=file,
+        hash=hashlib.sha256(data).hexdigest(),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,  # ids may have gaps
+        eod_id=eod_id,
+        pad_id=eod_id if pad_id is None else pad_id,
+    )
+
+
+def inspect_tokenizer(path: Path, text: str) -> dict[str, Any]:
+    """What `transxssm tokenizer inspect` prints, with `text` as the sample."""
+    loaded = load_tokenizer(path)
+    (ids,) = loaded.encode_batch([text])
+    return {
+        "file": str(loaded.file),
+        "sha256": loaded.hash,
+        "vocab_size": loaded.vocab_size,
+        "special_tokens": {
+            token.content: token_id
+            for token_id, token in sorted(loaded.tokenizer.get_added_tokens_decoder().items())
+            if token.special
+        },
+        "eod_id": loaded.eod_id,
+        "pad_id": loaded.pad_id,
+        "sample_tokens": len(ids),
+        "bytes_per_token": len(text.encode()) / max(1, len(ids)),
+        "round_trip": loaded.decode(ids) == text,
+    }

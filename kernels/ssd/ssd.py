@@ -1,0 +1,126 @@
+"""The SSD scan: a state per head, decayed and written at every token, read by the same token.
+
+Δ_t = softplus(dt_t + dt_bias)      b, c = RoPE(B), RoPE(C)
+S_t = exp(Δ_t A) S_{t-1} + Δ_t x_t b_tᵀ        S [P, N], 0 before a document's first token
+y_t = S_t c_t  (+ D x_t)
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels.ssd.chunked import ssd_chunked
+
+_PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    dt_bias: Tensor,
+    cu_seqlens: Tensor,
+    chunk_size: int = 0,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    D: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scan packed documents; differentiable in every floating tensor but cos and sin.
+
+    x:             [B, L, H, P] float32, bfloat16 or float16 (float64 for gradient checks)
+    dt:            [B, L, H] before softplus, x's dtype or float32
+    A:             [H] float32, negative
+    B, C:          [B, L, G, N] before rotation, x's dtype; head h reads group h // (H/G)
+    cos, sin:      [B, L, N/2] float32, gathered by position; both None: no rotation
+    dt_bias, D:    [H] float32 or x's dtype
+    cu_seqlens:    [segments+1] int32 (or int64), borders over the flattened B·L tokens, 0 first,
+                   B·L last, every row start among them
+    chunk_size:    a power of two; 0 picks by length and dtype (`kernels.ssd.chunked`)
+    initial_state: [B, H, P, N] float32, enters the first segment of each row
+
+    Returns y [B, L, H, P] in x's dtype, and with `output_final_state` the state at each row's end,
+    [B, H, P, N] float32. Where x is float64, float32 above reads float64.
+
+    Raises ValueError for a wrong shape, device or chunk_size, TypeError for a wrong dtype; the
+    values of A and cu_seqlens are not read, so that no device is waited for.
+    """
+    _check(x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, chunk_size, initial_state, D)
+    y, final_state = _implementation(x.device)(
+        x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, chunk_size, initial_state, D
+    )
+    return (y, final_state) if output_final_state else y
+
+
+def _implementation(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The scan for a device; every device runs the torch one."""
+    return ssd_chunked
+
+
+def _check(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cos: Tensor | None, sin: Tensor | None,
+    dt_bias: Tensor, cu_seqlens: Tensor, chunk_size: int, initial_state: Tensor | None,
+    D: Tensor | None,
+) -> None:  # fmt: skip
+    if x.ndim != 4 or 0 in x.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, L, H, P], none of them 0")
+    if x.dtype not in _PRODUCT_DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}; expected one of {_names(_PRODUCT_DTYPES)}")
+    batch, length, heads, head_dim = x.shape
+    if B.ndim != 4 or B.shape[:2] != x.shape[:2] or heads % max(B.shape[2], 1) or 0 in B.shape:
+        raise ValueError(
+            f"B has shape {tuple(B.shape)}; expected [{batch}, {length}, G, N]"
+            f" with G dividing {heads} heads"
+        )
+    state_dim = B.shape[-1]
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    table = (batch, length, state_dim // 2)
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]] = {
+        "dt": (dt, (batch, length, heads), (x.dtype, exact)),
+        "A": (A, (heads,), (exact,)),
+        "B": (B, tuple(B.shape), (x.dtype,)),
+        "C": (C, tuple(B.shape), (x.dtype,)),
+        "cos": (cos, table, (torch.float32, exact)),
+        "sin": (sin, table, (torch.float32, exact)),
+        "dt_bias": (dt_bias, (heads,), (exact, x.dtype)),
+        "initial_state": (initial_state, (batch, heads, head_dim, state_dim), (exact,)),
+        "D": (D, (heads,), (exact, x.dtype)),
+    }
+    if (cos is None) != (sin is None):
+        raise ValueError(
+            f"{'cos' if cos is None else 'sin'} is None; pass both cos and sin or none"
+        )
+    if cos is not None and state_dim % 2:
+        raise ValueError(f"B has N={state_dim}; RoPE rotates pairs and needs N even")
+    for name, (tensor, shape, dtypes) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {_names(dtypes)}")
+        _check_device(name, tensor, x)
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < batch + 1:
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected [segments+1]"
+            f" with at least one segment for each of {batch} rows"
+        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32")
+    _check_device("cu_seqlens", cu_seqlens, x)
+    if chunk_size < 0 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size={chunk_size}; expected a power of two, or 0 to choose one")
+
+
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, where x is")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))

@@ -1,0 +1,67 @@
+"""Megatron-core on hosts without CUDA, and the differences between its supported versions.
+
+Megatron-core names the device "cuda" in a handful of factory calls (schedules, sequence-parallel
+buffers). On a host without CUDA those calls are redirected to the CPU; everything else of it runs
+over gloo unchanged.
+"""
+
+import importlib
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _CudaFactoriesOnCpu(TorchFunctionMode):
+    """Rewrites device="cuda" in factory calls to the CPU."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if kwargs and (device := kwargs.get("device")) is not None and "cuda" in str(device):
+            kwargs = kwargs | {"device": "cpu"}
+        return func(*args, **(kwargs or {}))
+
+
+def prepare_host() -> torch.device:
+    """Make the engines usable on this host and return the device that this process trains on.
+
+    With CUDA: selects the local rank's GPU. Without: tells DeepSpeed to use the CPU, keeps it from
+    compiling its shared-memory collectives at first use, and redirects Megatron-core's CUDA
+    factory calls to the CPU. Idempotent.
+    """
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    cpu = torch.device("cpu")
+    if getattr(torch.cuda.current_device, "is_cpu_stand_in", False):
+        return cpu
+
+    def current_device() -> torch.device:
+        return cpu
+
+    current_device.is_cpu_stand_in = True  # type: ignore[attr-defined]
+    torch.cuda.current_device = current_device  # type: ignore[assignment]
+    # by name: the attribute `torch` of deepspeed.comm is the real torch
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    return cpu
+
+
+def cuda_calls_on_cpu() -> TorchFunctionMode:
+    """Context for calls into Megatron-core's schedules on a host without CUDA."""
+    return _CudaFactoriesOnCpu()
+
+
+def accepted(function: Callable[..., Any], **kwargs: Any) -> dict[str, Any]:
+    """Those of `kwargs` that this version of `function` takes (arguments come and go)."""
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in kwargs.items() if name in known}

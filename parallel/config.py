@@ -1,0 +1,131 @@
+"""Model and layout configuration. Imports neither torch nor Megatron-core."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+VOCAB_MULTIPLE = 128  # vocabulary padding: fixed, so that it does not depend on the layout
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration tree that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """TransXSSM's shape (paper, section 3 and Table 4)."""
+
+    vocab_size: int = Field(8192, ge=2)
+    """Number of token ids; rows of the embedding table before padding."""
+    hidden_size: int = Field(256, ge=1)
+    """Width of the residual stream."""
+    intermediate_size: int = Field(512, ge=1)
+    """Width of the SwiGLU feed-forward."""
+    num_layers: int = Field(8, ge=1)
+    """Decoder layers of both kinds together."""
+    num_heads: int = Field(4, ge=1)
+    """Heads of attention and of the SSD scan."""
+    num_kv_heads: int = Field(4, ge=1)
+    """Key/value heads of attention (GQA)."""
+    head_dim: int = Field(64, ge=2)
+    """Width P of a head."""
+    state_dim: int = Field(64, ge=2)
+    """Width N of the SSD state."""
+    ssd_groups: int = Field(4, ge=1)
+    """Groups of B and C, each shared by num_heads / ssd_groups heads."""
+    chunk_size: int = Field(0, ge=0)
+    """SSD chunk length; 0 chooses by a fixed table (kernels/ssd/chunked.py)."""
+    attn_layer_period: int = Field(8, ge=1)
+    """Layer i is attention when i % attn_layer_period == attn_layer_offset, else SSD."""
+    attn_layer_offset: int = Field(7, ge=0)
+    """See attn_layer_period. An offset ≥ the period gives a model without attention."""
+    rope: Literal["unified", "attention_only", "none"] = "unified"
+    """Where rotary positions enter: attention and SSD, attention alone, nowhere."""
+    ssd_skip: bool = False
+    """Add D ⊙ x to the SSD output."""
+    ssd_conv_width: int = Field(0, ge=0)
+    """Causal depthwise convolution on x, B, C of this width; 0 has none."""
+    rope_theta: float = Field(10000.0, gt=0)
+    """Base of the rotary frequencies."""
+    rope_scaling: dict[str, Any] = Field(default_factory=dict)
+    """Empty, or Hugging Face's rope_scaling keys with rope_type linear, yarn or llama3."""
+    rms_norm_eps: float = Field(1e-6, gt=0)
+    tie_word_embeddings: bool = True
+    """The output head uses the embedding matrix."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of projections and embeddings at initialisation."""
+    max_position_embeddings: int = Field(4096, ge=1)
+    """Longest position the rotary table is meant for."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        for field in ("num_kv_heads", "ssd_groups"):
+            value = getattr(self, field)
+            if self.num_heads % value:
+                valid = [d for d in range(1, self.num_heads + 1) if self.num_heads % d == 0]
+                raise ValueError(
+                    f"model.{field}={value} does not divide model.num_heads={self.num_heads}; "
+                    f"use one of {valid}"
+                )
+        for field in ("head_dim", "state_dim"):
+            if getattr(self, field) % 2:
+                raise ValueError(
+                    f"model.{field}={getattr(self, field)} is odd; the rotation pairs dimensions, "
+                    "use an even number"
+                )
+        if self.chunk_size and self.chunk_size & (self.chunk_size - 1):
+            raise ValueError(
+                f"model.chunk_size={self.chunk_size} is not a power of two; "
+                "use 0 (choose by table), 64, 128 or 256"
+            )
+        return self
+
+    def is_attention(self, layer: int) -> bool:
+        """Whether the 0-based global `layer` is an attention layer."""
+        return layer % self.attn_layer_period == self.attn_layer_offset
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table in memory: a fixed multiple, whatever the layout."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def num_params(self) -> dict[str, int]:
+        """Trainable parameters by kind: embedding, ssd, attention, feed_forward, norm, and total."""
+        hidden, heads, width = self.hidden_size, self.num_heads, self.head_dim
+        embedding = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
+        bc = self.ssd_groups * self.state_dim
+        ssd = 2 * hidden * heads * width + 2 * hidden * bc + hidden * heads + 2 * heads
+        ssd += heads * self.ssd_skip + (heads * width + 2 * bc) * self.ssd_conv_width
+        attention = 2 * hidden * heads * width + 2 * hidden * self.num_kv_heads * width
+        num_attention = sum(self.is_attention(i) for i in range(self.num_layers))
+        counts = {
+            "embedding": embedding,
+            "ssd": ssd * (self.num_layers - num_attention),
+            "attention": attention * num_attention,
+            "feed_forward": 3 * hidden * self.intermediate_size * self.num_layers,
+            "norm": 4 * hidden * self.num_layers + hidden,  # norms and residual weights
+        }
+        return counts | {"total": sum(counts.values())}
+
+
+class ParallelConfig(Section):
+    """How the model is laid out over processes; data parallel = world / (tensor · pipeline)."""
+
+    tensor: int = Field(1, ge=1)
+    """Ranks that split heads, feed-forward columns and vocabulary."""
+    pipeline: int = Field(1, ge=1)
+    """Stages that split the layers."""
+    sequence: bool | Literal["auto"] = "auto"
+    """Split activations between tensor-parallel regions over tokens; auto: when tensor > 1."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """DeepSpeed ZeRO: shard optimizer state (1), gradients (2), parameters (3); 1 when pipelined."""
+    recompute: Literal["none", "full"] = "none"
+    """Recompute every layer's activations in backward (full), or keep them (none)."""
+    pipeline_split: Literal["balanced"] | list[int] = "balanced"
+    """Layers per stage: chosen by cost, or an explicit list that sums to model.num_layers."""
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether activations are split over tokens inside the tensor-parallel group."""
+        return self.tensor > 1 and self.sequence in ("auto", True)

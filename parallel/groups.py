@@ -1,0 +1,109 @@
+"""Process groups: from launcher environment to Megatron-core's groups.
+
+Rank order is Megatron's: tensor varies fastest, then data, then pipeline, so that tensor-parallel
+peers are neighbours on a node and pipeline stages are far apart.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from parallel.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where this process stands in the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def launch_from_environment() -> Launch:
+    """Rank and world size from torchrun's variables, else Slurm's (srun), else a single process."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env and "MASTER_ADDR" in env:
+        return Launch(
+            int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
+        )
+    return Launch(0, 1, 0)
+
+
+def init_distributed(launch: Launch, device: torch.device, timeout_minutes: int = 30) -> None:
+    """Join the job's process group: NCCL on GPUs, gloo on CPUs. A single process needs no address."""
+    if dist.is_initialized():
+        return
+    env = os.environ
+    if launch.world_size == 1 and "MASTER_PORT" not in env:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(probe.getsockname()[1])
+    # DeepSpeed reads these itself
+    env["RANK"], env["WORLD_SIZE"] = str(launch.rank), str(launch.world_size)
+    env["LOCAL_RANK"] = str(launch.local_rank)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+
+
+def init_groups(config: ParallelConfig) -> None:
+    """Create Megatron-core's groups for this layout; the world must already be joined."""
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor,
+            pipeline_model_parallel_size=config.pipeline,
+            create_gloo_process_groups=False,
+        )
+
+
+def destroy_groups() -> None:
+    """Leave all groups and the job."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class MpuAdapter:
+    """Megatron-core's parallel state under the names that DeepSpeed calls.
+
+    DeepSpeed takes "model parallel" as everything that is not data parallel and "tensor model
+    parallel" as the tensor axis.
+    """
+
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(
+        parallel_state.get_tensor_model_parallel_world_size
+    )
+    get_pipeline_model_parallel_group = staticmethod(
+        parallel_state.get_pipeline_model_parallel_group
+    )
+    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
+    get_pipeline_model_parallel_world_size = staticmethod(
+        parallel_state.get_pipeline_model_parallel_world_size
+    )
+
+    @staticmethod
+    def get_model_parallel_rank() -> int:
+        """Rank inside the model-parallel group (tensor × pipeline)."""
+        return dist.get_rank(group=parallel_state.get_model_parallel_group())
+
+    @staticmethod
+    def get_model_parallel_world_size() -> int:
+        """Size of the model-parallel group (tensor × pipeline)."""
+        return dist.get_world_size(group=parallel_state.get_model_parallel_group())

@@ -1,0 +1,132 @@
+"""The tensor-parallel building blocks of a decoder layer, on Megatron-core's linear layers.
+
+Inside a stage hidden states are flat: [T, 1, hidden] with T = B·L tokens of the micro-batch (T / tp
+under sequence parallelism), so that sequence-parallel scatter and pipeline sends split tokens and
+nothing is ever transposed.
+
+    RMSNorm(h) = h / sqrt(mean(h²) + eps) ⊙ w
+    SwiGLU(u)  = W_down(silu(W_gate u) ⊙ W_up u)
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from torch import Tensor, nn
+
+
+def enter_tensor_parallel(h: Tensor, config: ModelParallelConfig) -> Tensor:
+    """All tokens on every tensor-parallel rank: the input of column-parallel projections.
+
+    Once for all projections of a mixer: backward sums the input gradient over the group.
+    """
+    if config.sequence_parallel:
+        return gather_from_sequence_parallel_region(h)
+    return copy_to_tensor_model_parallel_region(h)
+
+
+def column_linear(in_size: int, out_size: int, config: ModelParallelConfig) -> ColumnParallelLinear:
+    """W [out, in] split over `out`; expects an input that came through enter_tensor_parallel."""
+    linear = ColumnParallelLinear(
+        in_size,
+        out_size,
+        config=replace(config, sequence_parallel=False),
+        init_method=_left_to_init,
+        bias=False,
+        disable_grad_reduce=True,
+    )
+    # Megatron marks the split only when it initialises the weight itself
+    set_tensor_model_parallel_attributes(linear.weight, True, 0, 1)
+    return linear
+
+
+def row_linear(in_size: int, out_size: int, config: ModelParallelConfig) -> RowParallelLinear:
+    """W [out, in] split over `in`; sums (and scatters) its output over the group."""
+    linear = RowParallelLinear(
+        in_size,
+        out_size,
+        config=config,
+        init_method=_left_to_init,
+        bias=False,
+        input_is_parallel=True,
+        skip_bias_add=False,
+    )
+    set_tensor_model_parallel_attributes(linear.weight, True, 1, 1)
+    return linear
+
+
+def _left_to_init(weight: Tensor) -> None:
+    """Weights are filled by parallel.init once the whole stage stands."""
+
+
+def head_parameter(size: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """A per-head vector [heads / tp], split like the heads."""
+    parameter = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
+    set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+    return parameter
+
+
+class ReplicatedScale(nn.Module):
+    """A per-channel weight [hidden] used on every token, whole on every tensor-parallel rank.
+
+    Under sequence parallelism each rank sees its own tokens only, so the weight's gradient is
+    summed over the group: inside autograd, at the point of use.
+    """
+
+    def __init__(self, size: int, config: ModelParallelConfig, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=device))
+        self.sequence_parallel = config.sequence_parallel
+
+    def scale(self) -> Tensor:
+        """The weight [hidden], with the gradient sum where tokens are split."""
+        if self.sequence_parallel:
+            return copy_to_tensor_model_parallel_region(self.weight)
+        return self.weight
+
+
+class RMSNorm(ReplicatedScale):
+    """Root-mean-square normalisation over channels; statistics in float32."""
+
+    def __init__(
+        self, size: int, eps: float, config: ModelParallelConfig, device: torch.device
+    ) -> None:
+        super().__init__(size, config, device)
+        self.eps = eps
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[..., hidden] → [..., hidden]."""
+        return F.rms_norm(h, (h.shape[-1],), self.scale(), self.eps)
+
+
+class WeightedResidual(ReplicatedScale):
+    """r ⊙ h + update, with a learnable weight r per channel."""
+
+    def forward(self, h: Tensor, update: Tensor) -> Tensor:
+        """[..., hidden] × 2 → [..., hidden]."""
+        return torch.addcmul(update, self.scale(), h)
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward, columns split over the tensor-parallel group."""
+
+    def __init__(self, hidden: int, intermediate: int, config: ModelParallelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate_proj = column_linear(hidden, intermediate, config)
+        self.up_proj = column_linear(hidden, intermediate, config)
+        self.down_proj = row_linear(intermediate, hidden, config)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[T or T/tp, 1, hidden] → the same."""
+        u = enter_tensor_parallel(h, self.config)  # [T, 1, hidden]
+        gate, up = self.gate_proj(u)[0], self.up_proj(u)[0]  # [T, 1, intermediate / tp]
+        return self.down_proj(F.silu(gate) * up)[0]

@@ -1,0 +1,145 @@
+"""The two sequence mixers, heads split over the tensor-parallel group (paper, section 3).
+
+Attention:  q, k = RoPE(W_q u), RoPE(W_k u);  out = W_o softmax(q kᵀ / √head_dim, causal) W_v u
+SSD:        x = W_x u;  b, c = RoPE(W_b u), RoPE(W_c u);  Δ = softplus(W_dt u + dt_bias)
+            S_t = exp(Δ_t A) S_{t-1} + Δ_t x_t b_tᵀ,  y_t = S_t c_t (+ D x_t),  out = W_o y
+
+Both take the same cos/sin at the same positions: the Unified RoPE.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.model_parallel_config import ModelParallelConfig
+from torch import Tensor, nn
+
+from kernels.attention import attention
+from kernels.rope.rope import apply_rope
+from kernels.ssd.ssd import ssd
+from parallel.config import ModelConfig
+from parallel.layers import column_linear, enter_tensor_parallel, head_parameter, row_linear
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What the mixers know of the micro-batch: its shape, document borders and rotations.
+
+    cu_seqlens: int32 [num_segments + 1]. attention_rope, ssd_rope: (cos, sin), float32 [B, L, dim/2]
+    each, or None where nothing is rotated.
+    """
+
+    batch_size: int
+    seq_len: int
+    cu_seqlens: Tensor
+    attention_rope: tuple[Tensor, Tensor] | None
+    ssd_rope: tuple[Tensor, Tensor] | None
+
+
+class AttentionMixer(nn.Module):
+    """Causal grouped-query attention within documents."""
+
+    def __init__(self, model: ModelConfig, config: ModelParallelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = model.head_dim
+        width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        self.q_proj = column_linear(model.hidden_size, width, config)
+        self.k_proj = column_linear(model.hidden_size, kv_width, config)
+        self.v_proj = column_linear(model.hidden_size, kv_width, config)
+        self.o_proj = row_linear(width, model.hidden_size, config)
+
+    def forward(self, h: Tensor, positions: Positions) -> Tensor:
+        """[T or T/tp, 1, hidden] → the same."""
+        u = enter_tensor_parallel(h, self.config)  # [T, 1, hidden]
+        shape = (positions.batch_size, positions.seq_len, -1, self.head_dim)
+        q = self.q_proj(u)[0].view(shape)  # [B, L, heads / tp, head_dim]
+        k = self.k_proj(u)[0].view(shape)  # [B, L, kv_heads / tp, head_dim]
+        v = self.v_proj(u)[0].view(shape)
+        if positions.attention_rope is not None:
+            q, k = apply_rope(q, *positions.attention_rope), apply_rope(k, *positions.attention_rope)
+        out = attention(q, k, v, positions.cu_seqlens)  # [B, L, heads / tp, head_dim]
+        return self.o_proj(out.reshape(u.shape[0], 1, -1))[0]
+
+
+class CausalConv(nn.Module):
+    """silu of a depthwise causal convolution within documents, as the rivals' mixers have.
+
+    weight [channels, 1, width]: the channels of x, b and c in this order; each kind is split over
+    ranks, so a rank's channels are three ranges of the whole.
+    """
+
+    def __init__(
+        self, channels: int, width: int, config: ModelParallelConfig, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.empty(channels, 1, width, dtype=config.params_dtype, device=device)
+        )
+
+    def forward(self, xbc: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """[T, channels] → the same; taps that would reach into an earlier document read zero."""
+        total, width = xbc.shape[0], self.weight.shape[-1]
+        token = torch.arange(total, device=xbc.device)
+        segment = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
+        age = token - cu_seqlens.long()[segment]  # [T], tokens since the document began
+        out = xbc * self.weight[:, 0, -1]
+        for back in range(1, min(width, total)):
+            shifted = F.pad(xbc, (0, 0, back, 0))[:total]
+            inside = (age >= back)[:, None]
+            out = out + torch.where(inside, shifted, 0) * self.weight[:, 0, -1 - back]
+        return F.silu(out)
+
+
+class SSDMixer(nn.Module):
+    """State-space-duality scan with rotated B and C."""
+
+    def __init__(
+        self, model: ModelConfig, config: ModelParallelConfig, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim, self.state_dim = model.head_dim, model.state_dim
+        self.chunk_size = model.chunk_size
+        tensor = config.tensor_model_parallel_size
+        width, bc_width = model.num_heads * model.head_dim, model.ssd_groups * model.state_dim
+        heads = model.num_heads // tensor
+        self.x_proj = column_linear(model.hidden_size, width, config)
+        self.b_proj = column_linear(model.hidden_size, bc_width, config)
+        self.c_proj = column_linear(model.hidden_size, bc_width, config)
+        self.dt_proj = column_linear(model.hidden_size, model.num_heads, config)
+        self.out_proj = row_linear(width, model.hidden_size, config)
+        # decay and step stay in float32 at use; stored like the other weights, float32 in the master
+        self.A_log = head_parameter(heads, config.params_dtype, device)
+        self.dt_bias = head_parameter(heads, config.params_dtype, device)
+        self.D = head_parameter(heads, config.params_dtype, device) if model.ssd_skip else None
+        self.conv = (
+            CausalConv((width + 2 * bc_width) // tensor, model.ssd_conv_width, config, device)
+            if model.ssd_conv_width
+            else None
+        )
+
+    def forward(self, h: Tensor, positions: Positions) -> Tensor:
+        """[T or T/tp, 1, hidden] → the same."""
+        u = enter_tensor_parallel(h, self.config)  # [T, 1, hidden]
+        x, b, c = self.x_proj(u)[0], self.b_proj(u)[0], self.c_proj(u)[0]  # [T, 1, channels / tp]
+        dt = self.dt_proj(u)[0]  # [T, 1, heads / tp]
+        if self.conv is not None:
+            xbc = self.conv(torch.cat((x, b, c), dim=-1).squeeze(1), positions.cu_seqlens)
+            x, b, c = xbc.split([x.shape[-1], b.shape[-1], c.shape[-1]], dim=-1)
+        rows = (positions.batch_size, positions.seq_len)
+        cos, sin = positions.ssd_rope or (None, None)
+        y = ssd(
+            x.reshape(*rows, -1, self.head_dim),  # [B, L, heads / tp, P]
+            dt.view(*rows, -1),
+            -torch.exp(self.A_log.float()),
+            b.reshape(*rows, -1, self.state_dim),  # [B, L, groups / tp, N]
+            c.reshape(*rows, -1, self.state_dim),
+            cos=cos,
+            sin=sin,
+            dt_bias=self.dt_bias,
+            cu_seqlens=positions.cu_seqlens,
+            chunk_size=self.chunk_size,
+            D=self.D,
+        )
+        return self.out_proj(y.reshape(u.shape[0], 1, -1))[0]

@@ -1,0 +1,179 @@
+"""TransXSSM as a Megatron-core pipeline stage (paper, section 3).
+
+    h ← r₁ ⊙ h + Mixer(RMSNorm(h));   h ← r₂ ⊙ h + SwiGLU(RMSNorm(h))
+
+A stage holds some of the layers under their global numbers; the first also embeds, the last
+normalises and predicts. Parameter names are those of the single-GPU model.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core.enums import ModelType
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    VocabParallelEmbedding,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.rope.table import rotary_cos_sin
+from parallel.config import ModelConfig
+from parallel.layers import RMSNorm, SwiGLU, WeightedResidual, enter_tensor_parallel
+from parallel.mixers import AttentionMixer, Positions, SSDMixer
+from parallel.params import EMBEDDING
+
+
+class DecoderLayer(nn.Module):
+    """One decoder layer: a mixer and a feed-forward, each behind a norm and a weighted residual."""
+
+    def __init__(
+        self,
+        layer: int,
+        model: ModelConfig,
+        config: ModelParallelConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        norm = partial(RMSNorm, model.hidden_size, model.rms_norm_eps, config, device)
+        residual = partial(WeightedResidual, model.hidden_size, config, device)
+        self.pre_sequence_layernorm = norm()
+        self.attn = AttentionMixer(model, config) if model.is_attention(layer) else None
+        self.ssd = None if model.is_attention(layer) else SSDMixer(model, config, device)
+        self.post_sequence_residual = residual()
+        self.pre_state_layernorm = norm()
+        self.feed_forward = SwiGLU(model.hidden_size, model.intermediate_size, config)
+        self.post_state_residual = residual()
+
+    def forward(self, h: Tensor, positions: Positions) -> Tensor:
+        """[T or T/tp, 1, hidden] → the same."""
+        mixer = self.ssd if self.attn is None else self.attn
+        assert mixer is not None
+        h = self.post_sequence_residual(h, mixer(self.pre_sequence_layernorm(h), positions))
+        return self.post_state_residual(h, self.feed_forward(self.pre_state_layernorm(h)))
+
+
+class Decoder(nn.Module):
+    """The part below `model.` in the parameter names: what this stage holds of it."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: ModelParallelConfig,
+        device: torch.device,
+        layers: Iterable[int],
+        *,
+        embeds: bool,
+        last: bool,
+    ) -> None:
+        super().__init__()
+        if embeds:
+            self.word_embed = vocab_embedding(model, config)
+        self.layers = nn.ModuleDict(
+            {str(i): DecoderLayer(i, model, config, device) for i in layers}
+        )
+        if last:
+            self.final_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, config, device)
+
+
+def vocab_embedding(model: ModelConfig, config: ModelParallelConfig) -> VocabParallelEmbedding:
+    """Rows split over the tensor-parallel group; reads ids [1, T], gives [T or T/tp, 1, hidden]."""
+    embedding = VocabParallelEmbedding(
+        model.padded_vocab_size,
+        model.hidden_size,
+        init_method=lambda weight: None,
+        reduce_scatter_embeddings=config.sequence_parallel,
+        config=config,
+    )
+    set_tensor_model_parallel_attributes(embedding.weight, True, 0, 1)
+    return embedding
+
+
+class PipelineStage(nn.Module):
+    """The layers of one stage, with what Megatron-core's schedules ask of a module."""
+
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: ModelParallelConfig,
+        layers: Iterable[int],
+        *,
+        first: bool,
+        last: bool,
+        recompute: bool,
+        seq_len: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.config, self.model_config = config, model
+        self.first, self.last, self.recompute = first, last, recompute
+        self.tied_head = last and model.tie_word_embeddings
+        embeds = first or self.tied_head
+        self.model = Decoder(model, config, device, layers, embeds=embeds, last=last)
+        if last and not model.tie_word_embeddings:
+            self.lm_head = vocab_embedding(model, config)  # same shape and split as the embedding
+        self.duplicate_parameters = (
+            frozenset({EMBEDDING}) if self.tied_head and not first else frozenset()
+        )
+        self.to(device)
+        # Tables over all positions, built once; gathered by position for every micro-batch
+        self._tables = {
+            dim: rotary_cos_sin(
+                torch.arange(seq_len, device=device), dim, model.rope_theta, model.rope_scaling
+            )
+            for dim in {model.head_dim, model.state_dim}
+        }
+        self._input: Tensor | None = None
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
+        """Called by the schedule: hidden states from the previous stage."""
+        self._input = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def positions(self, position_ids: Tensor, cu_seqlens: Tensor) -> Positions:
+        """Gather this micro-batch's rotations. position_ids [B, L]."""
+        model = self.model_config
+        attention = ssd = None
+        if model.rope != "none":
+            cos, sin = self._tables[model.head_dim]
+            attention = (cos[position_ids], sin[position_ids])  # [B, L, head_dim / 2]
+        if model.rope == "unified":
+            cos, sin = self._tables[model.state_dim]
+            same = model.state_dim == model.head_dim
+            ssd = attention if same else (cos[position_ids], sin[position_ids])
+        batch_size, seq_len = position_ids.shape
+        return Positions(batch_size, seq_len, cu_seqlens, attention, ssd)
+
+    def forward(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """tokens, position_ids int64 [B, L]; cu_seqlens int32.
+
+        Returns hidden states [T or T/tp, 1, hidden], on the last stage logits [T, 1, vocab / tp].
+        """
+        positions = self.positions(position_ids, cu_seqlens)
+        if self.first:
+            h = self.model.word_embed(tokens.reshape(1, -1))  # [1, T, hidden] or [T/tp, 1, hidden]
+            h = h if self.config.sequence_parallel else h.transpose(0, 1)
+        else:
+            assert self._input is not None
+            h = self._input
+        for layer in self.model.layers.values():
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(layer, h, positions, use_reentrant=False)
+            else:
+                h = layer(h, positions)
+        return self.logits(self.model.final_layernorm(h)) if self.last else h.contiguous()
+
+    def logits(self, h: Tensor) -> Tensor:
+        """[T or T/tp, 1, hidden] → [T, 1, vocab / tp]; columns of vocabulary padding are -inf."""
+        weight = self.model.word_embed.weight if self.tied_head else self.lm_head.weight
+        logits = F.linear(enter_tensor_parallel(h, self.config), weight)
+        holder = self.model.word_embed if self.tied_head else self.lm_head
+        valid = self.model_config.vocab_size - holder.vocab_start_index
+        if valid < logits.shape[-1]:
+            column = torch.arange(logits.shape[-1], device=logits.device)
+            logits = logits.masked_fill(column >= valid, float("-inf"))
+        return logits

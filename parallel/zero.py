@@ -1,0 +1,251 @@
+"""DeepSpeed ZeRO under Megatron-core's groups and schedules.
+
+Megatron's schedule drives the micro-batches, so DeepSpeed sees one accumulation step. Two ways:
+
+- stage 1 (the only one with pipeline stages): the schedule runs the bare module; gradients
+  accumulate in float32 (in the parameters' gradients, or in BF16_Optimizer's buffers, which its
+  hooks fill during backward) and are reduced once, after the schedule.
+- stages 2 and 3: the schedule runs the engine, whose hooks reduce and partition every micro-batch's
+  gradients during backward; only the last one is an accumulation boundary.
+
+This is the one file that knows DeepSpeed's inner layout of master weights and optimizer state.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from megatron.core import parallel_state
+from torch import Tensor
+
+from parallel.build import BuiltStage
+from parallel.groups import MpuAdapter
+from parallel.params import EMBEDDING, ParamInfo
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of a parameter whose optimizer state this rank owns.
+
+    Elements [start, start + numel) of the flattened local tensor; `weight` (float32 master),
+    `exp_avg` and `exp_avg_sq` are flat views of the live state.
+    """
+
+    info: ParamInfo
+    start: int
+    numel: int
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+class ZeroOptimizer:
+    """A stage under DeepSpeed: the module to schedule, the step, and access to sharded state."""
+
+    def __init__(
+        self,
+        built: BuiltStage,
+        *,
+        zero_stage: int,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        clip_grad_norm: float,
+    ) -> None:
+        self.stage, self.infos, self.zero_stage = built.stage, built.infos, zero_stage
+        parameters = dict(built.stage.named_parameters())
+        for name, parameter in parameters.items():
+            parameter.ds_pipe_replicated = self.infos[name].duplicate  # counted once in the norm
+        decays = [p for name, p in parameters.items() if self.infos[name].decays]
+        rest = [p for name, p in parameters.items() if not self.infos[name].decays]
+        groups = [
+            {"params": decays, "weight_decay": weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        on_gpu = next(iter(parameters.values())).is_cuda
+        adam = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=on_gpu
+        )
+        self.tied_weight = parameters.get(EMBEDDING) if self._embedding_is_shared() else None
+        self.engine = deepspeed.initialize(
+            model=built.stage,
+            optimizer=adam,
+            mpu=MpuAdapter(),
+            config=self._deepspeed_config(built.stage.config.params_dtype, clip_grad_norm),
+            dist_init_required=False,
+        )[0]
+        self.optimizer: Any = self.engine.optimizer
+        self.adam = adam
+        if zero_stage == 3 and built.stage.tied_head:
+            deepspeed.zero.register_external_parameter(
+                built.stage, built.stage.model.word_embed.weight
+            )
+        self._create_adam_state()
+
+    def _deepspeed_config(self, dtype: torch.dtype, clip_grad_norm: float) -> dict[str, Any]:
+        hooks = self.zero_stage > 1
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": clip_grad_norm,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": self.zero_stage,
+                # with either of these ZeRO-1 would reduce in backward hooks, which know nothing of
+                # several micro-batches in flight
+                "contiguous_gradients": hooks,
+                "overlap_comm": hooks and torch.cuda.is_available(),
+            },
+        }
+        if self.zero_stage == 3:
+            # every parameter is partitioned, also small ones: one rule for owning its state
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        if dtype == torch.bfloat16:
+            config["bf16"] = {"enabled": True, "immediate_grad_update": True}
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+            config["communication_data_type"] = "fp32"
+        return config
+
+    def _embedding_is_shared(self) -> bool:
+        """Whether first and last stage each hold a copy of the tied embedding."""
+        return (
+            self.stage.model_config.tie_word_embeddings
+            and parallel_state.get_pipeline_model_parallel_world_size() > 1
+        )
+
+    # -- training -----------------------------------------------------------------------------
+
+    @property
+    def scheduled_module(self) -> Any:
+        """What Megatron's schedule runs."""
+        return self.stage if self.zero_stage == 1 else _ScheduledEngine(self.engine, self.stage)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Around all micro-batches but the last: gradients accumulate (Megatron's no_sync_func)."""
+        self.engine.set_gradient_accumulation_boundary(False)
+        yield
+        self.engine.set_gradient_accumulation_boundary(True)
+
+    def reduce_gradients(self) -> None:
+        """After the schedule: finish the gradient sums over stages and data-parallel ranks."""
+        if self.tied_weight is not None:
+            torch.distributed.all_reduce(
+                self._accumulated_gradient(self.tied_weight),
+                group=parallel_state.get_embedding_group(),
+            )
+        self.engine.set_gradient_accumulation_boundary(True)
+        if self.zero_stage == 1:
+            self.engine.allreduce_gradients()
+
+    def step(self, lr: float) -> float:
+        """Clip by the global norm, update, zero gradients. Returns the norm before clipping."""
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Reduced float32 gradients of this rank's parameters [local shape], between
+        reduce_gradients and step. A collective over the data-parallel group; for comparisons."""
+        return {
+            name: safe_get_full_grad(p).detach().float().reshape(self.infos[name].local_shape).clone()
+            for name, p in self.stage.named_parameters()
+        }
+
+    def _accumulated_gradient(self, parameter: Tensor) -> Tensor:
+        """The stage-1 accumulation buffer of a parameter."""
+        if isinstance(self.optimizer, BF16_Optimizer):
+            return parameter._hp_grad  # type: ignore[attr-defined]
+        assert parameter.grad is not None
+        return parameter.grad
+
+    # -- state --------------------------------------------------------------------------------
+
+    def _create_adam_state(self) -> None:
+        """Zero moments now rather than at the first step, so that they can be saved and loaded."""
+        for group in self.adam.param_groups:
+            for master in group["params"]:
+                if "exp_avg" not in self.adam.state[master]:
+                    on_gpu = master.device if master.is_cuda else None
+                    self.adam.state[master] = {
+                        "step": torch.zeros((), dtype=torch.float32, device=on_gpu),
+                        "exp_avg": torch.zeros_like(master, requires_grad=False),
+                        "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+                    }
+
+    def adam_step(self) -> int:
+        """Updates made so far, as Adam's bias correction counts them."""
+        state = next(iter(self.adam.state.values()))
+        return int(state["step"])
+
+    def set_adam_step(self, step: int) -> None:
+        """Set the number of updates made so far."""
+        for state in self.adam.state.values():
+            state["step"].fill_(step)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's fragments; over all data-parallel ranks they cover every parameter once."""
+        for name, parameter in self.stage.named_parameters():
+            located = self._locate(parameter)
+            if located is None:
+                continue
+            master, offset, start, numel = located
+            state = self.adam.state[master]
+            yield Fragment(
+                self.infos[name],
+                start,
+                numel,
+                master.detach().narrow(0, offset, numel),
+                state["exp_avg"].narrow(0, offset, numel),
+                state["exp_avg_sq"].narrow(0, offset, numel),
+            )
+
+    def _locate(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
+        """(flat master, offset in it, start in the flattened parameter, numel) of what is owned."""
+        if self.zero_stage == 3:
+            group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            share = parameter.ds_tensor.ds_numel
+            start = share * parallel_state.get_data_parallel_rank()
+            numel = min(share, parameter.ds_numel - start)
+            if numel <= 0:
+                return None
+            return self.optimizer.fp32_partitioned_groups_flat[group], int(offset), start, numel
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        master = self._flat_masters()[mapping.param_group_index]
+        address, local = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return master, address.start, local.start, address.numel
+
+    def _flat_masters(self) -> list[Tensor]:
+        return [group["params"][0] for group in self.adam.param_groups]
+
+    @torch.no_grad()
+    def refresh_parameters(self) -> None:
+        """Set the module's parameters from the master weights (after loading those)."""
+        for parameter in self.stage.parameters():
+            if self.zero_stage == 3:
+                located = self._locate(parameter)
+                if located is not None:
+                    master, offset, _, numel = located
+                    parameter.ds_tensor.data[:numel].copy_(master.narrow(0, offset, numel))
+            else:
+                parameter.copy_(safe_get_full_fp32_param(parameter).view_as(parameter))
+
+
+class _ScheduledEngine:
+    """The engine with the attributes Megatron's schedules look for (its own `config` differs)."""
+
+    def __init__(self, engine: Any, stage: Any) -> None:
+        self.engine, self.config, self.model_type = engine, stage.config, stage.model_type
+        self.set_input_tensor = stage.set_input_tensor
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        return self.engine(*args)

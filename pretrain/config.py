@@ -1,0 +1,323 @@
+"""The configuration tree: TOML file, dotted overrides on the command line, cross-field checks.
+
+Order: defaults < file < command line. Imports neither torch nor DeepSpeed, so that a bad
+configuration dies before anything is built.
+"""
+
+import difflib
+import math
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import Field, ValidationError, model_validator
+
+from checkpoints_tools.config import CheckpointConfig
+from data_pipeline.config import DataConfig
+from parallel.config import ModelConfig, ParallelConfig, Section
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message names the field, the value and what to do."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = Field(3e-3, gt=0)
+    """Peak learning rate."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Final learning rate as a fraction of the peak."""
+    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    """Applied to projection matrices only."""
+    clip_grad_norm: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 does not clip."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After a linear warm-up: cosine decay, or stable and then linear decay (wsd)."""
+    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the run's tokens spent on warm-up."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """Share of the run's tokens in the final decay of the wsd schedule."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerConfig":
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"optimizer.betas={self.betas}: each must be in [0, 1)")
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"optimizer.warmup_fraction={self.warmup_fraction} and optimizer.decay_fraction="
+                f"{self.decay_fraction} exceed the whole run together; make their sum at most 1"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """How long, in what batches, in what precision."""
+
+    steps: int = Field(120, ge=0)
+    """Updates to make; 0: as many as training.tokens needs."""
+    tokens: int = Field(0, ge=0)
+    """Tokens to train on, rounded up to whole steps, when training.steps is 0."""
+    global_batch_size: int = Field(8, ge=1)
+    """Sequences per update, over all ranks."""
+    micro_batch_size: int = Field(4, ge=1)
+    """Sequences per forward pass of one data-parallel rank."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Of parameters and activations; master weights and gradient sums are float32 always."""
+    seed: int = Field(1234, ge=0)
+    """Of the initial weights."""
+    eval_every: int = Field(50, ge=0)
+    """Steps between evaluations on data.validation, besides the one at the end; 0: never."""
+    eval_batches: int = Field(8, ge=1)
+    """Micro-batches per data-parallel rank in an evaluation, at most."""
+    deterministic: bool = False
+    """Refuse operations whose result may differ between runs."""
+
+
+class LoggingConfig(Section):
+    """The run directory and what goes into it."""
+
+    run_dir: str = "runs/demo"
+    """Folder of the run: configuration, metrics, logs, checkpoints."""
+    every: int = Field(1, ge=1)
+    """Steps between progress lines; metrics.jsonl has every step."""
+    tensorboard: bool = True
+
+
+class Config(Section):
+    """The whole tree."""
+
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run."""
+        return self.training.steps or math.ceil(self.training.tokens / self.tokens_per_step)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one global batch, padding included."""
+        return self.training.global_batch_size * self.data.seq_len
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Folder of the step-* folders."""
+        return Path(self.checkpoint.dir or Path(self.logging.run_dir) / "checkpoints")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        _check_training(self)
+        _check_model_against_layout(self.model, self.parallel)
+        _check_sequence(self)
+        return self
+
+    def data_parallel(self, world_size: int) -> int:
+        """Data-parallel ranks of this layout on `world_size` processes.
+
+        Raises ConfigError when the layout does not fit the processes or the batch.
+        """
+        model_ranks = self.parallel.tensor * self.parallel.pipeline
+        if world_size % model_ranks:
+            raise ConfigError(
+                f"parallel.tensor={self.parallel.tensor} × parallel.pipeline="
+                f"{self.parallel.pipeline} = {model_ranks} does not divide the {world_size} "
+                f"processes of this job; start a multiple of {model_ranks} processes or use a "
+                "smaller layout"
+            )
+        data_parallel = world_size // model_ranks
+        share = self.training.micro_batch_size * data_parallel
+        if self.training.global_batch_size % share:
+            raise ConfigError(
+                f"training.global_batch_size={self.training.global_batch_size} is not a multiple of "
+                f"training.micro_batch_size={self.training.micro_batch_size} × data parallel "
+                f"{data_parallel} = {share}; use "
+                f"{_nearest_multiple(self.training.global_batch_size, share)}"
+            )
+        return data_parallel
+
+
+def _check_training(config: Config) -> None:
+    training = config.training
+    if bool(training.steps) == bool(training.tokens):
+        raise ValueError(
+            f"training.steps={training.steps} and training.tokens={training.tokens}: set exactly "
+            "one of them (the other to 0)"
+        )
+    if training.global_batch_size % training.micro_batch_size:
+        raise ValueError(
+            f"training.micro_batch_size={training.micro_batch_size} does not divide "
+            f"training.global_batch_size={training.global_batch_size}; use one of "
+            f"{_divisors(training.global_batch_size)}"
+        )
+    if training.eval_every and not config.data.validation:
+        raise ValueError(
+            f"training.eval_every={training.eval_every} needs data.validation; name a prepared "
+            "folder or set training.eval_every=0"
+        )
+    if config.data.seq_len > config.model.max_position_embeddings:
+        raise ValueError(
+            f"data.seq_len={config.data.seq_len} exceeds model.max_position_embeddings="
+            f"{config.model.max_position_embeddings}; raise the latter or shorten the sequences"
+        )
+
+
+def _check_model_against_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    tensor = parallel.tensor
+    split = {
+        "num_heads": model.num_heads,
+        "num_kv_heads": model.num_kv_heads,
+        "ssd_groups": model.ssd_groups,
+        "intermediate_size": model.intermediate_size,
+        "padded_vocab_size": model.padded_vocab_size,
+    }
+    common = math.gcd(*split.values())
+    for field, value in split.items():
+        if value % tensor:
+            raise ValueError(
+                f"parallel.tensor={tensor} does not divide model.{field}={value}; "
+                f"use one of {_divisors(common)}"
+            )
+    if parallel.pipeline > model.num_layers:
+        raise ValueError(
+            f"parallel.pipeline={parallel.pipeline} is more stages than model.num_layers="
+            f"{model.num_layers}; use at most {model.num_layers}"
+        )
+    if parallel.pipeline > 1 and parallel.zero_stage > 1:
+        raise ValueError(
+            f"parallel.zero_stage={parallel.zero_stage} with parallel.pipeline={parallel.pipeline}: "
+            "ZeRO 2 and 3 reduce gradients in backward hooks, which cannot follow several "
+            "micro-batches in flight; use parallel.zero_stage=1, or parallel.pipeline=1"
+        )
+    counts = parallel.pipeline_split
+    if counts != "balanced" and (
+        len(counts) != parallel.pipeline or sum(counts) != model.num_layers or min(counts) < 1
+    ):
+        raise ValueError(
+            f"parallel.pipeline_split={counts} must list parallel.pipeline={parallel.pipeline} "
+            f"numbers ≥ 1 that sum to model.num_layers={model.num_layers}; or use 'balanced'"
+        )
+
+
+def _check_sequence(config: Config) -> None:
+    parallel = config.parallel
+    tokens = config.training.micro_batch_size * config.data.seq_len
+    if parallel.sequence_parallel and tokens % parallel.tensor:
+        raise ValueError(
+            f"training.micro_batch_size × data.seq_len = {tokens} tokens cannot be split over "
+            f"parallel.tensor={parallel.tensor} ranks; choose sizes it divides, or set "
+            "parallel.sequence=false"
+        )
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _nearest_multiple(n: int, of: int) -> str:
+    below, above = n // of * of, (n // of + 1) * of
+    return f"{below} or {above}" if below else str(above)
+
+
+# -- reading and writing ------------------------------------------------------------------------
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a TOML file, apply `--section.field value` overrides, validate.
+
+    Raises ConfigError, one paragraph, naming field, value and the nearest valid name.
+    """
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    for name, text in _override_pairs(overrides or []):
+        _apply_override(tree, name, text)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Validate a tree of plain values. Raises ConfigError."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(
+            "invalid configuration: " + "; ".join(_explain(e) for e in error.errors())
+        ) from error
+
+
+def dump_config(config: Config) -> str:
+    """The whole tree as TOML; load_config of it gives an equal Config."""
+    return tomli_w.dumps(config.model_dump(mode="json"))
+
+
+def _override_pairs(words: list[str]) -> list[tuple[str, str]]:
+    pairs, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in name:
+            raise ConfigError(f"unexpected argument {word!r}: overrides are --section.field value")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"the override {word} lacks a value: write {word} VALUE")
+            text = rest.pop(0)
+        pairs.append((name, text))
+    return pairs
+
+
+def _apply_override(tree: dict[str, Any], name: str, text: str) -> None:
+    section, field = name.split(".", 1)
+    annotation = _annotation(section, field)
+    try:
+        value = text if annotation is str else tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word
+    place = tree.setdefault(section, {})
+    if not isinstance(place, dict):
+        raise ConfigError(f"{section} in the file is not a section; write it as [{section}]")
+    place[field] = value
+
+
+def _annotation(section: str, field: str) -> Any:
+    info = Config.model_fields.get(section)
+    fields = getattr(info.annotation, "model_fields", {}) if info else {}
+    return fields[field].annotation if field in fields else None
+
+
+def _explain(error: Any) -> str:
+    path = [str(part) for part in error["loc"] if not str(part).startswith(("literal[", "list["))]
+    name = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, _all_names(), n=1, cutoff=0.0)
+        last = difflib.get_close_matches(path[-1], _names_in(path[:-1]), n=1, cutoff=0.5)
+        best = ".".join([*path[:-1], last[0]]) if last else near[0]
+        return f"unknown field {name}; the nearest valid name is {best}"
+    if error["type"] == "missing":
+        return f"{name} is missing; set it in the file or with --{name}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{name}={error['input']!r}: {message}"
+
+
+def _names_in(path: list[str]) -> list[str]:
+    if not path:
+        return list(Config.model_fields)
+    info = Config.model_fields.get(path[0])
+    return list(getattr(info.annotation, "model_fields", {})) if info else []
+
+
+def _all_names() -> list[str]:
+    return [f"{section}.{field}" for section in Config.model_fields for field in _names_in([section])]

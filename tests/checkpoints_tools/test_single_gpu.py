@@ -1,0 +1,452 @@
+"""The single-GPU model against the float64 oracle, its caches, and the loading of folders."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from checkpoints_tools import single_gpu
+from checkpoints_tools.single_gpu import Cache, ModelError, TransXSSM, TransXSSMConfig, load_model
+from tests.oracle import model_logits, rope_frequency
+
+TINY: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "state_dim": 8,
+    "ssd_groups": 2,
+    "ssd_chunk_size": 16,
+    "attn_layer_period": 3,
+    "attn_layer_offset": 1,
+    "rope_theta": 100.0,
+    "max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "ungrouped": {"num_key_value_heads": 4, "ssd_groups": 4},
+    "one-group": {"num_key_value_heads": 1, "ssd_groups": 1},
+    "P8-N12": {"state_dim": 12},
+    "P8-N4": {"state_dim": 4},
+    "attention-only-rope": {"rope": "attention_only"},
+    "no-rope": {"rope": "none"},
+    "skip": {"ssd_skip": True},
+    "conv4": {"ssd_conv_width": 4},
+    "conv1": {"ssd_conv_width": 1},
+    "rival": {"ssd_conv_width": 4, "ssd_skip": True, "rope": "none", "state_dim": 12},
+    "untied": {"tie_word_embeddings": False},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "yarn": {"rope_scaling": YARN},
+    "yarn-N12": {"rope_scaling": {**YARN, "attention_factor": 1.3}, "state_dim": 12},
+    "llama3": {"rope_scaling": LLAMA3},
+    "no-attention": {"attn_layer_offset": 7},
+    "attention-alone": {"attn_layer_period": 1, "attn_layer_offset": 0},
+}
+
+
+def make_model(seed: int = 0, **changes: Any) -> TransXSSM:
+    """A tiny model whose every parameter matters: larger weights, scattered norms and residuals."""
+    model = TransXSSM(TransXSSMConfig(**{**TINY, **changes}))
+    model.reset_parameters(seed)
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() > 1 and "conv" not in name:
+                p.mul_(8)
+            elif name.endswith("dt_bias"):
+                p.add_(2)
+            else:
+                p.add_(0.2 * torch.randn(p.shape, generator=rng))
+    return model.eval()
+
+
+def make_tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(TINY["vocab_size"], (batch, length), generator=rng)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=["own-scan", "kernels"])
+def scan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with the file's own scan, and with the kernels package where there is one."""
+    if request.param == "own-scan":
+        monkeypatch.setattr(single_gpu, "kernels_ssd", lambda: None)
+    elif single_gpu.kernels_ssd() is None:
+        pytest.skip("the kernels package is not installed")
+    return str(request.param)
+
+
+# ------------------------------------------------------------------------------------ forward
+
+
+@pytest.mark.usefixtures("scan")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_matches_oracle(variant: str) -> None:
+    model = make_model(**VARIANTS[variant])
+    tokens = make_tokens(1, 37)  # two chunks of 16 and a short one
+    logits = model(tokens)[0]
+    config = json.loads(model.config.to_json())
+    expected = model_logits(model.state_dict(), config, tokens[0].tolist())
+    assert logits.dtype == torch.float32
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("scan")
+@pytest.mark.parametrize("variant", ["grouped", "rival", "yarn", "P8-N12"])
+@pytest.mark.parametrize("pieces", [[1] * 20, [7, 1, 1, 6, 2, 3], [17, 3]], ids=str)
+def test_decoding_in_pieces_matches_full_forward(variant: str, pieces: list[int]) -> None:
+    model = make_model(**VARIANTS[variant])
+    tokens = make_tokens(2, 20)
+    cache = Cache(model.config)
+    logits = torch.cat([model(piece, cache) for piece in tokens.split(pieces, dim=1)], dim=1)
+    assert cache.length == 20
+    torch.testing.assert_close(logits, model(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_long_decoding_outgrows_the_first_buffers() -> None:
+    model = make_model()
+    tokens = make_tokens(1, 200)
+    cache = Cache(model.config)
+    pieces = [model(piece, cache) for piece in tokens.split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("scan")
+def test_batch_equals_one_by_one() -> None:
+    model = make_model(ssd_conv_width=4)
+    tokens = make_tokens(3, 21)
+    single = torch.cat([model(row[None]) for row in tokens])
+    torch.testing.assert_close(model(tokens), single, rtol=1e-5, atol=1e-5)
+
+
+def test_unified_rope_is_relative() -> None:
+    tokens = make_tokens(1, 20)
+    model = make_model()
+    moved = model(tokens, position_offset=50)
+    torch.testing.assert_close(moved, model(tokens), rtol=1e-4, atol=1e-4)
+    cache = Cache(model.config)  # but a gap between prompt and continuation is seen
+    model(tokens[:, :10], cache)
+    gap = model(tokens[:, 10:], cache, position_offset=15)
+    assert (gap - model(tokens)[:, 10:]).abs().max() > 1e-2
+
+
+def test_bfloat16_model_is_near_float32() -> None:
+    tokens = make_tokens(2, 33)
+    model = make_model()
+    expected = model(tokens)
+    logits = model.to(torch.bfloat16)(tokens)
+    assert logits.dtype == torch.float32
+    assert (logits - expected).square().mean().sqrt() < 0.05 * expected.std()
+
+
+def test_gradients_reach_every_parameter() -> None:
+    model = make_model(ssd_skip=True, ssd_conv_width=4, tie_word_embeddings=False)
+    with torch.inference_mode():  # an evaluation before it leaves no trace
+        model(make_tokens(2, 19))
+    with torch.enable_grad():
+        model(make_tokens(2, 19)).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert p.grad.abs().max() > 0, name
+
+
+def test_parameter_names_are_those_of_the_design() -> None:
+    mlp = ["feed_forward.down_proj", "feed_forward.gate_proj", "feed_forward.up_proj"]
+    both = ["pre_sequence_layernorm", "post_sequence_residual", "pre_state_layernorm"]
+    both = [f"{name}.weight" for name in [*mlp, *both, "post_state_residual"]]
+    attn = [f"attn.{name}_proj.weight" for name in "qkvo"]
+    ssd = [f"ssd.{name}_proj.weight" for name in ("x", "b", "c", "dt", "out")]
+    ssd += ["ssd.A_log", "ssd.dt_bias"]
+    expected = {"model.word_embed.weight", "model.final_layernorm.weight"}
+    for i, mixer in enumerate([ssd, attn, ssd]):
+        expected |= {f"model.layers.{i}.{name}" for name in both + mixer}
+    assert set(make_model().state_dict()) == expected
+    rival = make_model(ssd_skip=True, ssd_conv_width=4, tie_word_embeddings=False)
+    extra = {f"model.layers.{i}.ssd.{name}" for i in (0, 2) for name in ("D", "conv.weight")}
+    assert set(rival.state_dict()) == expected | extra | {"lm_head.weight"}
+    assert rival.state_dict()["model.layers.0.ssd.conv.weight"].shape == (32 + 2 * 16, 1, 4)
+
+
+# ------------------------------------------------------------------------------------ scan, rope
+
+
+def scan_inputs(batch: int, length: int, heads: int, groups: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(length)
+    return {
+        "x": torch.randn(batch, length, heads, 8),
+        "dt": torch.nn.functional.softplus(torch.randn(batch, length, heads)),
+        "A": -torch.exp(torch.rand(heads) * 2.7),
+        "b": torch.randn(batch, length, groups, 12),
+        "c": torch.randn(batch, length, groups, 12),
+        "state": torch.randn(batch, heads, 8, 12),
+    }
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63, 100])
+def test_chunked_scan_equals_single_steps(length: int) -> None:
+    inputs = scan_inputs(2, length, 4, 2)
+    y, last = single_gpu.chunked_scan(**inputs, chunk=16)
+    state, steps = inputs["state"], []
+    for t in range(length):
+        now = {name: inputs[name][:, t : t + 1] for name in ("x", "dt", "b", "c")}
+        step, state = single_gpu.single_step(**now, A=inputs["A"], state=state)
+        steps.append(step)
+    torch.testing.assert_close(y, torch.cat(steps, dim=1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(last, state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["grouped", "P8-N12", "skip", "no-rope"])
+def test_kernels_scan_equals_own_scan(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if single_gpu.kernels_ssd() is None:
+        pytest.skip("the kernels package is not installed")
+    model, tokens = make_model(**VARIANTS[variant]), make_tokens(2, 50)
+    cache = Cache(model.config)
+    first, second = model(tokens[:, :23], cache), model(tokens[:, 23:], cache)
+    monkeypatch.setattr(single_gpu, "kernels_ssd", lambda: None)
+    cache = Cache(model.config)
+    torch.testing.assert_close(model(tokens[:, :23], cache), first, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(tokens[:, 23:], cache), second, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("package", ["foreign", "absent"])
+def test_another_package_called_kernels_is_not_used(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if package == "foreign":
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(name): ...\n")
+    for name in [n for n in sys.modules if n == "kernels" or n.startswith("kernels.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if "editable" not in str(f)])
+    assert single_gpu.kernels_ssd.__wrapped__() is None
+    # What the look-up imported belongs to this test alone.
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+
+
+SCALINGS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": YARN,
+    "yarn-betas": {**YARN, "beta_fast": 4.0, "beta_slow": 0.5, "attention_factor": 1.1},
+    "llama3": LLAMA3,
+    "yarn-mscale": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False},
+}
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+@pytest.mark.parametrize("dim", [8, 12, 64])
+def test_rotary_frequencies_match_oracle_and_transformers(name: str, dim: int) -> None:
+    scaling = SCALINGS[name]
+    config = TransXSSMConfig(**{**TINY, "head_dim": dim, "rope_scaling": scaling})
+    freq, magnitude = single_gpu.rotary_frequencies(config, dim)
+    if name != "yarn-mscale":  # the oracle leaves those two keys out
+        for k in range(dim // 2):
+            expected = rope_frequency(k, dim, json.loads(config.to_json()))
+            assert (float(freq[k]), magnitude) == pytest.approx(expected, rel=1e-12)
+    if scaling is None:
+        return
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    from transformers import PretrainedConfig
+
+    theirs = PretrainedConfig(
+        hidden_size=TINY["hidden_size"],
+        num_attention_heads=TINY["num_attention_heads"],
+        head_dim=dim,
+        rope_theta=TINY["rope_theta"],
+        rope_scaling=scaling,
+        max_position_embeddings=TINY["max_position_embeddings"],
+    )
+    init = rope_utils.ROPE_INIT_FUNCTIONS[scaling["rope_type"]]
+    expected_freq, expected_magnitude = init(theirs, "cpu")
+    torch.testing.assert_close(freq.float(), expected_freq, rtol=1e-5, atol=0)
+    assert magnitude == pytest.approx(expected_magnitude)
+
+
+# ------------------------------------------------------------------------------------ config
+
+
+def test_config_round_trips_through_json() -> None:
+    config = TransXSSMConfig(**{**TINY, "rope_scaling": YARN, "eos_token_id": 3})
+    assert TransXSSMConfig.from_json(config.to_json()) == config
+
+
+def test_config_defaults_follow_the_heads() -> None:
+    shape = {k: v for k, v in TINY.items() if k not in ("state_dim", "ssd_groups")}
+    config = TransXSSMConfig(**{**shape, "head_dim": 10})
+    assert (config.state_dim, config.ssd_groups) == (10, 4)
+
+
+def test_config_accepts_what_hugging_face_adds() -> None:
+    added = {"architectures": ["X"], "auto_map": {}, "transformers_version": "4.57.6"}
+    assert TransXSSMConfig.from_json(json.dumps({**TINY, **added})) == TransXSSMConfig(**TINY)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hiden_size": 3}, "unknown fields: hiden_size"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide"),
+        ({"ssd_groups": 3}, "ssd_groups=3 does not divide num_attention_heads=4"),
+        ({"head_dim": 7}, "head_dim=7 is not a positive even number"),
+        ({"head_dim": "8"}, 'head_dim="8" is not int'),
+        ({"num_hidden_layers": True}, "num_hidden_layers=true is not int"),
+        ({"rope_theta": "1e4"}, 'rope_theta="1e4" is not float'),
+        ({"vocab_size": 0}, "vocab_size=0 is not positive"),
+        ({"ssd_conv_width": -1}, "ssd_conv_width=-1 is negative"),
+        ({"rope": "partial"}, "rope='partial'"),
+        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic': use one of"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
+        ({"rope_scaling": {**YARN, "beta_fats": 1}}, "unknown keys beta_fats"),
+    ],
+    ids=str,
+)
+def test_bad_config_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(message)):
+        TransXSSMConfig.from_json(json.dumps({**TINY, **changes}))
+
+
+def test_config_without_a_required_field_is_refused() -> None:
+    values = {name: value for name, value in TINY.items() if name != "hidden_size"}
+    with pytest.raises(ModelError, match=r"config\.json lacks hidden_size"):
+        TransXSSMConfig.from_json(json.dumps(values))
+
+
+# ------------------------------------------------------------------------------------ loading
+
+
+def write_folder(folder: Path, model: TransXSSM, shards: int = 1) -> None:
+    (folder / "config.json").write_text(model.config.to_json())
+    tensors = {name: t.clone() for name, t in model.state_dict().items()}
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for i in range(shards):
+        names = list(tensors)[i::shards]
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file({name: tensors[name] for name in names}, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(index)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_loaded_model_equals_saved(tmp_path: Path, shards: int, tied: bool) -> None:
+    model = make_model(tie_word_embeddings=tied)
+    write_folder(tmp_path, model, shards)
+    tokens = make_tokens(1, 9)
+    assert torch.equal(load_model(tmp_path)(tokens), model(tokens))
+
+
+def test_bfloat16_loading_keeps_scan_parameters_in_float32(tmp_path: Path) -> None:
+    write_folder(tmp_path, make_model(ssd_skip=True))
+    model = load_model(str(tmp_path), dtype=torch.bfloat16)
+    for name, p in model.named_parameters():
+        wide = name.endswith(("A_log", "dt_bias", "D"))
+        assert p.dtype == (torch.float32 if wide else torch.bfloat16), name
+
+
+def edit(change: Callable[[dict[str, torch.Tensor]], None], folder: Path) -> None:
+    tensors = {name: t.clone() for name, t in make_model().state_dict().items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+NORM = "model.final_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(NORM), f"parameters without a tensor: {NORM}"),
+        (lambda t: t.update(extra=torch.ones(2)), "tensors without a place in the model: extra"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(61, 24)}), "in the model: lm_head"),
+        (lambda t: t.update({NORM: torch.ones(25)}), f"{NORM} is float32 [25], the model wants"),
+        (lambda t: t.update({NORM: torch.ones(24, dtype=torch.int64)}), "is int64 [24]"),
+    ],
+    ids=["missing", "extra", "tied-head", "shape", "integers"],
+)
+def test_tensors_that_do_not_fit_are_named(
+    change: Callable[[dict[str, torch.Tensor]], None], message: str, tmp_path: Path
+) -> None:
+    write_folder(tmp_path, make_model())
+    edit(change, tmp_path)
+    with pytest.raises(ModelError, match=re.escape(message)):
+        load_model(tmp_path)
+
+
+def test_incomplete_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json cannot be read"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    with pytest.raises(ModelError, match=r"lacks model\.safetensors"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"truncated")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json is not valid JSON"):
+        load_model(tmp_path)
+
+
+def test_shards_and_index_must_agree(tmp_path: Path) -> None:
+    write_folder(tmp_path, make_model(), shards=2)
+    index = tmp_path / "model.safetensors.index.json"
+    good = index.read_text()
+    values = json.loads(good)
+    del values["weight_map"][NORM]
+    index.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=f"does not place {NORM} in"):
+        load_model(tmp_path)
+    index.write_text('{"metadata": {}}')
+    with pytest.raises(ModelError, match="weight_map"):
+        load_model(tmp_path)
+    index.write_text(good)
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="has both"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelError, match="lacks model-00002-of-00002"):
+        load_model(tmp_path)
+
+
+# ------------------------------------------------------------------------------------ the oracle
+
+
+def test_oracle_packs_documents_without_leaking() -> None:
+    model = make_model(ssd_conv_width=4)
+    config, tensors = json.loads(model.config.to_json()), model.state_dict()
+    tokens = make_tokens(1, 14)[0].tolist()
+    packed = model_logits(tensors, config, tokens, [5, 9])
+    alone = model_logits(tensors, config, tokens[5:])
+    assert np.array_equal(packed[5:], alone)
+    assert np.abs(model_logits(tensors, config, tokens)[5:] - alone).max() > 1e-2

@@ -1,0 +1,111 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from data_pipeline import corpus as corpus_module
+from data_pipeline.corpus import documents
+from data_pipeline.demo import demo_corpus
+from data_pipeline.errors import DataError
+
+
+def texts(*inputs: Path | str, **kwargs: str) -> list[str]:
+    return [document.text for document in documents(list(inputs), **kwargs)]
+
+
+def test_folder_is_read_recursively_sorted_and_without_hidden_or_binary_files(tmp_path):
+    for name in ("b.txt", "a/z.md", "a/y.py", ".git/x.txt", "image.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert texts(tmp_path) == ["a/y.py", "a/z.md", "b.txt"]
+    assert texts(str(tmp_path / "**" / "*.md")) == ["a/z.md"]
+    assert texts(tmp_path / "image.png") == ["image.png"]
+
+
+def test_document_ids_do_not_depend_on_the_place_and_are_unique(tmp_path):
+    for root in ("one", "two"):
+        (tmp_path / root / "sub").mkdir(parents=True)
+        (tmp_path / root / "sub" / "a.txt").write_text("text")
+        (tmp_path / root / "b.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
+    one = [d.id for d in documents([tmp_path / "one"])]
+    assert one == [d.id for d in documents([tmp_path / "two"])]
+    both = [d.id for d in documents([tmp_path / "one", tmp_path / "two"])]
+    assert len(set(both)) == len(both) == 6
+    globbed = [
+        [d.id for d in documents([str(tmp_path / r / "**" / "*.*")])] for r in ("one", "two")
+    ]
+    assert globbed[0] == globbed[1]
+
+
+def test_jsonl_reads_the_named_field_and_skips_blank_lines(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"body": "one"}\n\n{"body": "two\\n\\u00e9"}\n{"body": " "}')
+    assert texts(file, text_field="body") == ["one", "two\né"]
+
+
+def test_byte_order_mark_is_dropped(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    assert texts(tmp_path) == ["hello"]
+
+
+@pytest.mark.parametrize("text", ["zeile ä\n" * 40, "é" * 200, "🙂x" * 77, "abc\n" * 64])
+def test_long_file_is_cut_without_losing_a_character(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(corpus_module, "MAX_DOCUMENT_BYTES", 64)
+    (tmp_path / "a.txt").write_text(text)
+    parts = list(documents([tmp_path]))
+    assert "".join(d.text for d in parts) == text
+    assert len({d.id for d in parts}) == len(parts) > 3
+    assert sum(d.num_bytes for d in parts) == len(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "x"', r"a\.jsonl:2: not valid JSON"),
+        ('["x"]', r"a\.jsonl:2: a JSON list"),
+        ('{"title": "x"}', r"a\.jsonl:2: no field 'text' \(fields: title\).*--text-field"),
+        ('{"text": 3}', r"a\.jsonl:2: field 'text' is int"),
+        ('{"text": "\\ud800"}', r"a\.jsonl:2: .*surrogate"),
+    ],
+    ids=["syntax", "list", "missing", "number", "surrogate"],
+)
+def test_bad_jsonl_line_is_named(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "fine"}) + "\n" + line + "\n")
+    with pytest.raises(DataError, match=message):
+        texts(tmp_path)
+
+
+def test_file_that_is_not_utf8_is_named_with_the_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "MAX_DOCUMENT_BYTES", 64)
+    (tmp_path / "a.txt").write_bytes(b"fine line\n" * 20 + b"caf\xe9 au lait\n")
+    with pytest.raises(DataError, match=r"a\.txt: not UTF-8 at byte 203 \(0xe9\).*iconv"):
+        texts(tmp_path)
+
+
+def test_too_long_jsonl_line_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_module, "MAX_DOCUMENT_BYTES", 64)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 100}))
+    with pytest.raises(DataError, match="longer than 64 bytes"):
+        texts(tmp_path)
+
+
+def test_missing_and_empty_corpora_are_refused(tmp_path):
+    with pytest.raises(DataError, match="nowhere: no such file"):
+        texts(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="corpus is empty"):
+        texts(tmp_path)
+    (tmp_path / "blank.txt").write_text(" \n")
+    with pytest.raises(DataError, match="corpus is empty"):
+        texts(tmp_path)
+    (tmp_path / "a.gz").write_bytes(b"x")
+    with pytest.raises(DataError, match="unpack"):
+        texts(tmp_path / "a.gz")
+
+
+def test_demo_corpus_is_large_readable_and_refuses_to_overwrite(tmp_path):
+    made = demo_corpus(tmp_path / "demo")
+    assert made.num_bytes > 4_000_000
+    assert sum(1 for _ in documents([made.folder])) == made.files
+    assert not list(tmp_path.glob("*.tmp"))
+    with pytest.raises(DataError, match="exists"):
+        demo_corpus(tmp_path / "demo")

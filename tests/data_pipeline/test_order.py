@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.order import permute, sample_index, sample_indices
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 3000), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))
+def test_permutation_is_a_bijection(n, seed, epoch):
+    out = permute(np.arange(n), n, seed=seed, epoch=epoch)
+    assert np.array_equal(np.sort(out), np.arange(n))
+
+
+@settings(deadline=None)
+@given(n=st.integers(2**33, 2**50), seed=st.integers(0, 99))
+def test_large_permutation_stays_in_range_without_a_table(n, seed):
+    out = permute(np.array([0, 1, n // 2, n - 1]), n, seed=seed, epoch=0)
+    assert out.min() >= 0
+    assert out.max() < n
+    assert len(set(out.tolist())) == 4
+
+
+def test_every_position_is_about_equally_likely():
+    n, trials = 10, 2000
+    first = [int(permute(np.array([0]), n, seed=s, epoch=0)[0]) for s in range(trials)]
+    expected = trials / n
+    chi_square = float(((np.bincount(first, minlength=n) - expected) ** 2 / expected).sum())
+    assert chi_square < 27.9  # 99.9 % quantile at 9 degrees of freedom
+
+
+def test_neighbours_are_scattered():
+    out = permute(np.arange(10_000), 10_000, seed=1, epoch=0)
+    assert abs(np.corrcoef(out[:-1], out[1:])[0, 1]) < 0.05
+
+
+def test_order_is_fixed_for_ever():
+    """A change here breaks the resumption of every existing run."""
+    assert permute(np.arange(8), 8, seed=1234, epoch=0).tolist() == [5, 3, 6, 4, 2, 0, 1, 7]
+
+
+def test_run_visits_every_sample_once_an_epoch_in_another_order():
+    n = 37
+    order = sample_indices(5, np.arange(3 * n), n).reshape(3, n)
+    assert (np.sort(order, axis=1) == np.arange(n)).all()
+    assert not np.array_equal(order[0], order[1])
+    assert sample_index(5, n + 3, n) == (1, order[1, 3])
+
+
+def test_positions_outside_are_refused():
+    with pytest.raises(ValueError, match="outside"):
+        permute(np.array([5]), 5, seed=0, epoch=0)

@@ -1,0 +1,53 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.errors import DataError
+from data_pipeline.tokenizer import inspect_tokenizer, load_tokenizer, train_tokenizer
+
+
+def test_training_twice_gives_the_same_bytes(corpus, tokenizer_file, tmp_path):
+    again = train_tokenizer([corpus], tmp_path, 300)
+    assert again == tmp_path / "tokenizer.json"
+    assert again.read_bytes() == tokenizer_file.read_bytes()
+
+
+def test_special_tokens_have_their_ids(tokenizer_file):
+    loaded = load_tokenizer(tokenizer_file)
+    assert (loaded.eod_id, loaded.pad_id, loaded.vocab_size) == (0, 1, 300)
+    assert load_tokenizer(tokenizer_file.parent).hash == loaded.hash
+
+
+def test_text_round_trips(tokenizer_file):
+    tokenizer = load_tokenizer(tokenizer_file)
+
+    @settings(deadline=None, max_examples=100)
+    @given(st.text())
+    def check(text: str) -> None:
+        assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+
+    check()
+
+
+def test_end_of_text_spelt_in_a_text_is_text(tokenizer_file):
+    tokenizer = load_tokenizer(tokenizer_file)
+    (ids,) = tokenizer.encode_batch(["a <|endoftext|> b <|padding|>"])
+    assert not {tokenizer.eod_id, tokenizer.pad_id} & set(ids)
+
+
+def test_inspect_tells_what_a_person_wants_to_know(tokenizer_file):
+    found = inspect_tokenizer(tokenizer_file, "the state of a scan")
+    assert found["round_trip"] is True
+    assert found["vocab_size"] == 300
+    assert found["special_tokens"] == {"<|endoftext|>": 0, "<|padding|>": 1}
+    assert found["bytes_per_token"] > 1
+
+
+def test_bad_tokenizers_are_refused(tmp_path, corpus):
+    with pytest.raises(DataError, match="no tokenizer there"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"not a Hugging Face tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match="at least 258"):
+        train_tokenizer([corpus], tmp_path, 200)

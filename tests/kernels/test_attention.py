@@ -1,0 +1,92 @@
+"""Packed attention against a float64 softmax written out."""
+
+import pytest
+import torch
+
+from kernels.attention import attention
+
+DOCUMENTS = {
+    "rows": [0, 24, 48],
+    "packed": [0, 1, 2, 17, 24, 30, 48],
+    "one-token-each": list(range(49)),
+}
+
+
+def naive(q, k, v, borders, scale=None):
+    """Every pair of tokens, float64."""
+    batch, length, heads, dim = q.shape
+    q, k, v = (t.double().flatten(0, 1) for t in (q, k, v))
+    k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
+    token = torch.arange(batch * length)
+    document = torch.bucketize(token, torch.tensor(borders[1:]), right=True)
+    seen = (document[:, None] == document) & (token[:, None] >= token)
+    scores = torch.einsum("ihd,jhd->hij", q, k) * (scale or dim**-0.5)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hij,jhd->ihd", weights, v).view(batch, length, heads, dim)
+
+
+def make(kv_heads=4, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(2, 24, heads, 16, generator=generator).to(dtype).requires_grad_()
+        for heads in (4, kv_heads, kv_heads)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("borders", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_matches_naive(borders, kv_heads, dtype):
+    tensors = make(kv_heads, dtype)
+    found = attention(*tensors, torch.tensor(borders, dtype=torch.int32))
+    expected = naive(*tensors, borders)
+    assert found.dtype == dtype
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    )
+    torch.testing.assert_close(found.double(), expected, **tolerance)
+    grads = torch.autograd.grad(found, tensors, weight)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected, tensors, weight), strict=True):
+        torch.testing.assert_close(grad, wanted, **tolerance)
+
+
+def test_scale_is_used():
+    tensors = make()
+    borders = DOCUMENTS["packed"]
+    found = attention(*tensors, torch.tensor(borders, dtype=torch.int32), scale=0.5)
+    torch.testing.assert_close(found.double(), naive(*tensors, borders, 0.5), rtol=1e-5, atol=1e-5)
+
+
+def test_documents_ignore_each_other_bitwise():
+    borders = torch.tensor([0, 10, 24, 48], dtype=torch.int32)
+    outputs = []
+    for factor in (1.0, 3.7):
+        tensors = [t.detach().clone() for t in make(2)]
+        for t in tensors:
+            t[0, :10] *= factor
+            t.requires_grad_()
+        out = attention(*tensors, borders)
+        grads = torch.autograd.grad(out.square().sum(), tensors)
+        outputs.append([t.flatten(0, 1)[10:] for t in (out, *grads)])
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("position", "bad", "error", "says"),
+    [
+        (0, torch.zeros(2, 24, 16), ValueError, "q has shape"),
+        (0, torch.zeros(2, 24, 4, 16, dtype=torch.int32), TypeError, "q has dtype"),
+        (1, torch.zeros(2, 24, 3, 16), ValueError, "k has shape .* Hkv dividing 4 query heads"),
+        (1, torch.zeros(2, 24, 4, 16).bfloat16(), TypeError, "k has dtype torch.bfloat16"),
+        (2, torch.zeros(2, 24, 2, 16), ValueError, "v has shape"),
+        (3, torch.tensor([0, 48]), ValueError, "cu_seqlens has shape .* each of 2 rows"),
+        (3, torch.tensor([0.0, 24, 48]), TypeError, "cu_seqlens has dtype"),
+        (3, torch.tensor([0, 24, 48], device="meta"), ValueError, "cu_seqlens is on meta"),
+    ],
+)
+def test_bad_input_is_named(position, bad, error, says):
+    arguments = [*make(), torch.tensor([0, 24, 48])]
+    arguments[position] = bad
+    with pytest.raises(error, match=says):
+        attention(*arguments)

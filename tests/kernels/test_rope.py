@@ -1,0 +1,124 @@
+"""Frequencies against Hugging Face transformers, the rotation against its float64 oracle."""
+
+import pytest
+import torch
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from kernels.rope.naive import apply_rope_naive
+from kernels.rope.rope import apply_rope
+from kernels.rope.table import inverse_frequencies, rotary_cos_sin
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+SCALINGS = {
+    "none": {},
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "linear-legacy-key": {"type": "linear", "factor": 2.0},
+    "yarn": YARN,
+    "yarn-betas": YARN | {"beta_fast": 16, "beta_slow": 2, "truncate": False},
+    "yarn-mscale": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3},
+    "yarn-attention-factor": YARN | {"attention_factor": 1.5},
+    "llama3": LLAMA3,
+}
+
+
+@pytest.mark.parametrize("dim", [16, 64, 128])
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_frequencies_match_transformers(scaling, theta, dim):
+    kind = scaling.get("rope_type", scaling.get("type"))
+    config = PretrainedConfig(
+        rope_theta=theta, head_dim=dim, hidden_size=4 * dim, num_attention_heads=4,
+        max_position_embeddings=8192, rope_scaling=scaling or None,
+    )  # fmt: skip
+    if kind is None:
+        expected, magnitude = 1 / theta ** (torch.arange(0, dim, 2).double() / dim), 1.0
+    else:
+        expected, magnitude = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    found, factor = inverse_frequencies(dim, theta, scaling)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected.double(), rtol=2e-6, atol=0)
+    assert factor == pytest.approx(magnitude)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "says"),
+    [
+        (
+            {"rope_type": "dynamic", "factor": 2.0},
+            "'dynamic' is not offered: dynamic NTK depends on",
+        ),
+        ({"rope_type": "longrope"}, "use one of default, linear, yarn, llama3"),
+        ({"factor": 2.0}, "rope_scaling.rope_type=None"),
+        ({"rope_type": "linear"}, "rope_scaling.factor=None must be given"),
+        ({"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings=None"),
+        (LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor=1.0 must exceed"),
+    ],
+)
+def test_bad_scaling_is_named(scaling, says):
+    with pytest.raises(ValueError, match=says):
+        inverse_frequencies(64, 10000.0, scaling)
+
+
+def test_bad_dim_and_theta_are_named():
+    with pytest.raises(ValueError, match="dim=7 must be even"):
+        inverse_frequencies(7, 10000.0, {})
+    with pytest.raises(ValueError, match=r"rope_theta=0\.5"):
+        inverse_frequencies(8, 0.5, {})
+
+
+def test_table_is_exact_at_far_positions():
+    position = torch.tensor([[0, 1, 1_000_003]])
+    cos, sin = rotary_cos_sin(position, 8, 10000.0, YARN)
+    assert cos.dtype == sin.dtype == torch.float32
+    assert cos.shape == sin.shape == (1, 3, 4)
+    inv_freq, magnitude = inverse_frequencies(8, 10000.0, YARN)
+    angle = position.double()[..., None] * inv_freq
+    torch.testing.assert_close(cos, (magnitude * angle.cos()).float())
+    torch.testing.assert_close(sin, (magnitude * angle.sin()).float())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float64, 1e-12)],
+    ids=["fp32", "bf16", "fp64"],
+)
+def test_rotation_matches_naive(dtype, tolerance):
+    q = torch.randn(2, 9, 3, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    cos, sin = rotary_cos_sin(torch.arange(9).expand(2, 9), 16, 100.0, {})
+    found = apply_rope(q, cos, sin)
+    assert found.dtype == dtype
+    expected = apply_rope_naive(q, cos, sin)
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_backward_is_the_inverse_rotation():
+    q = torch.randn(1, 5, 2, 8, dtype=torch.float64, requires_grad=True)
+    cos, sin = rotary_cos_sin(torch.arange(5)[None], 8, 100.0, {})
+    torch.autograd.gradcheck(lambda t: apply_rope(t, cos, sin), [q])
+    rotated = apply_rope(q, cos, sin)
+    (grad,) = torch.autograd.grad(rotated, q, rotated.detach())
+    torch.testing.assert_close(grad, q.detach(), rtol=1e-6, atol=1e-6)  # Rᵀ R = 1
+
+
+def test_scores_depend_on_distance_alone():
+    q, k = torch.randn(2, 1, 1, 1, 32, dtype=torch.float64)
+    scores = []
+    for shift in (0, 500):
+        tables = [rotary_cos_sin(torch.tensor([[p + shift]]), 32, 1e4, {}) for p in (7, 3)]
+        scores.append((apply_rope(q, *tables[0]) * apply_rope(k, *tables[1])).sum())
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-5, atol=1e-5)
+
+
+def test_bad_rotation_input_is_named():
+    table = torch.zeros(2, 5, 4)
+    with pytest.raises(ValueError, match=r"q has shape \(2, 5, 8\)"):
+        apply_rope(torch.zeros(2, 5, 8), table, table)
+    with pytest.raises(ValueError, match=r"sin has shape \(2, 5, 3\); expected \(2, 5, 4\)"):
+        apply_rope(torch.zeros(2, 5, 1, 8), table, table[..., :3])
+    with pytest.raises(TypeError, match="q has dtype"):
+        apply_rope(torch.zeros(2, 5, 1, 8, dtype=torch.int64), table, table)

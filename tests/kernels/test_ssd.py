@@ -1,0 +1,261 @@
+"""The chunked scan against the float64 recurrence: outputs, final state and every gradient."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.ssd.blocks import Workspace
+from kernels.ssd.naive import ssd_naive
+from kernels.ssd.ssd import ssd
+from kernels.ssd.step import ssd_step
+from tests.kernels.scan_cases import assert_close, make_inputs, relative_error, run
+
+FLOAT32, BFLOAT16 = 5e-6, 1e-2
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 1, 2, 16, 8), (2, 63, 2, 8, 16), (1, 64, 4, 16, 16), (2, 65, 2, 16, 32),
+     (1, 200, 4, 32, 64), (1, 1000, 4, 64, 128)],
+    ids=lambda shape: "B{}-L{}-H{}-P{}-N{}".format(*shape),
+)  # fmt: skip
+def test_matches_recurrence(shape, dtype):
+    length = shape[1]
+    inputs = make_inputs(
+        *shape, dtype=dtype,
+        documents=[d for d in (1, 5, 64, 130) if d < length],
+    )  # fmt: skip
+    tolerance = FLOAT32 if dtype == torch.float32 else BFLOAT16
+    assert_close(run(ssd, inputs), run(ssd_naive, inputs), tolerance)
+
+
+@pytest.mark.parametrize("missing", ["D", "initial_state", "rotation", "everything"])
+def test_optional_inputs_may_be_absent(missing):
+    inputs = make_inputs(2, 70, documents=[33])
+    if missing in ("rotation", "everything"):
+        inputs |= {"cos": None, "sin": None}
+    inputs |= {name: None for name in ("D", "initial_state") if missing in (name, "everything")}
+    without = {name: value for name, value in inputs.items() if value is not None}
+    found = run(lambda **a: ssd(**({"cos": None, "sin": None} | a)), without, 32)
+    assert_close(
+        found, run(lambda **a: ssd_naive(**({"cos": None, "sin": None} | a)), without), 5e-6
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 16, 128])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_groups_and_chunk_sizes(groups, chunk_size):
+    inputs = make_inputs(2, 50, groups=groups, documents=[7, 8, 31])
+    assert_close(run(ssd, inputs, chunk_size), run(ssd_naive, inputs), FLOAT32)
+
+
+def test_groups_in_bf16():
+    inputs = make_inputs(2, 50, groups=2, dtype=torch.bfloat16, documents=[7])
+    assert_close(run(ssd, inputs, 16), run(ssd_naive, inputs), BFLOAT16)
+
+
+def test_documents_of_one_token():
+    inputs = make_inputs(2, 40, documents=range(40))
+    found, expected = run(ssd, inputs, 16), run(ssd_naive, inputs)
+    # Almost no decay acts here (only the initial state's), so d_A is compared all the same.
+    assert_close(found, expected, FLOAT32)
+
+
+@pytest.mark.parametrize("border", [1, 15, 16, 17, 31, 32, 47, 48, 49])
+def test_border_anywhere_in_a_chunk(border):
+    inputs = make_inputs(1, 50, heads=2, documents=[border])
+    assert_close(run(ssd, inputs, 16), run(ssd_naive, inputs), FLOAT32)
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_any_packing(data):
+    length = data.draw(st.integers(1, 60))
+    documents = data.draw(st.sets(st.integers(0, length - 1), max_size=8))
+    batch, chunk = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([4, 16, 64]))
+    inputs = make_inputs(batch, length, heads=2, head_dim=8, state_dim=4, documents=documents)
+    assert_close(run(ssd, inputs, chunk), run(ssd_naive, inputs), FLOAT32)
+
+
+def test_several_blocks_match_one(monkeypatch):
+    inputs = make_inputs(2, 150, documents=[40])
+    whole = run(ssd, inputs, 16)
+    monkeypatch.setattr("kernels.ssd.blocks._BLOCK_BYTES", 3 * 2 * 4 * 16 * 16 * 4)
+    work = Workspace(inputs["x"], 16, None, None, 16)
+    assert [(b.first, b.count, b.size) for b in work.blocks()] == [
+        (0, 3, 16), (3, 3, 16), (6, 3, 16), (9, 1, 6)
+    ]  # fmt: skip
+    assert_close(run(ssd, inputs, 16), whole, 1e-6)
+
+
+@pytest.mark.parametrize("A", [-0.01, -1.0, -50.0])
+def test_slow_and_fast_decay(A):
+    inputs = make_inputs(1, 150, heads=2, A=[A, A], documents=[77])
+    inputs["dt_bias"] = inputs["dt_bias"] + 3  # Δ near 0.5: -50 forgets within a token
+    tolerance = FLOAT32 if A > -50 else 5e-4  # exponents near -1,600 have 1e-4 of float32 rounding
+    assert_close(run(ssd, inputs), run(ssd_naive, inputs), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shift", [-200.0, 60.0, 1e4])
+def test_extreme_steps_stay_finite(shift, dtype):
+    inputs = make_inputs(1, 70, heads=2, dtype=dtype, documents=[30])
+    inputs["dt_bias"] = inputs["dt_bias"] + shift
+    for name, value in run(ssd, inputs).items():
+        assert value.isfinite().all(), name
+
+
+def test_gradcheck_float64():
+    shape = {"heads": 2, "head_dim": 2, "state_dim": 4, "groups": 1, "documents": [2]}
+    inputs = make_inputs(1, 7, dtype=torch.float64, exact=torch.float64, **shape)
+    names = ("x", "dt", "A", "B", "C", "dt_bias", "D", "initial_state")
+
+    def function(*values):
+        given = inputs | dict(zip(names, values, strict=True))
+        return ssd(**given, chunk_size=4, output_final_state=True)
+
+    torch.autograd.gradcheck(function, [inputs[name].requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize("used", ["y", "final_state"])
+def test_gradient_through_one_output_alone(used):
+    inputs = make_inputs(2, 40, documents=[9])
+    grads = []
+    for scan in (ssd, ssd_naive):
+        x = inputs["x"].clone().requires_grad_()
+        y, state = scan(**(inputs | {"x": x}), output_final_state=True)
+        (y if used == "y" else state).sum().backward()
+        grads.append(x.grad)
+    assert relative_error(*grads) <= FLOAT32
+
+
+@pytest.mark.parametrize("split", [16, 37])
+def test_split_and_continue_equals_whole(split):
+    inputs = make_inputs(2, 90, documents=[])
+    whole = run(ssd, inputs, 16)
+    leaves = {n: v.clone().requires_grad_() for n, v in inputs.items() if n != "cu_seqlens"}
+    pieces, state = [], leaves["initial_state"]
+    for start, stop in ((0, split), (split, 90)):
+        part = {
+            n: v[:, start:stop] if n in ("x", "dt", "B", "C", "cos", "sin") else v
+            for n, v in leaves.items()
+        }
+        borders = torch.tensor([0, 1, 2]) * (stop - start)
+        part |= {"initial_state": state, "cu_seqlens": borders}
+        y, state = ssd(**part, chunk_size=16, output_final_state=True)
+        pieces.append(y)
+    y = torch.cat(pieces, dim=1)
+    generator = torch.Generator().manual_seed(1)
+    d_y, d_state = (torch.randn(t.shape, generator=generator) for t in (y, state))
+    names = [name.removeprefix("d_") for name in whole if name.startswith("d_")]
+    grads = torch.autograd.grad([y, state], [leaves[name] for name in names], [d_y, d_state])
+    found = {"y": y.detach(), "final_state": state.detach()}
+    assert_close(found | {f"d_{n}": g for n, g in zip(names, grads, strict=True)}, whole, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("border", [1, 20, 64, 100])
+def test_documents_ignore_each_other_bitwise(border, dtype):
+    inputs = make_inputs(1, 150, dtype=dtype, documents=[border])
+    reference = run(ssd, inputs)
+    for kept, changed in ((slice(border, None), slice(0, border)),
+                          (slice(0, border), slice(border, None))):  # fmt: skip
+        other = dict(inputs)
+        for name in ("x", "dt", "B", "C"):
+            other[name] = inputs[name].clone()
+            other[name][:, changed] *= 3.7
+        found = run(ssd, other)
+        for name in ("y", "d_x", "d_dt", "d_B", "d_C"):
+            assert torch.equal(found[name][:, kept], reference[name][:, kept]), name
+            assert not torch.equal(found[name], reference[name]), name
+
+
+def test_two_runs_are_bitwise_equal():
+    inputs = make_inputs(2, 150, documents=[20])
+    first, second = run(ssd, inputs), run(ssd, inputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_packed_equals_alone():
+    inputs = make_inputs(1, 150, documents=[61]) | {"initial_state": None}
+    packed = ssd(**inputs)
+    for start, stop in ((0, 61), (61, 150)):
+        alone = {
+            n: v[:, start:stop] if n in ("x", "dt", "B", "C", "cos", "sin") else v
+            for n, v in inputs.items()
+        } | {"cu_seqlens": torch.tensor([0, stop - start])}
+        assert relative_error(packed[:, start:stop], ssd(**alone)) <= 1e-5
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_steps_equal_scan(groups):
+    inputs = make_inputs(2, 40, groups=groups)
+    y, final_state = ssd(**inputs, output_final_state=True)
+    state, outputs = inputs["initial_state"], []
+    fixed = {name: inputs[name] for name in ("A", "dt_bias", "D")}
+    for t in range(40):
+        token = {name: inputs[name][:, t] for name in ("x", "dt", "B", "C", "cos", "sin")}
+        out, state = ssd_step(state, **token, **fixed)
+        outputs.append(out)
+    assert relative_error(torch.stack(outputs, dim=1), y) <= FLOAT32
+    assert relative_error(state, final_state) <= FLOAT32
+
+
+def test_non_contiguous_inputs():
+    inputs = make_inputs(2, 40)
+    wide = torch.cat([inputs["x"], inputs["B"], inputs["C"]], dim=-1)
+    views = dict(zip(("x", "B", "C"), wide.split(16, dim=-1), strict=True))
+    assert torch.equal(ssd(**(inputs | views)), ssd(**inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "error", "says"),
+    [
+        (
+            "x",
+            torch.zeros(2, 8, 4),
+            ValueError,
+            r"x has shape \(2, 8, 4\); expected \[B, L, H, P\]",
+        ),
+        ("x", torch.zeros(2, 8, 4, 16, dtype=torch.int32), TypeError, "x has dtype torch.int32"),
+        ("dt", torch.zeros(2, 9, 4), ValueError, r"dt has shape \(2, 9, 4\); expected \(2, 8, 4\)"),
+        ("dt", torch.zeros(2, 8, 4).double(), TypeError, "dt has dtype torch.float64; expected"),
+        ("A", torch.zeros(3), ValueError, r"A has shape \(3,\); expected \(4,\)"),
+        ("A", torch.zeros(4).bfloat16(), TypeError, "A has dtype torch.bfloat16"),
+        ("B", torch.zeros(2, 8, 3, 16), ValueError, "B has shape .* with G dividing 4 heads"),
+        ("B", torch.zeros(2, 8, 4, 16).half(), TypeError, "B has dtype torch.float16"),
+        ("C", torch.zeros(2, 8, 2, 16), ValueError, "C has shape"),
+        ("cos", torch.zeros(2, 8, 16), ValueError, r"cos has shape .* expected \(2, 8, 8\)"),
+        ("sin", None, ValueError, "sin is None; pass both cos and sin or none"),
+        ("dt_bias", torch.zeros(1), ValueError, "dt_bias has shape"),
+        ("initial_state", torch.zeros(2, 4, 16, 8), ValueError, "initial_state has shape"),
+        ("D", torch.zeros(5), ValueError, "D has shape"),
+        ("D", torch.zeros(4, device="meta"), ValueError, "D is on meta; expected cpu"),
+        ("cu_seqlens", torch.tensor([0, 16]), ValueError, "cu_seqlens has shape .* each of 2 rows"),
+        ("cu_seqlens", torch.tensor([0.0, 8, 16]), TypeError, "cu_seqlens has dtype torch.float32"),
+        ("chunk_size", 48, ValueError, "chunk_size=48; expected a power of two"),
+        ("chunk_size", -2, ValueError, "chunk_size=-2"),
+    ],
+)
+def test_bad_input_is_named(name, bad, error, says):
+    with pytest.raises(error, match=says):
+        ssd(**(make_inputs(2, 8) | {name: bad}))
+
+
+def test_step_names_bad_state():
+    with pytest.raises(ValueError, match="state has shape"):
+        ssd_step(
+            torch.zeros(2, 4, 16, 8), torch.zeros(2, 4, 16), torch.zeros(2, 4), torch.zeros(4),
+            torch.zeros(2, 4, 16), torch.zeros(2, 4, 16), cos=None, sin=None,
+            dt_bias=torch.zeros(4),
+        )  # fmt: skip
