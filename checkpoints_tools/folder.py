@@ -1,0 +1,111 @@
+"""The checkpoint folder: step-* folders, `latest`, what is committed and what is removed.
+
+A step folder is written as step-N.tmp and renamed when everything in it is on disk, so a folder
+named step-N is whole. `latest` is moved after the rename, old steps are removed after that.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from checkpoints_tools.errors import CheckpointError
+
+STATE_FILE = "state.json"
+FORMAT_VERSION = 1
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the committed checkpoint of a step lies."""
+    return folder / f"step-{step:08d}"
+
+
+def committed_steps(folder: Path) -> list[int]:
+    """Steps with a committed checkpoint, ascending."""
+    if not folder.is_dir():
+        return []
+    names = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in names if match)
+
+
+def begin(folder: Path, step: int) -> Path:
+    """An empty temporary folder for a step; leftovers of interrupted saves are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_temporary(folder)
+    temporary = step_folder(folder, step).with_suffix(".tmp")
+    temporary.mkdir()
+    return temporary
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what interrupted or failed saves left."""
+    for leftover in folder.glob("step-*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def commit(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Make step-N.tmp the checkpoint of the step and point `latest` at it; all durable on return."""
+    target = step_folder(folder, step)
+    temporary = target.with_suffix(".tmp")
+    sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+    _write_durably(temporary / STATE_FILE, json.dumps(state | {"files": sizes}, indent=1))
+    _sync_folder(temporary)
+    if target.exists():  # the same step, saved again after a resume from an older checkpoint
+        shutil.rmtree(target)
+    temporary.rename(target)
+    _sync_folder(folder)
+    _write_durably(folder / "latest.tmp", target.name + "\n")
+    (folder / "latest.tmp").rename(folder / "latest")
+    _sync_folder(folder)
+    return target
+
+
+def remove_old(folder: Path, keep_last: int, keep_every: int) -> None:
+    """Remove all but the newest `keep_last` steps and the multiples of `keep_every`."""
+    for step in committed_steps(folder)[:-keep_last]:
+        if not keep_every or step % keep_every:
+            shutil.rmtree(step_folder(folder, step))
+
+
+def read_state(step_dir: Path) -> dict[str, Any]:
+    """state.json of a committed checkpoint. Raises CheckpointError when it is not one, or files are
+    missing or of another size than when they were written."""
+    path = step_dir / STATE_FILE
+    try:
+        state = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(
+            f"{step_dir} is not a checkpoint: cannot read {STATE_FILE} ({error.strerror}); name a "
+            "step-* folder"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; use another checkpoint") from error
+    if state.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{step_dir} has format version {state.get('format_version')}, this program reads "
+            f"{FORMAT_VERSION}; use the version that wrote it"
+        )
+    for name, size in state["files"].items():
+        file = step_dir / name
+        found = file.stat().st_size if file.exists() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise CheckpointError(f"{file} {what}; use another checkpoint than {step_dir.name}")
+    return state
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
