@@ -30,6 +30,22 @@ def committed_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
+def resolve(path: Path) -> Path:
+    """The step folder that `path` means: itself, or the latest of a folder of step-* folders.
+
+    Raises CheckpointError when there is none.
+    """
+    if (path / STATE_FILE).exists():
+        return path
+    steps = committed_steps(path) or committed_steps(path / "checkpoints")
+    if not steps:
+        raise CheckpointError(
+            f"{path} is not a checkpoint: neither {STATE_FILE} nor step-* folders in it; name a "
+            "step-* folder, a checkpoints folder or a run directory"
+        )
+    return step_folder(path if committed_steps(path) else path / "checkpoints", steps[-1])
+
+
 def begin(folder: Path, step: int) -> Path:
     """An empty temporary folder for a step; leftovers of interrupted saves are removed."""
     folder.mkdir(parents=True, exist_ok=True)

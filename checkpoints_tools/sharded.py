@@ -5,6 +5,7 @@ the same values (replicated parameters, the tied embedding's copy) one writes. M
 are the rounded float32 ones, so they are not stored twice.
 """
 
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -34,16 +35,23 @@ def save_checkpoint(
     step: int,
     zero: ZeroOptimizer,
     state: dict[str, Any],
+    *,
+    tokenizer: Path,
     keep_last: int,
     keep_every: int,
 ) -> Path:
     """Write step-N, commit it, remove old ones. A collective of all ranks.
 
-    state: what else a resumed run needs (JSON). Raises CheckpointError on every rank when any of
+    state: what else a resumed run needs (JSON); tokenizer: file that travels along. Raises CheckpointError on every rank when any of
     them failed; earlier checkpoints are untouched then.
     """
     temporary = folders.step_folder(folder, step).with_suffix(".tmp")
-    _on_rank_0(lambda: folders.begin(folder, step), f"cannot create {temporary}")
+
+    def begin() -> None:
+        folders.begin(folder, step)
+        shutil.copyfile(tokenizer, temporary / "tokenizer.json")
+
+    _on_rank_0(begin, f"cannot begin {temporary}")
     tensors: dict[str, Any] = _owned_tensors(zero, for_saving=True)
     tensors[f"rng.{dist.get_rank()}"] = _rng_state()
     try:

@@ -1,4 +1,4 @@
-"""Process groups: from launcher environment to Megatron-core's groups.
+"""Process groups: joining the job and Megatron-core's groups.
 
 Rank order is Megatron's: tensor varies fastest, then data, then pipeline, so that tensor-parallel
 peers are neighbours on a node and pipeline stages are far apart.
@@ -6,7 +6,6 @@ peers are neighbours on a node and pipeline stages are far apart.
 
 import os
 import socket
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -14,27 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from parallel.config import ParallelConfig
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Where this process stands in the job."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-
-def launch_from_environment() -> Launch:
-    """Rank and world size from torchrun's variables, else Slurm's (srun), else a single process."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env and "MASTER_ADDR" in env:
-        return Launch(
-            int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
-        )
-    return Launch(0, 1, 0)
+from parallel.launch import Launch
 
 
 def init_distributed(launch: Launch, device: torch.device, timeout_minutes: int = 30) -> None:

@@ -1,14 +1,74 @@
-"""Cross entropy over a vocabulary split across the tensor-parallel group, summed over tokens."""
+"""The output head and cross entropy, a block of tokens at a time.
+
+    loss = Σ_t mask_t · -log softmax(W h_t)[label_t]
+
+The logits of all tokens together would be the largest tensor of the step (tokens × vocabulary), so
+each block's logits live only while its loss and gradients are computed, both in forward; backward
+scales the gradients. The vocabulary is split over the tensor-parallel group.
+"""
+
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
+BLOCK_ELEMENTS = 1 << 22  # logits of a block: 16 MiB in float32, within a GPU's L2 or a CPU's L3
 
-def summed_loss(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
-    """Σ over unmasked tokens of -log softmax(logits)[label], float32 scalar.
 
-    logits [T, 1, vocab / tp]; labels int64 [B, L]; loss_mask float32 [B, L], B·L = T.
+def head_loss(h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int) -> Tensor:
+    """Summed loss, float32 scalar, of hidden states h [T, hidden] under the head weight [V, hidden].
+
+    labels int64 [T] in the whole vocabulary; loss_mask float32 [T]; valid: rows of this rank's
+    weight that are tokens, the rest being padding of the vocabulary.
     """
-    losses = vocab_parallel_cross_entropy(logits.float(), labels.reshape(-1, 1))  # [T, 1]
-    return torch.dot(losses.view(-1), loss_mask.reshape(-1))
+    return _HeadLoss.apply(h, weight, labels, loss_mask, valid)
+
+
+def head_logits(h: Tensor, weight: Tensor, valid: int) -> Tensor:
+    """W h [T, V], with -inf in the columns of vocabulary padding."""
+    logits = F.linear(h, weight)
+    if valid < logits.shape[-1]:
+        column = torch.arange(logits.shape[-1], device=logits.device)
+        logits = logits.masked_fill(column >= valid, float("-inf"))
+    return logits
+
+
+def _block_loss(h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int) -> Tensor:
+    logits = head_logits(h, weight, valid).float().unsqueeze(1)  # [t, 1, V]
+    return torch.dot(vocab_parallel_cross_entropy(logits, labels.unsqueeze(1)).view(-1), loss_mask)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int
+    ) -> Tensor:
+        block = max(1, BLOCK_ELEMENTS // weight.shape[0])
+        total = torch.zeros((), dtype=torch.float32, device=h.device)
+        with_grad = ctx.needs_input_grad[0]
+        if with_grad:
+            grad_h = torch.empty_like(h)
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for at in range(0, h.shape[0], block):
+            part = slice(at, at + block)
+            if not with_grad:
+                total += _block_loss(h[part], weight, labels[part], loss_mask[part], valid)
+                continue
+            with torch.enable_grad():
+                h_part = h[part].detach().requires_grad_()
+                weight_part = weight.detach().requires_grad_()
+                loss = _block_loss(h_part, weight_part, labels[part], loss_mask[part], valid)
+                grad_h[part], part_grad_weight = torch.autograd.grad(loss, (h_part, weight_part))
+            grad_weight += part_grad_weight
+            total += loss.detach()
+        if with_grad:
+            ctx.save_for_backward(grad_h, grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_h, grad_weight = ctx.saved_tensors
+        scale = grads[0]
+        return grad_h * scale.to(grad_h.dtype), grad_weight * scale, None, None, None

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from megatron.core.enums import ModelType
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import (
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.rope.table import rotary_cos_sin
 from parallel.config import ModelConfig
 from parallel.layers import RMSNorm, SwiGLU, WeightedResidual, enter_tensor_parallel
+from parallel.loss import head_logits, head_loss
 from parallel.mixers import AttentionMixer, Positions, SSDMixer
 from parallel.params import EMBEDDING
 
@@ -148,11 +148,28 @@ class PipelineStage(nn.Module):
         batch_size, seq_len = position_ids.shape
         return Positions(batch_size, seq_len, cu_seqlens, attention, ssd)
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """tokens, position_ids int64 [B, L]; cu_seqlens int32.
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+    ) -> Tensor:
+        """tokens, labels, position_ids int64, loss_mask float32, all [B, L]; cu_seqlens int32.
 
-        Returns hidden states [T or T/tp, 1, hidden], on the last stage logits [T, 1, vocab / tp].
+        Returns hidden states [T or T/tp, 1, hidden]; on the last stage the summed loss, a float32
+        scalar.
         """
+        h = self.hidden(tokens, position_ids, cu_seqlens)
+        if not self.last:
+            return h
+        u = enter_tensor_parallel(h, self.config).squeeze(1)  # [T, hidden]
+        weight, valid = self._head()
+        return head_loss(u, weight, labels.reshape(-1), loss_mask.reshape(-1), valid)
+
+    def hidden(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Through this stage's layers (and the final norm, on the last): [T or T/tp, 1, hidden]."""
         positions = self.positions(position_ids, cu_seqlens)
         if self.first:
             h = self.model.word_embed(tokens.reshape(1, -1))  # [1, T, hidden] or [T/tp, 1, hidden]
@@ -165,15 +182,14 @@ class PipelineStage(nn.Module):
                 h = checkpoint(layer, h, positions, use_reentrant=False)
             else:
                 h = layer(h, positions)
-        return self.logits(self.model.final_layernorm(h)) if self.last else h.contiguous()
+        return self.model.final_layernorm(h) if self.last else h.contiguous()
 
-    def logits(self, h: Tensor) -> Tensor:
-        """[T or T/tp, 1, hidden] → [T, 1, vocab / tp]; columns of vocabulary padding are -inf."""
-        weight = self.model.word_embed.weight if self.tied_head else self.lm_head.weight
-        logits = F.linear(enter_tensor_parallel(h, self.config), weight)
+    def logits(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Logits [T, vocab / tp] of a stage that is the last; for inspection."""
+        u = enter_tensor_parallel(self.hidden(tokens, position_ids, cu_seqlens), self.config)
+        return head_logits(u.squeeze(1), *self._head())
+
+    def _head(self) -> tuple[Tensor, int]:
+        """The output matrix [vocab / tp, hidden] and how many of its rows are tokens."""
         holder = self.model.word_embed if self.tied_head else self.lm_head
-        valid = self.model_config.vocab_size - holder.vocab_start_index
-        if valid < logits.shape[-1]:
-            column = torch.arange(logits.shape[-1], device=logits.device)
-            logits = logits.masked_fill(column >= valid, float("-inf"))
-        return logits
+        return holder.weight, self.model_config.vocab_size - holder.vocab_start_index

@@ -11,7 +11,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from parallel.compat import cuda_calls_on_cpu
-from parallel.loss import summed_loss
 from parallel.zero import ZeroOptimizer
 
 
@@ -65,14 +64,15 @@ def _run(
 ) -> list[Tensor]:
     """Summed loss of every micro-batch, on the last stage; an empty list elsewhere."""
 
-    def loss_of(batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        loss = summed_loss(logits, batch.labels, batch.loss_mask)
+    def scaled(batch: MicroBatch, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return loss * scale, batch.loss_mask.sum().int(), loss.detach()
 
     def forward_step(iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(iterator)
-        output = model(batch.tokens, batch.position_ids, batch.cu_seqlens)
-        return output, partial(loss_of, batch)
+        output = model(
+            batch.tokens, batch.labels, batch.loss_mask, batch.position_ids, batch.cu_seqlens
+        )
+        return output, partial(scaled, batch)
 
     run = get_forward_backward_func()
     arguments = dict(

@@ -11,8 +11,10 @@ Megatron's schedule drives the micro-batches, so DeepSpeed sees one accumulation
 This is the one file that knows DeepSpeed's inner layout of master weights and optimizer state.
 """
 
+import io
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,8 @@ from torch import Tensor
 from parallel.build import BuiltStage
 from parallel.groups import MpuAdapter
 from parallel.params import EMBEDDING, ParamInfo
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it reports memory at every start
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,15 @@ class ZeroOptimizer:
             [g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=on_gpu
         )
         self.tied_weight = parameters.get(EMBEDDING) if self._embedding_is_shared() else None
-        self.engine = deepspeed.initialize(
-            model=built.stage,
-            optimizer=adam,
-            mpu=MpuAdapter(),
-            config=self._deepspeed_config(built.stage.config.params_dtype, clip_grad_norm),
-            dist_init_required=False,
-        )[0]
+        config = self._deepspeed_config(built.stage.config.params_dtype, clip_grad_norm)
+        with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory tables
+            self.engine = deepspeed.initialize(
+                model=built.stage,
+                optimizer=adam,
+                mpu=MpuAdapter(),
+                config=config,
+                dist_init_required=False,
+            )[0]
         self.optimizer: Any = self.engine.optimizer
         self.adam = adam
         if zero_stage == 3 and built.stage.tied_head:

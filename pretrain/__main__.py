@@ -1,0 +1,5 @@
+"""`python -m pretrain` is the `transxssm` command."""
+
+from pretrain.cli import main
+
+main()

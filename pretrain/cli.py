@@ -1,0 +1,283 @@
+"""The `transxssm` command. Heavy imports happen inside the command that needs them."""
+
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+app = typer.Typer(
+    name="transxssm",
+    help="Pretrain TransXSSM, a hybrid of attention and state-space layers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+tokenizer_app = typer.Typer(help="Train or inspect a byte-level BPE tokenizer.", no_args_is_help=True)
+data_app = typer.Typer(help="Look into prepared shards.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="List and export checkpoints.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+INVALID_CONFIGURATION = 2
+Inputs = Annotated[list[str], typer.Argument(help="Files, folders or globs of text or jsonl.")]
+
+
+def main() -> None:
+    """Entry point. Errors a user can mend are one paragraph; exit code 2 for a bad configuration."""
+    _quiet_libraries()
+    try:
+        app()
+    except Exception as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    from checkpoints_tools.errors import CheckpointError
+    from data_pipeline.errors import DataError
+    from pretrain.config import ConfigError
+
+    known = isinstance(error, (ConfigError, DataError, CheckpointError))
+    known = known or type(error).__name__ == "ModelError"
+    code = INVALID_CONFIGURATION if isinstance(error, ConfigError) else 1
+    if not known and not _another_rank_failed():
+        logging.getLogger("transxssm").exception("unexpected error")
+        traceback.print_exc()
+    elif known:
+        _announce(str(error))
+        logging.getLogger("transxssm.failure").error("%s", error)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    # not sys.exit: with collectives in flight the interpreter's end could wait for the other ranks
+    logging.shutdown()
+    os._exit(code)
+
+
+def _another_rank_failed() -> bool:
+    """Report the first cause if another rank announced one; our broken collective is its echo."""
+    if "torch.distributed" not in sys.modules:
+        return False
+    from parallel.failure import first_failure
+
+    cause = first_failure(seconds=2)
+    if cause is None:
+        return False
+    logging.getLogger("transxssm").error("stopped: %s", cause)
+    print(f"error: stopped because another rank failed: {cause}", file=sys.stderr)
+    return True
+
+
+def _announce(message: str) -> None:
+    if "torch.distributed" in sys.modules:
+        from parallel.failure import announce
+
+        announce(message)
+
+
+def _quiet_libraries() -> None:
+    """Drop what the engines say on import and at every start; their errors still come through."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|deepspeed|torch)\.")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def pretrain(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="TOML file, e.g. configs/demo.toml.")],
+) -> None:
+    """Train, or go on training. Fields are overridden by --section.field VALUE.
+
+    One process by itself; the same command under torchrun or srun for many.
+    """
+    from pretrain.config import load_config
+
+    loaded = load_config(config, context.args)
+    # Neither torch nor DeepSpeed is imported before the configuration is known to be good
+    from parallel.launch import launch_from_environment
+
+    launch = launch_from_environment()
+    loaded.data_parallel(launch.world_size)
+    from parallel.compat import prepare_host
+
+    prepare_host()  # before DeepSpeed looks for an accelerator
+    from pretrain.trainer import train
+
+    train(loaded, launch)
+
+
+@app.command()
+def prepare(
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option(help="New folder for train/ and validation/ shards.")],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, or a folder that holds one.")],
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens a sequence.")] = 1024,
+    packing: Annotated[
+        Literal["best_fit", "concat"], typer.Option(help="How documents fill sequences.")
+    ] = "best_fit",
+    validation_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of documents held out.")
+    ] = 0.02,
+    text_field: Annotated[str, typer.Option(help="Field of jsonl records.")] = "text",
+    seed: Annotated[int, typer.Option(min=0, help="Of the train/validation split.")] = 1234,
+) -> None:
+    """Tokenise text and pack it into shards."""
+    from data_pipeline.prepare import Progress as Done
+    from data_pipeline.prepare import prepare as run
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("preparing", total=None)
+
+        def report(done: Done) -> None:
+            text = f"{done.megabytes_per_second:.1f} MB/s  {done.tokens:,} tokens"
+            bar.update(task, completed=done.bytes_done, total=done.bytes_total, description=text)
+
+        metas = run(
+            [Path(i) for i in inputs],
+            tokenizer,
+            out,
+            seq_len,
+            packing=packing,
+            validation_fraction=validation_fraction,
+            text_field=text_field,
+            seed=seed,
+            progress=report,
+        )
+    for split, meta in metas.items():
+        filled = meta.tokens / (meta.tokens + meta.padding)
+        print(
+            f"{out / split}: {meta.samples:,} sequences, {meta.tokens:,} tokens from "
+            f"{meta.documents:,} documents ({meta.cut_documents:,} cut), {filled:.2%} filled, "
+            f"unigram entropy {meta.unigram_entropy:.4f} nats"
+        )
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option(help="Where tokenizer.json goes.")],
+    vocab_size: Annotated[int, typer.Option(min=258)] = 8192,
+    text_field: Annotated[str, typer.Option(help="Field of jsonl records.")] = "text",
+) -> None:
+    """Train a byte-level BPE on text."""
+    from data_pipeline.tokenizer import train_tokenizer
+
+    print(train_tokenizer([Path(i) for i in inputs], out, vocab_size, text_field))
+
+
+@tokenizer_app.command("inspect")
+def tokenizer_inspect(
+    tokenizer: Path,
+    text: Annotated[str, typer.Option(help="Text to encode.")] = "The quick brown fox, 3.14159.",
+) -> None:
+    """Show size, special tokens and what it makes of a text."""
+    from data_pipeline.tokenizer import inspect_tokenizer
+
+    _print_fields(inspect_tokenizer(tokenizer, text))
+
+
+@data_app.command("inspect")
+def data_inspect(folder: Path) -> None:
+    """Show counts, lengths, the fingerprint and a decoded sample."""
+    from data_pipeline.inspection import inspect_dataset
+
+    for split, fields in inspect_dataset(folder).items():
+        _print_fields({"split": split} | fields)
+
+
+@data_app.command("verify")
+def data_verify(folder: Path) -> None:
+    """Read every shard and check it against its size and hash."""
+    from data_pipeline.inspection import verify_dataset
+
+    verify_dataset(folder)
+    print(f"{folder}: every shard is sound")
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(folder: Path) -> None:
+    """List the committed checkpoints of a run or a checkpoints folder."""
+    from checkpoints_tools.folder import committed_steps, read_state, resolve, step_folder
+
+    folder = resolve(folder).parent
+    table = Table("step", "tokens", "processes", "MiB", "folder")
+    for step in committed_steps(folder):
+        path = step_folder(folder, step)
+        state = read_state(path)
+        mebibytes = sum(state["files"].values()) / 2**20
+        row = (f"{step:,}", f"{state['tokens']:,}", str(state["world_size"]), f"{mebibytes:,.1f}")
+        table.add_row(*row, str(path))
+    Console().print(table)
+
+
+@checkpoint_app.command("export")
+def checkpoint_export(
+    step_dir: Annotated[Path, typer.Argument(help="step-* folder, or a run (its latest).")],
+    out: Annotated[Path, typer.Argument(help="New folder for the model.")],
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option()] = "fp32",
+) -> None:
+    """Write a single-GPU model: config.json, model.safetensors, tokenizer.json."""
+    from checkpoints_tools.export import export_checkpoint
+
+    print(f"{out}: {export_checkpoint(step_dir, out, dtype):,} parameters, {dtype}")
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Folder of an exported model.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest of this total mass.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Continue a prompt with an exported model, one process."""
+    from checkpoints_tools.single_gpu import ModelError
+    from pretrain.generate import run
+
+    try:
+        run(
+            model,
+            prompt,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            json_output=json_output,
+        )
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions, devices, name clashes, disk, memory, compilers, network."""
+    from pretrain.doctor import doctor as run
+
+    raise typer.Exit(run())
+
+
+def _print_fields(fields: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None)
+    for name, value in fields.items():
+        table.add_row(name, value if isinstance(value, str) else json.dumps(value), style="")
+    Console(highlight=False, markup=False).print(table)
+
+
+if __name__ == "__main__":
+    main()

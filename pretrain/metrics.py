@@ -1,0 +1,119 @@
+"""What a step reports: metrics.jsonl, TensorBoard, a live line on a terminal, plain lines in logs."""
+
+import json
+import logging
+import resource
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger("transxssm")
+console = Console(stderr=True)
+
+TENSORBOARD_GROUPS = {
+    "loss": "train/loss",
+    "perplexity": "train/perplexity",
+    "validation_loss": "validation/loss",
+    "validation_perplexity": "validation/perplexity",
+    "learning_rate": "optimizer/learning_rate",
+    "grad_norm": "optimizer/grad_norm",
+    "tokens_per_second": "speed/tokens_per_second",
+    "model_flops_per_second": "speed/model_flops_per_second",
+    "memory_bytes": "memory/peak_bytes",
+    "time_data": "time/data",
+    "time_forward_backward": "time/forward_backward",
+    "time_step": "time/optimizer_step",
+    "time_checkpoint": "time/checkpoint",
+}
+
+
+class MetricsWriter:
+    """Rank 0's record of a run. On resume, entries after the step resumed from are dropped."""
+
+    def __init__(
+        self, run_dir: Path, first_step: int, total_steps: int, every: int, tensorboard: bool
+    ) -> None:
+        self.every = every
+        path = run_dir / "metrics.jsonl"
+        kept = _entries_before(path, first_step)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.rename(path)
+        self.file: TextIO = path.open("a")
+        self.tensorboard = (
+            SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+            if tensorboard
+            else None
+        )
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("starting", total=total_steps, completed=first_step)
+        self.progress.start()
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Record one step; `metrics` has "step" and any of the known names."""
+        self.file.write(json.dumps(metrics) + "\n")
+        self.file.flush()
+        step = metrics["step"]
+        if self.tensorboard is not None:
+            for name, tag in TENSORBOARD_GROUPS.items():
+                if name in metrics:
+                    self.tensorboard.add_scalar(tag, metrics[name], step)
+        line = _line(metrics)
+        self.progress.update(self.task, completed=step, description=line)
+        if step % self.every == 0 or "validation_loss" in metrics:
+            _log_line(line)
+
+    def close(self) -> None:
+        """Flush and release; the live line stays as it is."""
+        self.progress.stop()
+        self.file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the device allocator's peak on a GPU, the process's peak resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _entries_before(path: Path, first_step: int) -> list[str]:
+    """Lines of steps up to first_step; a line cut short by a crash is dropped."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= first_step:
+            kept.append(line)
+    return kept
+
+
+def _line(metrics: dict[str, Any]) -> str:
+    text = (
+        f"step {metrics['step']}  loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.3f}  "
+        f"lr {metrics['learning_rate']:.2e}  {metrics['tokens_per_second']:,.0f} tok/s  "
+        f"{metrics['memory_bytes'] / 2**30:.1f} GiB"
+    )
+    if "validation_loss" in metrics:
+        text += f"  validation {metrics['validation_loss']:.4f}"
+    return text
+
+
+def _log_line(line: str) -> None:
+    """To the log file, and to the console unless the live line already shows it."""
+    record = log.makeRecord(log.name, logging.INFO, __file__, 0, line, (), None)
+    for handler in log.handlers:
+        if isinstance(handler, logging.FileHandler) or not console.is_terminal:
+            handler.handle(record)

@@ -1,0 +1,89 @@
+"""The run directory: the record of a run, and the logs of its ranks.
+
+config.toml, environment.json, metrics.jsonl, tensorboard/, logs/rank-N.log, checkpoints/.
+"""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from rich.logging import RichHandler
+
+from pretrain.config import Config, dump_config
+
+log = logging.getLogger("transxssm")
+
+
+def open_run_dir(config: Config, rank: int, world_size: int) -> Path:
+    """Create the directory, start this rank's log; rank 0 records configuration and environment."""
+    run_dir = Path(config.logging.run_dir)
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    _start_log(run_dir / "logs" / f"rank-{rank}.log", console=rank == 0)
+    if rank == 0:
+        (run_dir / "config.toml").write_text(dump_config(config))
+        _record_start(run_dir / "environment.json", world_size)
+    return run_dir
+
+
+def _start_log(path: Path, console: bool) -> None:
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(file)
+    if console:
+        if sys.stderr.isatty():
+            from pretrain.metrics import console as shared
+
+            log.addHandler(RichHandler(console=shared, show_path=False, highlighter=None))
+        else:
+            plain = logging.StreamHandler(sys.stderr)
+            plain.setFormatter(logging.Formatter("%(message)s"))
+            log.addHandler(plain)
+
+
+def _record_start(path: Path, world_size: int) -> None:
+    """Append what this start ran on: a requeued run may meet other machines and versions."""
+    starts: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    starts.append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": sys.argv,
+            "host": platform.node(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "world_size": world_size,
+            "git_revision": git_revision(),
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
+            "packages": {
+                d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]
+            },
+        }
+    )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(starts, indent=1))
+    temporary.rename(path)
+
+
+def git_revision() -> str:
+    """Commit of the source tree this package runs from, with "+changes" if it is not clean, or ""."""
+    source = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        revision = git("rev-parse", "HEAD")
+        return revision + ("+changes" if revision and git("status", "--porcelain") else "")
+    except OSError:  # git is not installed
+        return ""

@@ -1,0 +1,324 @@
+"""The training run: data → micro-batches → schedule → ZeRO step → metrics, evaluation, checkpoints."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from checkpoints_tools import folder as folders
+from checkpoints_tools.errors import CheckpointError
+from checkpoints_tools.sharded import load_checkpoint, save_checkpoint
+from data_pipeline.dataset import PackedDataset
+from data_pipeline.loader import BatchLoader, sequential_batches
+from parallel.build import DTYPES, build_stage
+from parallel.compat import prepare_host
+from parallel.flops import training_flops_per_token
+from parallel.groups import init_distributed, init_groups
+from parallel.launch import Launch
+from parallel.schedule import count_tokens, evaluate_loss, forward_backward
+from parallel.zero import ZeroOptimizer
+from pretrain.config import Config
+from pretrain.lr import learning_rate
+from pretrain.metrics import MetricsWriter, peak_memory
+from pretrain.run_dir import git_revision, open_run_dir
+
+log = logging.getLogger("transxssm")
+
+
+def train(config: Config, launch: Launch) -> None:
+    """Run, or go on with, the training that `config` describes, as one rank of the job.
+
+    Raises ConfigError, DataError or CheckpointError before a model is built where it can.
+    """
+    data_parallel = config.data_parallel(launch.world_size)
+    device = prepare_host()
+    torch.use_deterministic_algorithms(config.training.deterministic)
+    init_distributed(launch, device)
+    init_groups(config.parallel)
+    run_dir = open_run_dir(config, launch.rank, launch.world_size)
+    data, validation = open_data(config)
+    start = find_start(config, data)
+    trainer = Trainer(config, data, validation, device, run_dir)
+    log.info(
+        "%s parameters, %d ranks: tensor %d × pipeline %d × data %d, ZeRO %d, %s on %s",
+        f"{config.model.num_params()['total']:,}",
+        launch.world_size,
+        config.parallel.tensor,
+        config.parallel.pipeline,
+        data_parallel,
+        config.parallel.zero_stage,
+        config.training.dtype,
+        device.type,
+    )
+    if start is not None:
+        trainer.resume(start)
+        log.info("resumed from %s", start)
+    trainer.run()
+
+
+def open_data(config: Config) -> tuple[PackedDataset, PackedDataset | None]:
+    """Training and validation shards, checked against the configuration and each other."""
+    data = PackedDataset(
+        config.data.train, seq_len=config.data.seq_len, vocab_size=config.model.vocab_size
+    )
+    if not config.data.validation:
+        return data, None
+    return data, PackedDataset(
+        config.data.validation,
+        seq_len=config.data.seq_len,
+        tokenizer_hash=data.meta.tokenizer_hash,
+    )
+
+
+def find_start(config: Config, data: PackedDataset) -> Path | None:
+    """The checkpoint to go on from, by checkpoint.resume, checked against config and data.
+
+    `auto` skips damaged checkpoints with a warning. Raises CheckpointError when the checkpoint is
+    of another model or other data, or when `none` would mix two runs in one folder.
+    """
+    folder, resume = config.checkpoint_dir, config.checkpoint.resume
+    steps = folders.committed_steps(folder)
+    if resume == "none":
+        if steps:
+            raise CheckpointError(
+                f'checkpoint.resume="none", but {folder} holds checkpoints up to step {steps[-1]}; '
+                'choose another logging.run_dir, or checkpoint.resume="auto" to go on from them'
+            )
+        return None
+    candidates = [folders.step_folder(folder, s) for s in reversed(steps)]
+    if resume != "auto":
+        candidates = [folders.resolve(Path(resume))]
+    for candidate in candidates:
+        try:
+            state = folders.read_state(candidate)
+        except CheckpointError as error:
+            if resume != "auto":
+                raise
+            log.warning("skipping a damaged checkpoint: %s", error)
+            continue
+        _check_same_run(candidate, state, config, data)
+        return candidate
+    if candidates:
+        raise CheckpointError(
+            f"none of the {len(candidates)} checkpoints in {folder} is sound; restore one, or "
+            "choose another logging.run_dir to start anew"
+        )
+    return None
+
+
+def _check_same_run(
+    candidate: Path, state: dict[str, Any], config: Config, data: PackedDataset
+) -> None:
+    ours, theirs = config.model.model_dump(), state["config"]["model"]
+    changed = [
+        f"model.{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{candidate} is of another model ({'; '.join(changed)}); restore these fields, or "
+            "choose another logging.run_dir"
+        )
+    if state["data_fingerprint"] != data.meta.fingerprint:
+        raise CheckpointError(
+            f"{candidate} was trained on other data than {data.folder} (fingerprint "
+            f"{state['data_fingerprint'][:12]}… there, {data.meta.fingerprint[:12]}… here); point "
+            "data.train at the data it was trained on, or choose another logging.run_dir"
+        )
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per phase of the current step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str, device: torch.device) -> Iterator[None]:
+        """Add the time of the body to a phase; waits for the device at its end."""
+        begin = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+class Trainer:
+    """One rank's live training state and the loop over steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: PackedDataset,
+        validation: PackedDataset | None,
+        device: torch.device,
+        run_dir: Path,
+    ) -> None:
+        self.config, self.data, self.validation = config, data, validation
+        self.device, self.run_dir = device, run_dir
+        self.step = 0
+        self.samples = 0
+        self.saved_step = -1
+        optimizer = config.optimizer
+        built = build_stage(
+            config.model,
+            config.parallel,
+            seq_len=config.data.seq_len,
+            dtype=DTYPES[config.training.dtype],
+            seed=config.training.seed,
+            deterministic=config.training.deterministic,
+            device=device,
+        )
+        self.zero = ZeroOptimizer(
+            built,
+            zero_stage=config.parallel.zero_stage,
+            lr=optimizer.lr,
+            betas=(optimizer.betas[0], optimizer.betas[1]),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            clip_grad_norm=optimizer.clip_grad_norm,
+        )
+        self.flops_per_token = training_flops_per_token(config.model, config.data.seq_len)
+
+    def resume(self, step_dir: Path) -> None:
+        """Take over a checkpoint's state."""
+        state = load_checkpoint(step_dir, self.zero)
+        self.step, self.samples = state["step"], state["samples"]
+        self.saved_step = self.step
+
+    def run(self) -> None:
+        """Train to the end of the run; leaves a final checkpoint."""
+        config, total = self.config, self.config.total_steps
+        if self.step >= total:
+            log.info("nothing to do: step %d of %d", self.step, total)
+            return
+        loader = self._loader()
+        rank_0 = dist.get_rank() == 0
+        writer = (
+            MetricsWriter(
+                self.run_dir, self.step, total, config.logging.every, config.logging.tensorboard
+            )
+            if rank_0
+            else None
+        )
+        try:
+            while self.step < total:
+                metrics = self._train_step(loader)
+                if self._due(config.training.eval_every) and self.validation is not None:
+                    loss = self.evaluate(self.validation)
+                    metrics |= {"validation_loss": loss, "validation_perplexity": _exp(loss)}
+                if self._due(config.checkpoint.every):
+                    watch = Stopwatch()
+                    with watch.phase("checkpoint", self.device):
+                        self.save()
+                    metrics["time_checkpoint"] = watch.seconds["checkpoint"]
+                if writer is not None:
+                    writer.write(metrics)
+        finally:
+            loader.close()
+            if writer is not None:
+                writer.close()
+        log.info("done: %d steps, checkpoint %s", self.step, self.config.checkpoint_dir)
+
+    def _due(self, every: int) -> bool:
+        """Whether something done every so many steps, and at the end, is to be done now."""
+        at_end = self.step == self.config.total_steps
+        return at_end or bool(every and self.step % every == 0)
+
+    def _loader(self) -> BatchLoader:
+        return BatchLoader(
+            self.data,
+            seed=self.config.data.seed,
+            global_batch_size=self.config.training.global_batch_size,
+            micro_batch_size=self.config.training.micro_batch_size,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            samples_consumed=self.samples,
+        )
+
+    def _train_step(self, loader: BatchLoader) -> dict[str, Any]:
+        """One update. Returns the step's metrics."""
+        config = self.config
+        watch = Stopwatch()
+        begin = time.perf_counter()
+        with watch.phase("data", self.device):
+            batches = [batch.to(self.device) for batch in loader.next_step()]
+        with watch.phase("forward_backward", self.device):
+            loss = forward_backward(self.zero, batches, count_tokens(batches, self.device))
+        tokens = (self.step + 1) * config.tokens_per_step
+        lr = learning_rate(config.optimizer, tokens, config.total_steps * config.tokens_per_step)
+        with watch.phase("step", self.device):
+            grad_norm = self.zero.step(lr)
+        self.step, self.samples = self.step + 1, loader.samples_consumed
+        rate = config.tokens_per_step / (time.perf_counter() - begin)
+        return {
+            "step": self.step,
+            "tokens": tokens,
+            "samples": self.samples,
+            "loss": float(loss),
+            "perplexity": _exp(float(loss)),
+            "grad_norm": grad_norm,
+            "learning_rate": lr,
+            "tokens_per_second": rate,
+            "model_flops_per_second": rate * self.flops_per_token,
+            "memory_bytes": peak_memory(self.device),
+            **{f"time_{name}": seconds for name, seconds in watch.seconds.items()},
+        }
+
+    def evaluate(self, dataset: PackedDataset) -> float:
+        """Mean loss per token in nats over eval_batches global batches (or all there is).
+
+        The samples do not depend on the layout.
+        """
+        training = self.config.training
+        batches = [
+            batch.to(self.device)
+            for batch in sequential_batches(
+                dataset,
+                training.micro_batch_size,
+                training.eval_batches * training.global_batch_size,
+                data_parallel_rank=parallel_state.get_data_parallel_rank(),
+                data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            )
+        ]
+        total, tokens = evaluate_loss(self.zero, batches)
+        return float(total / tokens)
+
+    def save(self) -> None:
+        """Write and commit a checkpoint of this step, once."""
+        if self.saved_step == self.step:
+            return
+        state = {
+            "samples": self.samples,
+            "tokens": self.step * self.config.tokens_per_step,
+            "config": self.config.model_dump(mode="json"),
+            "data_fingerprint": self.data.meta.fingerprint,
+            "tokenizer_hash": self.data.meta.tokenizer_hash,
+            "eod_id": self.data.meta.eod_id,
+            "pad_id": self.data.meta.pad_id,
+            "git_revision": git_revision() if dist.get_rank() == 0 else "",
+        }
+        save_checkpoint(
+            self.config.checkpoint_dir,
+            self.step,
+            self.zero,
+            state,
+            tokenizer=self.data.folder.parent / "tokenizer.json",
+            keep_last=self.config.checkpoint.keep_last,
+            keep_every=self.config.checkpoint.keep_every,
+        )
+        self.saved_step = self.step
+
+
+def _exp(loss: float) -> float:
+    """Perplexity of a loss; inf rather than an overflow."""
+    return math.exp(loss) if loss < 700 else math.inf
