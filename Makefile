@@ -1,0 +1,68 @@
+# make demo | test: what a user runs. Each makes .venv and installs what is needed first.
+#
+# Any Python >= 3.11 will do; name one with `make setup PYTHON=/path/to/python3.12`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo "make setup   create $(VENV) and install the project into it (demo and test do so too)"
+	@echo "make demo    train a small model on real text, export it, generate; minutes on two cores"
+	@echo "make test    run the tests"
+	@echo "make lint    check format, lint and types"
+	@echo "make clean   remove $(VENV), caches and build folders; data/ and runs/ stay"
+
+setup:
+	@if $(MAKE) --silent --question $(VENV)/.installed 2>/dev/null; then \
+		echo "setup: $(VENV) is up to date with pyproject.toml, nothing to do"; \
+	else \
+		$(MAKE) --no-print-directory $(VENV)/.installed; \
+	fi
+
+# pip alone decides which packages fit; on x86 Linux it brings the CUDA build of torch, which runs
+# on hosts without a GPU too and brings Triton.
+$(VENV)/.installed: pyproject.toml
+	@set -e; \
+	fits() { "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }; \
+	python=; \
+	for name in "$(PYTHON)" $(if $(filter file,$(origin PYTHON)),python3.13 python3.12 python3.11); do \
+		if fits "$$name"; then python=$$name; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "setup: Python 3.11 or newer is wanted, and $(PYTHON) is $$("$(PYTHON)" -V 2>&1 || true)." >&2; \
+		echo "setup: install one, or name it: make setup PYTHON=/path/to/python3.12" >&2; \
+		exit 1; \
+	fi; \
+	if ! fits $(BIN)/python || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "setup: creating $(VENV) with $$("$$python" -V) ($$(command -v "$$python"))"; \
+		rm -rf $(VENV); \
+		if ! "$$python" -m venv $(VENV); then \
+			rm -rf $(VENV); \
+			echo "setup: $$python cannot make a virtual environment." >&2; \
+			echo "setup: on Debian and Ubuntu its venv module is a package of its own:" >&2; \
+			echo "setup:     apt-get update && apt-get install python3-venv" >&2; \
+			exit 1; \
+		fi; \
+	fi; \
+	echo "setup: installing transxssm and what it needs into $(VENV) (about 7 GB, some minutes)"; \
+	$(BIN)/python -m pip install -e '.[dev]'; \
+	touch $@; \
+	echo "setup: done; try $(BIN)/transxssm doctor"
+
+demo: setup
+	@$(BIN)/python -m benchmarks.demo
+
+test: setup
+	@$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

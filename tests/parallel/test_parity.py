@@ -1,0 +1,113 @@
+"""Every layout trains like one process: the losses, and every parameter's gradient."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.params import ParamInfo
+from pretrain.config import Config
+from tests.ranks import run_ranks
+from tests.tiny import tiny_config
+
+STEPS = 20
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tensor2": (2, {"tensor": 2}),
+    "tensor2-no-sequence": (2, {"tensor": 2, "sequence": False}),
+    "data2-zero1": (2, {}),
+    "data2-zero2": (2, {"zero_stage": 2}),
+    "data2-zero3": (2, {"zero_stage": 3}),
+    "pipeline2": (2, {"pipeline": 2}),
+    "pipeline2-recompute": (2, {"pipeline": 2, "recompute": "full", "pipeline_split": [1, 3]}),
+    "tensor2-pipeline2": (4, {"tensor": 2, "pipeline": 2}),
+    "tensor2-data2-zero3": (4, {"tensor": 2, "zero_stage": 3}),
+}
+Trace = tuple[list[float], list[float], dict[str, tuple[ParamInfo, torch.Tensor]]]
+
+
+def train_trace(config: Config, steps: int) -> Trace:
+    """Losses and gradient norms of some steps, and this rank's gradients of the first."""
+    from parallel.compat import prepare_host
+    from parallel.groups import init_distributed, init_groups
+    from parallel.launch import launch_from_environment
+    from parallel.schedule import count_tokens, forward_backward
+    from pretrain.trainer import Trainer, open_data
+
+    launch, device = launch_from_environment(), prepare_host()
+    init_distributed(launch, device)
+    init_groups(config.parallel)
+    data, validation = open_data(config)
+    trainer = Trainer(config, data, validation, device, Path(config.logging.run_dir))
+    loader = trainer._loader()
+    losses, norms, gradients = [], [], {}
+    for step in range(steps):
+        batches = loader.next_step()
+        losses.append(
+            float(forward_backward(trainer.zero, batches, count_tokens(batches, device)))
+        )
+        if step == 0:
+            for name, gradient in trainer.zero.full_gradients().items():
+                gradients[name] = (trainer.zero.infos[name], gradient)
+        norms.append(trainer.zero.step(config.optimizer.lr))
+    loader.close()
+    return losses, norms, gradients
+
+
+def assemble(traces: list[Trace]) -> dict[str, torch.Tensor]:
+    """Whole gradients from the ranks' parts."""
+    whole: dict[str, torch.Tensor] = {}
+    for _, _, gradients in traces:
+        for name, (info, local) in gradients.items():
+            target = whole.setdefault(name, torch.full(info.global_shape, torch.nan))
+            for part in info.ranges:
+                target.narrow(info.dim, part.start, part.length).copy_(
+                    local.narrow(info.dim, part.local, part.length)
+                )
+    return whole
+
+
+@pytest.fixture(scope="module")
+def single(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    config = tiny_config(tiny_data, tmp_path_factory.mktemp("single"))
+    return run_ranks(1, train_trace, config, STEPS)[0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_reproduces_single_process(
+    name: str, single: Trace, tiny_data: Path, tmp_path: Path
+) -> None:
+    world_size, parallel = LAYOUTS[name]
+    config = tiny_config(tiny_data, tmp_path, parallel=parallel)
+    traces = run_ranks(world_size, train_trace, config, STEPS)
+    for losses, norms, _ in traces:  # known on every rank
+        assert losses == pytest.approx(single[0], rel=1e-4)
+        assert norms == pytest.approx(single[1], rel=1e-4)
+    expected, found = assemble([single]), assemble(traces)
+    assert found.keys() == expected.keys()
+    for parameter, gradient in expected.items():
+        error = (found[parameter] - gradient).norm() / gradient.norm()
+        assert error < 1e-4, f"{parameter}: gradient differs by {error:.1e}"
+
+
+def test_bf16_follows_float32(single: Trace, tiny_data: Path, tmp_path: Path) -> None:
+    for parallel in ({"zero_stage": 1}, {"zero_stage": 3}, {"pipeline": 2}, {"tensor": 2}):
+        config = tiny_config(
+            tiny_data, tmp_path, parallel=parallel, training={"dtype": "bf16"}
+        )
+        losses = run_ranks(2, train_trace, config, STEPS)[0][0]
+        assert losses == pytest.approx(single[0], rel=1e-2), parallel
+
+
+@pytest.mark.parametrize("fields", [{"tie_word_embeddings": False}, {"vocab_size": 301},
+                                    {"ssd_skip": True, "ssd_conv_width": 4}, {"rope": "none"}],
+                         ids=str)  # fmt: skip
+def test_model_variants_split(fields: dict[str, Any], tiny_data: Path, tmp_path: Path) -> None:
+    one = run_ranks(1, train_trace, tiny_config(tiny_data, tmp_path, model=fields), 3)
+    layout = {"tensor": 2, "pipeline": 2}
+    config = tiny_config(tiny_data, tmp_path, model=fields, parallel=layout)
+    traces = run_ranks(4, train_trace, config, 3)
+    assert traces[0][0] == pytest.approx(one[0][0], rel=1e-4)
+    expected, found = assemble(one), assemble(traces)
+    for parameter, gradient in expected.items():
+        assert (found[parameter] - gradient).norm() < 1e-4 * gradient.norm(), parameter
