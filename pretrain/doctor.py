@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from rich.console import Console
 from rich.text import Text
@@ -57,9 +58,9 @@ def doctor() -> int:
         check = run_check(name, function)
         failed += check.status == "FAIL"
         line = Text(f"{check.status:<5}", style=style[check.status])
-        console.print(line.append(f"{check.name:<24}{check.found}", style="default"))
+        console.print(line.append(f"{check.name:<27}{check.found}", style="default"))
         if check.advice:
-            console.print(f"{'':5}{'':24}→ {check.advice}")
+            console.print(f"{'':32}→ {check.advice}")
     console.print(f"{failed} of {len(CHECKS)} checks fail" if failed else "no check fails")
     return 1 if failed else 0
 
@@ -76,9 +77,15 @@ def run_check(name: str, function: Callable[[str], Check]) -> Check:
 
 
 def python(name: str) -> Check:
-    found = f"{sys.version.split()[0]} ({sys.executable})"
-    if sys.version_info < (3, 11):
-        return Check(name, "FAIL", found, "use Python 3.11 or newer: make setup PYTHON=python3.12")
+    version = ".".join(map(str, sys.version_info[:3]))
+    found = f"{version} ({sys.executable})"
+    try:
+        wanted = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"]
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name, "OK", found)
+    if not SpecifierSet(wanted).contains(version):
+        advice = "rm -r .venv; make setup PYTHON=/path/to/such/a/python"
+        return Check(name, "FAIL", f"{found}, wanted {wanted}", advice)
     return Check(name, "OK", found)
 
 
@@ -207,7 +214,7 @@ def nvcc(name: str) -> Check:
 
 
 def current_folder(name: str) -> Check:
-    advice = "checkpoints take 14 to 16 bytes a parameter each: free some, or set logging.run_dir"
+    advice = "a checkpoint takes 14 bytes a parameter: free some, or set logging.run_dir"
     return _room(name, Path.cwd(), 20, 1, advice)
 
 
@@ -275,7 +282,7 @@ def host_name(name: str) -> Check:
 
 
 def interface(name: str) -> Check:
-    """The interface variable of a backend; NCCL's may hold prefixes, ^ and =, so it is only shown."""
+    """A backend's interface variable; NCCL's may hold prefixes, ^ and =, so it is only shown."""
     value = os.environ.get(name)
     if value is None:
         return Check(name, "OK", "not set; the interface is chosen automatically")

@@ -25,7 +25,7 @@ def tiny_config(data: Path, run_dir: Path, **sections: dict[str, Any]) -> Config
     tree: dict[str, dict[str, Any]] = {
         "model": dict(MODEL),
         "data": {"train": str(data / "train"), "validation": str(data / "validation"), "seq_len": 64},
-        "optimizer": {"lr": 1e-2, "eps": 1e-5},
+        "optimizer": {"lr": 1e-3, "eps": 1e-5},
         "training": {
             "steps": 20,
             "global_batch_size": 8,
