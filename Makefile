@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml
 		if fits "$$name"; then python=$$name; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-		echo "setup: Python 3.11 or newer is wanted, and $(PYTHON) is $$("$(PYTHON)" -V 2>&1 || true)." >&2; \
+		echo "setup: Python 3.11 or newer is wanted; $(PYTHON) gives: $$("$(PYTHON)" -V 2>&1 || true)" >&2; \
 		echo "setup: install one, or name it: make setup PYTHON=/path/to/python3.12" >&2; \
 		exit 1; \
 	fi; \
@@ -47,7 +47,7 @@ $(VENV)/.installed: pyproject.toml
 			exit 1; \
 		fi; \
 	fi; \
-	echo "setup: installing transxssm and what it needs into $(VENV) (about 7 GB, some minutes)"; \
+	echo "setup: installing transxssm and what it needs into $(VENV) (a new one: about 7 GB, some minutes)"; \
 	$(BIN)/python -m pip install -e '.[dev]'; \
 	touch $@; \
 	echo "setup: done; try $(BIN)/transxssm doctor"

@@ -97,7 +97,8 @@ class GlobalTensor:
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [
-            ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.data.shape)) for p in self.parts
+            ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.data.shape))
+            for p in self.parts
         ]
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:

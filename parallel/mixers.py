@@ -57,7 +57,10 @@ class AttentionMixer(nn.Module):
         k = self.k_proj(u)[0].view(shape)  # [B, L, kv_heads / tp, head_dim]
         v = self.v_proj(u)[0].view(shape)
         if positions.attention_rope is not None:
-            q, k = apply_rope(q, *positions.attention_rope), apply_rope(k, *positions.attention_rope)
+            q, k = (
+                apply_rope(q, *positions.attention_rope),
+                apply_rope(k, *positions.attention_rope),
+            )
         out = attention(q, k, v, positions.cu_seqlens)  # [B, L, heads / tp, head_dim]
         return self.o_proj(out.reshape(u.shape[0], 1, -1))[0]
 

@@ -161,7 +161,11 @@ class ZeroOptimizer:
         """Reduced float32 gradients of this rank's parameters [local shape], between
         reduce_gradients and step. A collective over the data-parallel group; for comparisons."""
         return {
-            name: safe_get_full_grad(p).detach().float().reshape(self.infos[name].local_shape).clone()
+            name: safe_get_full_grad(p)
+            .detach()
+            .float()
+            .reshape(self.infos[name].local_shape)
+            .clone()
             for name, p in self.stage.named_parameters()
         }
 
@@ -176,15 +180,14 @@ class ZeroOptimizer:
 
     def _create_adam_state(self) -> None:
         """Zero moments now rather than at the first step, so that they can be saved and loaded."""
-        for group in self.adam.param_groups:
-            for master in group["params"]:
-                if "exp_avg" not in self.adam.state[master]:
-                    on_gpu = master.device if master.is_cuda else None
-                    self.adam.state[master] = {
-                        "step": torch.zeros((), dtype=torch.float32, device=on_gpu),
-                        "exp_avg": torch.zeros_like(master, requires_grad=False),
-                        "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
-                    }
+        for master in self._flat_masters():
+            if "exp_avg" not in self.adam.state[master]:
+                on_gpu = master.device if master.is_cuda else None
+                self.adam.state[master] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=on_gpu),
+                    "exp_avg": torch.zeros_like(master, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+                }
 
     def adam_step(self) -> int:
         """Updates made so far, as Adam's bias correction counts them."""
@@ -222,7 +225,7 @@ class ZeroOptimizer:
             numel = min(share, parameter.ds_numel - start)
             if numel <= 0:
                 return None
-            return self.optimizer.fp32_partitioned_groups_flat[group], int(offset), start, numel
+            return self._flat_masters()[group], int(offset), start, numel
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
@@ -231,6 +234,8 @@ class ZeroOptimizer:
         return master, address.start, local.start, address.numel
 
     def _flat_masters(self) -> list[Tensor]:
+        if self.zero_stage == 3:
+            return self.optimizer.fp32_partitioned_groups_flat
         return [group["params"][0] for group in self.adam.param_groups]
 
     @torch.no_grad()

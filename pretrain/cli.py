@@ -21,7 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-tokenizer_app = typer.Typer(help="Train or inspect a byte-level BPE tokenizer.", no_args_is_help=True)
+tokenizer_app = typer.Typer(
+    help="Train or inspect a byte-level BPE tokenizer.", no_args_is_help=True
+)
 data_app = typer.Typer(help="Look into prepared shards.", no_args_is_help=True)
 checkpoint_app = typer.Typer(help="List and export checkpoints.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")

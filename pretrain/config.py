@@ -320,4 +320,6 @@ def _names_in(path: list[str]) -> list[str]:
 
 
 def _all_names() -> list[str]:
-    return [f"{section}.{field}" for section in Config.model_fields for field in _names_in([section])]
+    return [
+        f"{section}.{field}" for section in Config.model_fields for field in _names_in([section])
+    ]

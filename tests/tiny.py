@@ -24,7 +24,11 @@ def tiny_config(data: Path, run_dir: Path, **sections: dict[str, Any]) -> Config
     """Config on the tiny data; `sections` update single fields, e.g. parallel={"tensor": 2}."""
     tree: dict[str, dict[str, Any]] = {
         "model": dict(MODEL),
-        "data": {"train": str(data / "train"), "validation": str(data / "validation"), "seq_len": 64},
+        "data": {
+            "train": str(data / "train"),
+            "validation": str(data / "validation"),
+            "seq_len": 64,
+        },
         "optimizer": {"lr": 1e-3, "eps": 1e-5},
         "training": {
             "steps": 20,

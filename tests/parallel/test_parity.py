@@ -43,9 +43,7 @@ def train_trace(config: Config, steps: int) -> Trace:
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         batches = loader.next_step()
-        losses.append(
-            float(forward_backward(trainer.zero, batches, count_tokens(batches, device)))
-        )
+        losses.append(float(forward_backward(trainer.zero, batches, count_tokens(batches, device))))
         if step == 0:
             for name, gradient in trainer.zero.full_gradients().items():
                 gradients[name] = (trainer.zero.infos[name], gradient)
@@ -92,9 +90,7 @@ def test_layout_reproduces_single_process(
 
 def test_bf16_follows_float32(single: Trace, tiny_data: Path, tmp_path: Path) -> None:
     for parallel in ({"zero_stage": 1}, {"zero_stage": 3}, {"pipeline": 2}, {"tensor": 2}):
-        config = tiny_config(
-            tiny_data, tmp_path, parallel=parallel, training={"dtype": "bf16"}
-        )
+        config = tiny_config(tiny_data, tmp_path, parallel=parallel, training={"dtype": "bf16"})
         losses = run_ranks(2, train_trace, config, STEPS)[0][0]
         assert losses == pytest.approx(single[0], rel=1e-2), parallel
 

@@ -1,0 +1,148 @@
+"""The stage against independent implementations, and documents that must not see each other."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from checkpoints_tools.export import single_gpu_config
+from checkpoints_tools.single_gpu import TransXSSM
+from parallel.config import ModelConfig
+from tests.oracle import model_logits
+from tests.ranks import run_ranks
+from tests.tiny import MODEL, tiny_config
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"rope": "attention_only"},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"ssd_skip": True, "ssd_conv_width": 4},
+    {"tie_word_embeddings": False, "chunk_size": 16},
+]
+
+
+def build(
+    fields: dict[str, Any], parallel: dict[str, Any] | None = None
+) -> tuple[Any, ModelConfig]:
+    """This rank's stage with float32 weights, made less uniform than at initialisation."""
+    from parallel.build import build_stage
+    from parallel.compat import prepare_host
+    from parallel.config import ParallelConfig
+    from parallel.groups import init_distributed, init_groups
+    from parallel.launch import launch_from_environment
+
+    layout, model = ParallelConfig(**(parallel or {})), ModelConfig(**(MODEL | fields))
+    device = prepare_host()
+    init_distributed(launch_from_environment(), device)
+    init_groups(layout)
+    built = build_stage(
+        model, layout, seq_len=64, dtype=torch.float32, seed=3, deterministic=False, device=device
+    )
+    return built.stage, model
+
+
+def packed(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """position_ids [1, L] and cu_seqlens of one row of documents."""
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    return positions, torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+
+
+def stage_and_oracle_logits(fields: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    stage, model = build(fields)
+    lengths = [23, 1, 40]
+    positions, cu_seqlens = packed(lengths)
+    ids = torch.randint(0, 300, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = stage.logits(ids, positions, cu_seqlens)[:, :300]
+    tensors = {n: p.detach()[:300].numpy() if "embed" in n or "lm_head" in n else
+               p.detach().numpy() for n, p in stage.named_parameters()}  # fmt: skip
+    state = {"config": {"model": model.model_dump()}, "eod_id": 0, "pad_id": 1}
+    config = vars(single_gpu_config(state, "fp32"))
+    return logits.numpy(), model_logits(tensors, config, ids[0].numpy(), lengths)
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_logits_match_float64_oracle(fields: dict[str, Any]) -> None:
+    found, expected = run_ranks(1, stage_and_oracle_logits, fields)[0]
+    assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+def document_logits(parallel: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Logits of the second document: packed, packed behind a changed first, and alone."""
+    stage, _ = build({}, parallel)
+    positions, cu_seqlens = packed([30, 34])
+    ids = torch.randint(0, 300, (1, 64), generator=torch.Generator().manual_seed(1))
+    changed = ids.clone()
+    changed[0, 29] = (ids[0, 29] + 1) % 300
+    alone_positions, alone_cu_seqlens = packed([34])
+    with torch.no_grad():
+        return (
+            stage.logits(ids, positions, cu_seqlens)[30:],
+            stage.logits(changed, positions, cu_seqlens)[30:],
+            stage.logits(ids[:, 30:], alone_positions, alone_cu_seqlens),
+        )
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"tensor": 2, "sequence": False}], ids=str)
+def test_second_document_ignores_first(parallel: dict[str, Any]) -> None:
+    for base, changed, alone in run_ranks(parallel.get("tensor", 1), document_logits, parallel):
+        assert torch.equal(base, changed)
+        seen = torch.isfinite(base)  # vocabulary padding is -inf
+        assert (base - alone)[seen].norm() < 1e-5 * alone[seen].norm()
+
+
+def losses_beside_plain_torch(steps: int) -> tuple[list[float], list[float]]:
+    """The same training by this system, and by the single-GPU model with torch's own AdamW."""
+    from data_pipeline.batch import Batch
+    from parallel.build import BuiltStage
+    from parallel.params import describe_parameters
+    from parallel.schedule import count_tokens, forward_backward
+    from parallel.zero import ZeroOptimizer
+
+    stage, model = build({})
+    lr, betas, eps, decay = 3e-3, (0.9, 0.95), 1e-5, 0.1
+    state = {"config": {"model": model.model_dump()}, "eod_id": 0, "pad_id": 1}
+    plain = TransXSSM(single_gpu_config(state, "fp32"))
+    plain.load_state_dict(
+        {n: p.detach()[:300] if "embed" in n else p.detach() for n, p in stage.named_parameters()}
+    )
+    zero = ZeroOptimizer(
+        BuiltStage(stage, describe_parameters(stage, model, 0, 1)),
+        zero_stage=1, lr=lr, betas=betas, eps=eps, weight_decay=decay, clip_grad_norm=1.0,
+    )  # fmt: skip
+    named = list(plain.named_parameters())
+    adam = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in named if "_proj" in n], "weight_decay": decay},
+            {"params": [p for n, p in named if "_proj" not in n], "weight_decay": 0.0},
+        ],
+        lr=lr, betas=betas, eps=eps,
+    )  # fmt: skip
+    ours, theirs = [], []
+    positions, cu_seqlens = torch.arange(64).repeat(2, 1), torch.tensor([0, 64, 128]).int()
+    text = torch.frombuffer(bytearray(Path(__file__).read_bytes()), dtype=torch.uint8).long()
+    for step in range(steps):
+        rows = text[step * 8 * 65 % 2000 :][: 4 * 65].view(4, 65)
+        batches = [
+            Batch(r[:, :-1].contiguous(), r[:, 1:].contiguous(), torch.ones(2, 64), positions,
+                  cu_seqlens)
+            for r in (rows[:2], rows[2:])
+        ]  # fmt: skip
+        ours.append(float(forward_backward(zero, batches, count_tokens(batches, text.device))))
+        zero.step(lr)
+        loss = F.cross_entropy(plain(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        adam.step()
+        theirs.append(float(loss))
+    return ours, theirs
+
+
+def test_training_matches_plain_torch() -> None:
+    ours, theirs = run_ranks(1, losses_beside_plain_torch, 20)[0]
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert ours[-1] < ours[0] - 0.3
