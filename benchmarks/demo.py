@@ -1,7 +1,7 @@
 """The whole way in minutes on two CPU cores: `make demo`.
 
-Real text of this machine → tokenizer → shards → training, killed and resumed in the middle → single-
-GPU model → generated text. Everything goes through the `transxssm` command, as a user would.
+Real text of this machine → tokenizer → shards → training, killed and resumed in the middle →
+single-GPU model → generated text. Everything goes through the `transxssm` command, as a user would.
 """
 
 import json
@@ -44,11 +44,11 @@ def main() -> int:
     say(f"continuing {PROMPT!r}")
     command("generate", str(RUN / "model"), "--prompt", PROMPT, "--max-new-tokens", "80",
             "--temperature", "0.7", "--seed", "1")  # fmt: skip
-    steps = [m["step"] for m in metrics]
+    steps = [int(m["step"]) for m in metrics]
     learned = validation < entropy - 0.5 and steps == list(range(1, steps[-1] + 1))
     say(
-        f"done in {time.perf_counter() - begin:.0f} s. Validation loss {validation:.3f} nats a token, "
-        f"unigram entropy {entropy:.3f}: the model has {'' if learned else 'NOT '}learned."
+        f"done in {time.perf_counter() - begin:.0f} s. Validation loss {validation:.3f} nats a "
+        f"token, unigram entropy {entropy:.3f}: the model has {'' if learned else 'NOT '}learned."
     )
     print(
         f"  loss curve    {RUN}/loss.png\n"
@@ -71,7 +71,8 @@ def prepare_data() -> None:
     command("tokenizer", "train", str(corpus.folder), "--out", str(corpus.folder / "tokenizer"))
     say("tokenising and packing")
     command("prepare", str(corpus.folder), "--out", str(DATA), "--seq-len", "1024",
-            "--tokenizer", str(corpus.folder / "tokenizer"), "--validation-fraction", "0.05")  # fmt: skip
+            "--validation-fraction", "0.05",
+            "--tokenizer", str(corpus.folder / "tokenizer"))  # fmt: skip
     shutil.rmtree(corpus.folder)
 
 

@@ -62,7 +62,7 @@ def remove_temporary(folder: Path) -> None:
 
 
 def commit(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Make step-N.tmp the checkpoint of the step and point `latest` at it; all durable on return."""
+    """Make step-N.tmp the checkpoint of the step, point `latest` at it; all durable on return."""
     target = step_folder(folder, step)
     temporary = target.with_suffix(".tmp")
     sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}

@@ -144,7 +144,7 @@ class LoadPlanner(DefaultLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """As the base class, whose preparation of meta tensors knows only tensors and drops others."""
+        """As the base class, but for its search for meta tensors, which drops what is no tensor."""
         self.original_state_dict = self.state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator
 

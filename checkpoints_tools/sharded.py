@@ -42,8 +42,8 @@ def save_checkpoint(
 ) -> Path:
     """Write step-N, commit it, remove old ones. A collective of all ranks.
 
-    state: what else a resumed run needs (JSON); tokenizer: file that travels along. Raises CheckpointError on every rank when any of
-    them failed; earlier checkpoints are untouched then.
+    state: what else a resumed run needs (JSON); tokenizer: file that travels along. Raises
+    CheckpointError on every rank when any of them failed; earlier checkpoints are untouched then.
     """
     temporary = folders.step_folder(folder, step).with_suffix(".tmp")
 
@@ -87,7 +87,7 @@ def load_checkpoint(step_dir: Path, zero: ZeroOptimizer) -> dict[str, Any]:
         stored = reader.read_metadata().state_dict_metadata
         _check_names(step_dir, set(tensors), {n for n in stored if not n.startswith("rng.")})
         rng = _rng_state()
-        if rng_name in stored and stored[rng_name].size == rng.size():
+        if getattr(stored.get(rng_name), "size", None) == rng.size():
             tensors[rng_name] = rng
         dcp.load(tensors, storage_reader=reader, planner=LoadPlanner())
     except (CheckpointException, OSError, EOFError) as error:

@@ -52,7 +52,7 @@ def prepare_host() -> torch.device:
     current_device.is_cpu_stand_in = True  # type: ignore[attr-defined]
     torch.cuda.current_device = current_device  # type: ignore[assignment]
     # by name: the attribute `torch` of deepspeed.comm is the real torch
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
     return cpu
 
 

@@ -91,7 +91,7 @@ class ModelConfig(Section):
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def num_params(self) -> dict[str, int]:
-        """Trainable parameters by kind: embedding, ssd, attention, feed_forward, norm, and total."""
+        """Trainable parameters by kind: embedding, ssd, attention, feed_forward, norm; total."""
         hidden, heads, width = self.hidden_size, self.num_heads, self.head_dim
         embedding = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
         bc = self.ssd_groups * self.state_dim
@@ -119,7 +119,7 @@ class ParallelConfig(Section):
     sequence: bool | Literal["auto"] = "auto"
     """Split activations between tensor-parallel regions over tokens; auto: when tensor > 1."""
     zero_stage: Literal[1, 2, 3] = 1
-    """DeepSpeed ZeRO: shard optimizer state (1), gradients (2), parameters (3); 1 when pipelined."""
+    """ZeRO: shard optimizer state (1), gradients (2), parameters (3); 1 when pipelined."""
     recompute: Literal["none", "full"] = "none"
     """Recompute every layer's activations in backward (full), or keep them (none)."""
     pipeline_split: Literal["balanced"] | list[int] = "balanced"

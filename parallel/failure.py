@@ -1,7 +1,7 @@
 """The first cause, told to every rank.
 
-A rank that fails leaves its message in the job's store before it exits. Its peers, whose collectives
-then break, report that message rather than a broken connection.
+A rank that fails leaves its message in the job's store before it exits. Its peers, whose
+collectives then break, report that message rather than a broken connection.
 """
 
 import contextlib

@@ -17,7 +17,7 @@ from parallel.launch import Launch
 
 
 def init_distributed(launch: Launch, device: torch.device, timeout_minutes: int = 30) -> None:
-    """Join the job's process group: NCCL on GPUs, gloo on CPUs. A single process needs no address."""
+    """Join the job's process group: NCCL on GPUs, gloo on CPUs. One process needs no address."""
     if dist.is_initialized():
         return
     env = os.environ

@@ -18,7 +18,7 @@ BLOCK_ELEMENTS = 1 << 22  # logits of a block: 16 MiB in float32, within a GPU's
 
 
 def head_loss(h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int) -> Tensor:
-    """Summed loss, float32 scalar, of hidden states h [T, hidden] under the head weight [V, hidden].
+    """Summed loss, float32 scalar, of hidden states h [T, hidden] under a head weight [V, hidden].
 
     labels int64 [T] in the whole vocabulary; loss_mask float32 [T]; valid: rows of this rank's
     weight that are tokens, the rest being padding of the vocabulary.

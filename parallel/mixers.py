@@ -25,8 +25,8 @@ from parallel.layers import column_linear, enter_tensor_parallel, head_parameter
 class Positions:
     """What the mixers know of the micro-batch: its shape, document borders and rotations.
 
-    cu_seqlens: int32 [num_segments + 1]. attention_rope, ssd_rope: (cos, sin), float32 [B, L, dim/2]
-    each, or None where nothing is rotated.
+    cu_seqlens: int32 [num_segments + 1]. attention_rope, ssd_rope: (cos, sin), each float32
+    [B, L, dim/2], or None where nothing is rotated.
     """
 
     batch_size: int
@@ -112,7 +112,7 @@ class SSDMixer(nn.Module):
         self.c_proj = column_linear(model.hidden_size, bc_width, config)
         self.dt_proj = column_linear(model.hidden_size, model.num_heads, config)
         self.out_proj = row_linear(width, model.hidden_size, config)
-        # decay and step stay in float32 at use; stored like the other weights, float32 in the master
+        # used in float32; stored like the other weights, with a float32 master
         self.A_log = head_parameter(heads, config.params_dtype, device)
         self.dt_bias = head_parameter(heads, config.params_dtype, device)
         self.D = head_parameter(heads, config.params_dtype, device) if model.ssd_skip else None
@@ -145,4 +145,5 @@ class SSDMixer(nn.Module):
             chunk_size=self.chunk_size,
             D=self.D,
         )
+        assert isinstance(y, Tensor)  # no final state was asked for
         return self.out_proj(y.reshape(u.shape[0], 1, -1))[0]

@@ -60,12 +60,12 @@ def describe_parameters(
 
     Call before ZeRO-3 replaces the parameters' shapes.
     """
-    duplicates = getattr(stage, "duplicate_parameters", frozenset())
+    duplicates: frozenset[str] = getattr(stage, "duplicate_parameters", frozenset())
     infos = {}
     for name, parameter in stage.named_parameters():
         local = tuple(parameter.shape)
         split = bool(getattr(parameter, "tensor_model_parallel", False))
-        dim = parameter.partition_dim if split else 0
+        dim = int(getattr(parameter, "partition_dim", 0)) if split else 0
         size = local[dim]
         start, total = (tensor_rank * size, tensor_size * size) if split else (0, size)
         ranges: tuple[RowRange, ...] = (RowRange(0, start, size),)

@@ -1,6 +1,7 @@
 """One global step over the micro-batches: Megatron-core's schedule, losses summed per token."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -75,19 +76,16 @@ def _run(
         return output, partial(scaled, batch)
 
     run = get_forward_backward_func()
-    arguments = dict(
-        forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=module,
-        num_microbatches=len(batches),
-        seq_length=batches[0].tokens.numel(),
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
-    if torch.cuda.is_available():
-        return run(**arguments)
-    with cuda_calls_on_cpu():
-        return run(**arguments)
+    with nullcontext() if torch.cuda.is_available() else cuda_calls_on_cpu():
+        return run(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=module,
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.numel(),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
 
 
 def _sum_everywhere(losses: list[Tensor], device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
-"""Which layers a pipeline stage holds: contiguous, so that the slowest stage is as fast as can be."""
+"""Which layers a pipeline stage holds: contiguous, the slowest stage as fast as can be."""
 
 from parallel.config import ModelConfig, ParallelConfig
-from parallel.flops import layer_flops, head_flops
+from parallel.flops import head_flops, layer_flops
 
 
 def stage_layers(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -> list[range]:

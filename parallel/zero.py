@@ -65,7 +65,8 @@ class ZeroOptimizer:
         self.stage, self.infos, self.zero_stage = built.stage, built.infos, zero_stage
         parameters = dict(built.stage.named_parameters())
         for name, parameter in parameters.items():
-            parameter.ds_pipe_replicated = self.infos[name].duplicate  # counted once in the norm
+            # counted once in the gradient norm
+            parameter.ds_pipe_replicated = self.infos[name].duplicate  # type: ignore[attr-defined]
         decays = [p for name, p in parameters.items() if self.infos[name].decays]
         rest = [p for name, p in parameters.items() if not self.infos[name].decays]
         groups = [
@@ -241,6 +242,7 @@ class ZeroOptimizer:
     @torch.no_grad()
     def refresh_parameters(self) -> None:
         """Set the module's parameters from the master weights (after loading those)."""
+        parameter: Any  # ZeRO-3 adds attributes
         for parameter in self.stage.parameters():
             if self.zero_stage == 3:
                 located = self._locate(parameter)

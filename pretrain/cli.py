@@ -35,7 +35,7 @@ Inputs = Annotated[list[str], typer.Argument(help="Files, folders or globs of te
 
 
 def main() -> None:
-    """Entry point. Errors a user can mend are one paragraph; exit code 2 for a bad configuration."""
+    """Entry point. Errors a user can mend are one paragraph; a bad configuration exits with 2."""
     _quiet_libraries()
     try:
         app()
@@ -49,34 +49,33 @@ def _fail(error: Exception) -> NoReturn:
     from pretrain.config import ConfigError
 
     known = isinstance(error, (ConfigError, DataError, CheckpointError))
-    known = known or type(error).__name__ == "ModelError"
-    code = INVALID_CONFIGURATION if isinstance(error, ConfigError) else 1
-    if not known and not _another_rank_failed():
-        logging.getLogger("transxssm").exception("unexpected error")
-        traceback.print_exc()
-    elif known:
+    known = known or type(error).__name__ == "ModelError"  # its module imports torch
+    if known:
+        report = f"error: {error}"
         _announce(str(error))
-        logging.getLogger("transxssm.failure").error("%s", error)
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
+    elif (cause := _first_failure()) is not None:  # a broken collective is only its echo
+        report = f"error: stopped because another rank failed: {cause}"
+    else:
+        report = "".join(traceback.format_exception(error))
+        _announce(f"{type(error).__name__}: {error}")
+    print(report, file=sys.stderr)
+    for handler in logging.getLogger("transxssm").handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": report}))
     sys.stderr.flush()
     sys.stdout.flush()
     # not sys.exit: with collectives in flight the interpreter's end could wait for the other ranks
     logging.shutdown()
-    os._exit(code)
+    os._exit(INVALID_CONFIGURATION if isinstance(error, ConfigError) else 1)
 
 
-def _another_rank_failed() -> bool:
-    """Report the first cause if another rank announced one; our broken collective is its echo."""
+def _first_failure() -> str | None:
+    """What another rank announced as the reason to stop, if any did."""
     if "torch.distributed" not in sys.modules:
-        return False
+        return None
     from parallel.failure import first_failure
 
-    cause = first_failure(seconds=2)
-    if cause is None:
-        return False
-    logging.getLogger("transxssm").error("stopped: %s", cause)
-    print(f"error: stopped because another rank failed: {cause}", file=sys.stderr)
-    return True
+    return first_failure(seconds=2)
 
 
 def _announce(message: str) -> None:

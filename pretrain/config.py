@@ -77,6 +77,14 @@ class TrainingConfig(Section):
     deterministic: bool = False
     """Refuse operations whose result may differ between runs."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_replace_steps(cls, fields: Any) -> Any:
+        """training.tokens alone means that steps follow from it, whatever their default."""
+        if isinstance(fields, dict) and fields.get("tokens") and "steps" not in fields:
+            return fields | {"steps": 0}
+        return fields
+
 
 class LoggingConfig(Section):
     """The run directory and what goes into it."""
@@ -138,8 +146,8 @@ class Config(Section):
         share = self.training.micro_batch_size * data_parallel
         if self.training.global_batch_size % share:
             raise ConfigError(
-                f"training.global_batch_size={self.training.global_batch_size} is not a multiple of "
-                f"training.micro_batch_size={self.training.micro_batch_size} × data parallel "
+                f"training.global_batch_size={self.training.global_batch_size} is not a multiple "
+                f"of training.micro_batch_size={self.training.micro_batch_size} × data parallel "
                 f"{data_parallel} = {share}; use "
                 f"{_nearest_multiple(self.training.global_batch_size, share)}"
             )
@@ -194,8 +202,8 @@ def _check_model_against_layout(model: ModelConfig, parallel: ParallelConfig) ->
         )
     if parallel.pipeline > 1 and parallel.zero_stage > 1:
         raise ValueError(
-            f"parallel.zero_stage={parallel.zero_stage} with parallel.pipeline={parallel.pipeline}: "
-            "ZeRO 2 and 3 reduce gradients in backward hooks, which cannot follow several "
+            f"parallel.zero_stage={parallel.zero_stage} with parallel.pipeline={parallel.pipeline}"
+            ": ZeRO 2 and 3 reduce gradients in backward hooks, which cannot follow several "
             "micro-batches in flight; use parallel.zero_stage=1, or parallel.pipeline=1"
         )
     counts = parallel.pipeline_split

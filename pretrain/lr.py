@@ -8,8 +8,8 @@ from pretrain.config import OptimizerConfig
 def learning_rate(config: OptimizerConfig, tokens: int, total_tokens: int) -> float:
     """Rate of the update that brings the run to `tokens` tokens of `total_tokens`.
 
-    Linear warm-up over warmup_fraction of the tokens to the peak; then cosine to min_lr_ratio of the
-    peak at the end, or (wsd) the peak until the last decay_fraction and a linear descent to
+    Linear warm-up over warmup_fraction of the tokens to the peak; then cosine to min_lr_ratio of
+    the peak at the end, or (wsd) the peak until the last decay_fraction and a linear descent to
     min_lr_ratio of it.
     """
     progress = min(1.0, tokens / total_tokens)

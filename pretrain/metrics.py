@@ -1,4 +1,4 @@
-"""What a step reports: metrics.jsonl, TensorBoard, a live line on a terminal, plain lines in logs."""
+"""What a step reports: metrics.jsonl, TensorBoard, a live line on a terminal, lines in logs."""
 
 import json
 import logging

@@ -75,7 +75,7 @@ def _record_start(path: Path, world_size: int) -> None:
 
 
 def git_revision() -> str:
-    """Commit of the source tree this package runs from, with "+changes" if it is not clean, or ""."""
+    """Commit of the source tree this runs from, with "+changes" if it is not clean, or ""."""
     source = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:

@@ -1,4 +1,4 @@
-"""The training run: data → micro-batches → schedule → ZeRO step → metrics, evaluation, checkpoints."""
+"""The training run: data → schedule → ZeRO step → metrics, evaluation, checkpoints."""
 
 import logging
 import math

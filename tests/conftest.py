@@ -4,12 +4,12 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import pytest  # noqa: E402
+import pytest
 
-from data_pipeline.prepare import prepare  # noqa: E402
-from data_pipeline.tokenizer import train_tokenizer  # noqa: E402
+from data_pipeline.prepare import prepare
+from data_pipeline.tokenizer import train_tokenizer
 
 SEQ_LEN = 64
 VOCAB_SIZE = 300
@@ -17,7 +17,7 @@ VOCAB_SIZE = 300
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/ and validation/ shards of sequences of SEQ_LEN tokens, from this project's own text."""
+    """train/ and validation/ shards of sequences of SEQ_LEN tokens, of this project's own text."""
     folder = tmp_path_factory.mktemp("tiny")
     sources = sorted(Path(__file__).parents[1].glob("*/*.py"))
     train_tokenizer(sources, folder / "tokenizer", VOCAB_SIZE)

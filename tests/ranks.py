@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks, in processes forked from one that has imported everything."""
+"""Run a function on several gloo ranks, in processes forked from one that imported everything."""
 
 import multiprocessing
 import os

@@ -13,7 +13,7 @@ from checkpoints_tools.single_gpu import TransXSSM
 from parallel.config import ModelConfig
 from tests.oracle import model_logits
 from tests.ranks import run_ranks
-from tests.tiny import MODEL, tiny_config
+from tests.tiny import MODEL
 
 VARIANTS: list[dict[str, Any]] = [
     {},

@@ -1,6 +1,6 @@
 """The pipeline split by cost, against brute force."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
@@ -19,7 +19,7 @@ from parallel.split import balanced_counts, stage_layers
 def test_slowest_stage_is_minimal(costs: list[float], stages: int, extra: float) -> None:
     def slowest(ends: tuple[int, ...]) -> float:
         borders = [0, *ends, len(costs)]
-        sums = [sum(costs[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+        sums = [sum(costs[a:b]) for a, b in pairwise(borders)]
         sums[-1] += extra
         return max(sums)
 

@@ -1,9 +1,10 @@
 """Run the `transxssm` command as ranks forked from the server of tests.ranks, as a launcher would."""
 
+import json
 import os
-import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,21 +15,21 @@ from pretrain.config import dump_config
 from tests.ranks import _context
 from tests.tiny import tiny_config
 
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a rank ended, and what it printed."""
+    """How a rank ended, and what it printed on both streams."""
 
     code: int
-    """Exit code; minus the signal that killed it."""
+    """Exit code, or minus the signal that killed it."""
     output: str
     seconds: float
 
 
 def write_config(folder: Path, data: Path, **sections: dict[str, Any]) -> Path:
-    """A TOML file of a short run on the tiny data whose run directory is folder/run."""
+    """A TOML file of a short run on prepared data, whose run directory is folder/run."""
     training = {"steps": 6, "global_batch_size": 4, "eval_every": 3, "eval_batches": 1}
     sections["training"] = training | sections.get("training", {})
     sections["checkpoint"] = {"every": 2} | sections.get("checkpoint", {})
@@ -40,39 +41,82 @@ def write_config(folder: Path, data: Path, **sections: dict[str, Any]) -> Path:
 
 def run_command(
     *words: str | Path,
-    world_size: int = 1,
+    ranks: int = 1,
     before: Callable[[], None] | None = None,
     kill_after: float = LIMIT_SECONDS,
 ) -> list[Ended]:
-    """`transxssm WORDS` on every rank; SIGKILLed after so many seconds.
+    """`transxssm WORDS` on every rank; ranks still alive after `kill_after` seconds are SIGKILLed.
 
     `before` is importable and is called in each rank first: the place to inject a fault.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    receiver, sender = os.pipe()
-    os.close(sender)
-    os.close(receiver)
     begin = time.monotonic()
-    outputs, processes = [], []
-    for rank in range(world_size):
-        pipe, end = _context.Pipe(duplex=False)
-        process = _context.Process(
-            target=_run, args=([str(w) for w in words], rank, world_size, port, end, before)
-        )
-        process.start()
-        end.close()
-        outputs.append(pipe)
-        processes.append(process)
-    ended = []
-    for pipe, process in zip(outputs, processes, strict=True):
-        process.join(max(0.0, kill_after - (time.monotonic() - begin)))
-        process.kill()
-        process.join()
-        seconds = time.monotonic() - begin
-        ended.append(Ended(process.exitcode or 0, "", seconds))
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / f"rank-{rank}" for rank in range(ranks)]
+        processes = []
+        for rank, output in enumerate(outputs):
+            environment = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            process = _context.Process(
+                target=_run_rank,
+                args=([str(w) for w in words], environment if ranks > 1 else {}, output, before),
+            )
+            process.start()
+            processes.append(process)
+        ended = []
+        for process, output in zip(processes, outputs, strict=True):
+            process.join(max(0.0, kill_after - (time.monotonic() - begin)))
+            process.kill()
+            process.join()
+            text = output.read_text() if output.exists() else ""
+            ended.append(Ended(process.exitcode or 0, text, time.monotonic() - begin))
     return ended
 
 
-def _run(*args: Any) -> None: ...
+def succeed(*words: str | Path, ranks: int = 1) -> None:
+    """`transxssm WORDS`, which must end with 0 on every rank."""
+    for end in run_command(*words, ranks=ranks):
+        assert end.code == 0, end.output
+
+
+def _run_rank(
+    words: list[str],
+    environment: dict[str, Any],
+    output: Path,
+    before: Callable[[], None] | None,
+) -> None:
+    import torch
+
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    if before is not None:
+        before()
+    from pretrain.cli import main
+
+    sys.argv = ["transxssm", *words]
+    code = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The entries of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def paragraph(output: str) -> str:
+    """The error that the command printed: one line beginning with "error: ", no traceback."""
+    assert "Traceback" not in output, output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output
+    return errors[0]
