@@ -1,5 +1,6 @@
 """The `transxssm` command. Heavy imports happen inside the command that needs them."""
 
+import errno
 import json
 import logging
 import os
@@ -50,8 +51,10 @@ def _fail(error: Exception) -> NoReturn:
 
     known = isinstance(error, (ConfigError, DataError, CheckpointError))
     known = known or type(error).__name__ == "ModelError"  # its module imports torch
-    if known:
-        report = f"error: {error}"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if known or full:
+        advice = "; free space and run the same command again" if full else ""
+        report = f"error: {error}{advice}"
         _announce(str(error))
     elif (cause := _first_failure()) is not None:  # a broken collective is only its echo
         report = f"error: stopped because another rank failed: {cause}"

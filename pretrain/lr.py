@@ -20,4 +20,4 @@ def learning_rate(config: OptimizerConfig, tokens: int, total_tokens: int) -> fl
         after = (progress - config.warmup_fraction) / (1 - config.warmup_fraction)
         return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * after)))
     decay = max(0.0, 1 - (1 - progress) / config.decay_fraction)
-    return config.lr * (1 - (1 - low) * decay)
+    return config.lr * (low + (1 - low) * (1 - decay))

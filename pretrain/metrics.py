@@ -45,7 +45,7 @@ class MetricsWriter:
         temporary.rename(path)
         self.file: TextIO = path.open("a")
         self.tensorboard = (
-            SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+            SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
             if tensorboard
             else None
         )

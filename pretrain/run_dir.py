@@ -16,19 +16,28 @@ from typing import Any
 
 from rich.logging import RichHandler
 
-from pretrain.config import Config, dump_config
+from pretrain.config import Config, ConfigError, dump_config
 
 log = logging.getLogger("transxssm")
 
 
 def open_run_dir(config: Config, rank: int, world_size: int) -> Path:
-    """Create the directory, start this rank's log; rank 0 records configuration and environment."""
+    """Create the directory, start this rank's log; rank 0 records configuration and environment.
+
+    Raises ConfigError when the directory cannot be written.
+    """
     run_dir = Path(config.logging.run_dir)
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    _start_log(run_dir / "logs" / f"rank-{rank}.log", console=rank == 0)
-    if rank == 0:
-        (run_dir / "config.toml").write_text(dump_config(config))
-        _record_start(run_dir / "environment.json", world_size)
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        _start_log(run_dir / "logs" / f"rank-{rank}.log", console=rank == 0)
+        if rank == 0:
+            (run_dir / "config.toml").write_text(dump_config(config))
+            _record_start(run_dir / "environment.json", world_size)
+    except OSError as error:
+        raise ConfigError(
+            f"logging.run_dir={config.logging.run_dir} cannot be written ({error}); free space or "
+            "mend permissions there, or choose another"
+        ) from error
     return run_dir
 
 

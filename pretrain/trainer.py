@@ -213,10 +213,10 @@ class Trainer:
         try:
             while self.step < total:
                 metrics = self._train_step(loader)
-                if self._due(config.training.eval_every) and self.validation is not None:
+                if self.validation is not None and self._evaluates_now():
                     loss = self.evaluate(self.validation)
                     metrics |= {"validation_loss": loss, "validation_perplexity": _exp(loss)}
-                if self._due(config.checkpoint.every):
+                if self._saves_now():
                     watch = Stopwatch()
                     with watch.phase("checkpoint", self.device):
                         self.save()
@@ -229,10 +229,13 @@ class Trainer:
                 writer.close()
         log.info("done: %d steps, checkpoint %s", self.step, self.config.checkpoint_dir)
 
-    def _due(self, every: int) -> bool:
-        """Whether something done every so many steps, and at the end, is to be done now."""
-        at_end = self.step == self.config.total_steps
-        return at_end or bool(every and self.step % every == 0)
+    def _evaluates_now(self) -> bool:
+        every = self.config.training.eval_every
+        return bool(every) and (self.step % every == 0 or self.step == self.config.total_steps)
+
+    def _saves_now(self) -> bool:
+        every = self.config.checkpoint.every
+        return self.step == self.config.total_steps or bool(every and self.step % every == 0)
 
     def _loader(self) -> BatchLoader:
         return BatchLoader(
