@@ -278,7 +278,7 @@ def _override_pairs(words: list[str]) -> list[tuple[str, str]]:
         if not word.startswith("--") or "." not in name:
             raise ConfigError(f"unexpected argument {word!r}: overrides are --section.field value")
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"the override {word} lacks a value: write {word} VALUE")
             text = rest.pop(0)
         pairs.append((name, text))
@@ -305,7 +305,8 @@ def _annotation(section: str, field: str) -> Any:
 
 
 def _explain(error: Any) -> str:
-    path = [str(part) for part in error["loc"] if not str(part).startswith(("literal[", "list["))]
+    members = ("literal[", "list[", "bool")  # pydantic's names for the members of a union
+    path = [str(part) for part in error["loc"] if not str(part).startswith(members)]
     name = ".".join(path)
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, _all_names(), n=1, cutoff=0.0)

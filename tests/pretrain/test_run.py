@@ -154,9 +154,9 @@ def test_run_that_has_ended_changes_nothing(tiny_data: Path, tmp_path: Path) -> 
 def test_kills_at_random_moments_then_the_same_command_completes(
     tiny_data: Path, tmp_path: Path
 ) -> None:
-    """A fresh process, as a user starts it, and forked ones; each saves after every step."""
+    """A fresh process, as a user starts it, and a forked one; both save after every step."""
     sections: dict[str, Any] = {
-        "training": {"steps": 24, "eval_every": 0},
+        "training": {"steps": 16, "eval_every": 0},
         "checkpoint": {"every": 1, "keep_last": 2},
     }
     config = write_config(tmp_path / "killed", tiny_data, **sections)
@@ -176,16 +176,15 @@ def test_kills_at_random_moments_then_the_same_command_completes(
     time.sleep(moments.uniform(0, 1.5))
     fresh.kill()
     codes = [fresh.wait()]
-    for _ in range(2):
-        (end,) = run_command("pretrain", config, kill_after=moments.uniform(0.5, 2.0))
-        codes.append(end.code)
+    (end,) = run_command("pretrain", config, kill_after=moments.uniform(0.5, 2.0))
+    codes.append(end.code)
     assert set(codes) <= {-signal.SIGKILL, 0}, (seed, codes)
     succeed("pretrain", config)
     checkpoints = tmp_path / "killed/run/checkpoints"
-    assert [e["step"] for e in read_metrics(tmp_path / "killed/run")] == [*range(1, 25)], seed
-    assert folders.committed_steps(checkpoints) == [23, 24], seed
+    assert [e["step"] for e in read_metrics(tmp_path / "killed/run")] == [*range(1, 17)], seed
+    assert folders.committed_steps(checkpoints) == [15, 16], seed
     assert sorted(p.name for p in checkpoints.iterdir()) == [
-        "latest", "step-00000023", "step-00000024",
+        "latest", "step-00000015", "step-00000016",
     ]  # fmt: skip
     whole = write_config(tmp_path / "whole", tiny_data, **sections)
     succeed("pretrain", whole)
