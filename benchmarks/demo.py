@@ -60,7 +60,7 @@ def main() -> int:
 
 def prepare_data() -> None:
     """Corpus, tokenizer and shards, unless an earlier demo made them."""
-    if (DATA / "train").is_dir():
+    if (DATA / "train").is_dir() and (DATA / "validation").is_dir():
         say(f"using the shards in {DATA}")
         return
     shutil.rmtree(DATA, ignore_errors=True)
@@ -104,7 +104,7 @@ def draw(metrics: list[dict[str, float]], entropy: float) -> None:
     losses = [m["validation_loss"] for m in evaluated]
     axes.plot([m["step"] for m in evaluated], losses, "o-", label="validation")
     axes.axhline(entropy, color="grey", linestyle="--", label="unigram entropy of validation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="TransXSSM demo, 7.4M parameters")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="TransXSSM demo")
     axes.legend()
     figure.savefig(RUN / "loss.png", dpi=120)
 

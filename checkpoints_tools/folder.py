@@ -56,9 +56,14 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what interrupted or failed saves left."""
+    """Remove what interrupted or failed saves left; a step they had set aside comes back."""
     for leftover in folder.glob("step-*.tmp"):
         shutil.rmtree(leftover)
+    for old in folder.glob("step-*.old"):
+        if old.with_suffix("").exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(old.with_suffix(""))
 
 
 def commit(folder: Path, step: int, state: dict[str, Any]) -> Path:
@@ -66,21 +71,23 @@ def commit(folder: Path, step: int, state: dict[str, Any]) -> Path:
     target = step_folder(folder, step)
     temporary = target.with_suffix(".tmp")
     sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-    _write_durably(temporary / STATE_FILE, json.dumps(state | {"files": sizes}, indent=1))
+    write_durably(temporary / STATE_FILE, json.dumps(state | {"files": sizes}, indent=1))
     _sync_folder(temporary)
     if target.exists():  # the same step, saved again after a resume from an older checkpoint
-        shutil.rmtree(target)
+        target.rename(target.with_suffix(".old"))
     temporary.rename(target)
     _sync_folder(folder)
-    _write_durably(folder / "latest.tmp", target.name + "\n")
+    shutil.rmtree(target.with_suffix(".old"), ignore_errors=True)
+    write_durably(folder / "latest.tmp", target.name + "\n")
     (folder / "latest.tmp").rename(folder / "latest")
     _sync_folder(folder)
     return target
 
 
-def remove_old(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Remove all but the newest `keep_last` steps and the multiples of `keep_every`."""
-    for step in committed_steps(folder)[:-keep_last]:
+def remove_old(folder: Path, newest: int, keep_last: int, keep_every: int) -> None:
+    """Of the steps up to `newest`, keep the last `keep_last` and the multiples of `keep_every`."""
+    steps = [step for step in committed_steps(folder) if step <= newest]
+    for step in steps[:-keep_last]:
         if not keep_every or step % keep_every:
             shutil.rmtree(step_folder(folder, step))
 
@@ -91,6 +98,8 @@ def read_state(step_dir: Path) -> dict[str, Any]:
     path = step_dir / STATE_FILE
     try:
         state = json.loads(path.read_text())
+        if not isinstance(state, dict):
+            raise ValueError("it holds no JSON object")
     except OSError as error:
         raise CheckpointError(
             f"{step_dir} is not a checkpoint: cannot read {STATE_FILE} ({error.strerror}); name a "
@@ -112,7 +121,8 @@ def read_state(step_dir: Path) -> dict[str, Any]:
     return state
 
 
-def _write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, text: str) -> None:
+    """Write a file that is on disk when this returns."""
     with path.open("w") as file:
         file.write(text)
         file.flush()

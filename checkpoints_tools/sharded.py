@@ -5,8 +5,10 @@ the same values (replicated parameters, the tied embedding's copy) one writes. M
 are the rounded float32 ones, so they are not stored twice.
 """
 
+import contextlib
 import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from checkpoints_tools.global_tensors import (
     SavePlanner,
     global_parts,
 )
+from parallel.groups import from_rank_0
 from parallel.zero import ZeroOptimizer
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -49,16 +52,19 @@ def save_checkpoint(
 
     def begin() -> None:
         folders.begin(folder, step)
-        shutil.copyfile(tokenizer, temporary / "tokenizer.json")
+        folders.write_durably(temporary / "tokenizer.json", tokenizer.read_text("utf-8"))
 
-    _on_rank_0(begin, f"cannot begin {temporary}")
+    _on_rank_0(begin, f"cannot begin {temporary}", folder)
     tensors: dict[str, Any] = _owned_tensors(zero, for_saving=True)
     tensors[f"rng.{dist.get_rank()}"] = _rng_state()
     try:
         dcp.save(tensors, storage_writer=FileSystemWriter(temporary), planner=SavePlanner())
     except (CheckpointException, OSError) as error:
-        _on_rank_0(lambda: folders.remove_temporary(folder), f"cannot clean up {folder}")
-        raise CheckpointError(f"saving {temporary} failed: {_causes(error)}") from error
+        cause = f"{_causes(error)}{_free_space(folder)}"
+        _on_rank_0(lambda: folders.remove_temporary(folder), f"cannot clean up {folder}", folder)
+        raise CheckpointError(
+            f"saving {temporary} failed: {cause}; earlier checkpoints are intact"
+        ) from error
     state = state | {
         "format_version": folders.FORMAT_VERSION,
         "step": step,
@@ -67,10 +73,11 @@ def save_checkpoint(
     }
 
     def finish() -> None:
+        _check_all_files_here(temporary)
         folders.commit(folder, step, state)
-        folders.remove_old(folder, keep_last, keep_every)
+        folders.remove_old(folder, step, keep_last, keep_every)
 
-    _on_rank_0(finish, f"committing {temporary} failed")
+    _on_rank_0(finish, f"committing {temporary} failed", folder)
     return folders.step_folder(folder, step)
 
 
@@ -149,17 +156,38 @@ def _set_rng_state(state: torch.Tensor) -> None:
         torch.cuda.set_rng_state(state[cpu_size:])
 
 
-def _on_rank_0(action: Any, what: str) -> None:
+def _on_rank_0(action: Callable[[], None], what: str, folder: Path) -> None:
     """Run `action` on rank 0; its OSError becomes a CheckpointError on every rank."""
-    outcome: list[str | None] = [None]
-    if dist.get_rank() == 0:
+
+    def explained() -> None:
         try:
             action()
         except OSError as error:
-            outcome[0] = f"{what}: {error}"
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise CheckpointError(outcome[0])
+            message = f"{what}: {error}{_free_space(folder)}"
+            with contextlib.suppress(OSError):
+                folders.remove_temporary(folder)
+            raise CheckpointError(message) from error
+
+    from_rank_0(explained)
+
+
+def _check_all_files_here(step_dir: Path) -> None:
+    """Every rank's file must be where rank 0 commits: the folder must be shared by all nodes."""
+    stored = FileSystemReader(step_dir).read_metadata().storage_data.values()
+    missing = sorted({s.relative_path for s in stored if not (step_dir / s.relative_path).exists()})
+    if missing:
+        raise CheckpointError(
+            f"{step_dir} lacks {len(missing)} files that other ranks wrote ({missing[0]}, ...): "
+            "checkpoint.dir (or logging.run_dir) must lie on a file system that all nodes share"
+        )
+
+
+def _free_space(folder: Path) -> str:
+    """How full the disk is, for messages: DCP does not say that it was the reason."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    full = "No space left on device: " if free < 2**20 else ""
+    return f" ({full}{free / 2**20:,.1f} MiB free on the file system of {existing})"
 
 
 def _causes(error: BaseException) -> str:

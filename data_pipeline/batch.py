@@ -25,5 +25,5 @@ class Batch:
     cu_seqlens: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; asynchronous where the source is pinned."""
-        return Batch(*(t.to(device, non_blocking=True) for t in vars(self).values()))
+        """The same batch on `device`."""
+        return Batch(*(t.to(device) for t in vars(self).values()))

@@ -6,7 +6,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
-from parallel.compat import accepted
+from parallel.compat import without_retired
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.init import initialize
 from parallel.model import PipelineStage
@@ -29,7 +29,7 @@ def megatron_config(
 ) -> TransformerConfig:
     """Megatron-core's view of the layout."""
     return TransformerConfig(
-        **accepted(
+        **without_retired(
             TransformerConfig,
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+RETIRED_ARGUMENTS = {"async_tensor_model_parallel_allreduce"}  # gone in Megatron-core 0.19
+
 
 class _CudaFactoriesOnCpu(TorchFunctionMode):
     """Rewrites device="cuda" in factory calls to the CPU."""
@@ -30,15 +32,15 @@ class _CudaFactoriesOnCpu(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def prepare_host() -> torch.device:
+def prepare_host(local_rank: int = 0) -> torch.device:
     """Make the engines usable on this host and return the device that this process trains on.
 
-    With CUDA: selects the local rank's GPU. Without: tells DeepSpeed to use the CPU, keeps it from
-    compiling its shared-memory collectives at first use, and redirects Megatron-core's CUDA
-    factory calls to the CPU. Idempotent.
+    With CUDA: selects the local rank's GPU, or the one that the launcher left visible. Without:
+    tells DeepSpeed to use the CPU, keeps it from compiling its shared-memory collectives at first
+    use, and redirects Megatron-core's CUDA factory calls to the CPU. Idempotent.
     """
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
         torch.cuda.set_device(device)
         return device
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -61,7 +63,7 @@ def cuda_calls_on_cpu() -> TorchFunctionMode:
     return _CudaFactoriesOnCpu()
 
 
-def accepted(function: Callable[..., Any], **kwargs: Any) -> dict[str, Any]:
-    """Those of `kwargs` that this version of `function` takes (arguments come and go)."""
+def without_retired(function: Callable[..., Any], **kwargs: Any) -> dict[str, Any]:
+    """`kwargs` without those that newer versions of `function` no longer take."""
     known = inspect.signature(function).parameters
-    return {name: value for name, value in kwargs.items() if name in known}
+    return {k: v for k, v in kwargs.items() if k in known or k not in RETIRED_ARGUMENTS}

@@ -4,6 +4,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# Required keys of model.rope_scaling by rope_type, and those it may have besides
+ROPE_SCALING_KEYS: dict[str, tuple[set[str], set[str]]] = {
+    "linear": ({"factor"}, set()),
+    "yarn": (
+        {"factor", "original_max_position_embeddings"},
+        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+    "llama3": (
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+        set(),
+    ),
+}
 VOCAB_MULTIPLE = 128  # vocabulary padding: fixed, so that it does not depend on the layout
 
 
@@ -46,7 +58,7 @@ class ModelConfig(Section):
     """Add D ⊙ x to the SSD output."""
     ssd_conv_width: int = Field(0, ge=0)
     """Causal depthwise convolution on x, B, C of this width; 0 has none."""
-    rope_theta: float = Field(10000.0, gt=0)
+    rope_theta: float = Field(10000.0, gt=1)
     """Base of the rotary frequencies."""
     rope_scaling: dict[str, Any] = Field(default_factory=dict)
     """Empty, or Hugging Face's rope_scaling keys with rope_type linear, yarn or llama3."""
@@ -79,6 +91,29 @@ class ModelConfig(Section):
                 f"model.chunk_size={self.chunk_size} is not a power of two; "
                 "use 0 (choose by table), 64, 128 or 256"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_rope_scaling(self) -> "ModelConfig":
+        scaling = dict(self.rope_scaling)
+        if not scaling:
+            return self
+        kind = scaling.pop("rope_type", scaling.pop("type", None))
+        if kind not in ROPE_SCALING_KEYS:
+            raise ValueError(
+                f"model.rope_scaling has rope_type={kind!r}; use linear, yarn or llama3 (dynamic "
+                "depends on the longest position of a batch, so it cannot be reproduced when "
+                "documents are packed), or leave rope_scaling empty"
+            )
+        required, optional = ROPE_SCALING_KEYS[kind]
+        if missing := sorted(required - scaling.keys()):
+            raise ValueError(f"model.rope_scaling of type {kind} lacks {', '.join(missing)}")
+        for key, value in scaling.items():
+            if key not in required | optional:
+                known = ", ".join(sorted(required | optional))
+                raise ValueError(f"model.rope_scaling.{key} is unknown; type {kind} has {known}")
+            if isinstance(value, str) or (key in required and not value > 0):
+                raise ValueError(f"model.rope_scaling.{key}={value!r} must be a positive number")
         return self
 
     def is_attention(self, layer: int) -> bool:

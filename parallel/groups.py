@@ -6,7 +6,9 @@ peers are neighbours on a node and pipeline stages are far apart.
 
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,25 @@ from megatron.core import parallel_state
 
 from parallel.config import ParallelConfig
 from parallel.launch import Launch
+
+T = TypeVar("T")
+
+
+def from_rank_0(action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, where alone it runs; its exception is raised on every rank.
+
+    For decisions that depend on the file system, which nodes may see differently.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def init_distributed(launch: Launch, device: torch.device, timeout_minutes: int = 30) -> None:
@@ -27,7 +48,7 @@ def init_distributed(launch: Launch, device: torch.device, timeout_minutes: int 
             env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(probe.getsockname()[1])
     # DeepSpeed reads these itself
     env["RANK"], env["WORLD_SIZE"] = str(launch.rank), str(launch.world_size)
-    env["LOCAL_RANK"] = str(launch.local_rank)
+    env["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed selects this device once more
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         rank=launch.rank,

@@ -13,12 +13,25 @@ class Launch:
     local_rank: int
 
 
+class LaunchError(Exception):
+    """The launcher's environment does not say how the processes find each other."""
+
+
 def launch_from_environment() -> Launch:
-    """Rank and world size from torchrun's variables, else Slurm's (srun), else a single process."""
+    """Rank and world size from torchrun's variables, else Slurm's (srun), else a single process.
+
+    Raises LaunchError for several tasks of srun without a rendezvous address.
+    """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env and "MASTER_ADDR" in env:
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]:
+            raise LaunchError(
+                f"srun started {env['SLURM_NTASKS']} tasks, but {' and '.join(missing)} is not "
+                "set, so they cannot find each other; submit slurm/pretrain.sbatch, or export "
+                "both: the first node's address and a free port"
+            )
         return Launch(
             int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
         )

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 22  # logits of a block: 16 MiB in float32, within a GPU's L2 or a CPU's L3
+BLOCK_ELEMENTS = 1 << 22  # logits of a block: 16 MiB in float32, about a CPU's cache
+GPU_BLOCK_TOKENS = 2048  # on a GPU blocks must be tall enough for their products to fill it
 
 
 def head_loss(h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int) -> Tensor:
@@ -45,7 +46,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int
     ) -> Tensor:
-        block = max(1, BLOCK_ELEMENTS // weight.shape[0])
+        block = max(GPU_BLOCK_TOKENS if h.is_cuda else 1, BLOCK_ELEMENTS // weight.shape[0])
         total = torch.zeros((), dtype=torch.float32, device=h.device)
         with_grad = ctx.needs_input_grad[0]
         if with_grad:

@@ -179,7 +179,7 @@ class PipelineStage(nn.Module):
             h = self._input
         for layer in self.model.layers.values():
             if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(layer, h, positions, use_reentrant=False)
+                h = checkpoint(layer, h, positions, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = layer(h, positions)
         return self.model.final_layernorm(h) if self.last else h.contiguous()

@@ -65,7 +65,8 @@ class ZeroOptimizer:
         self.stage, self.infos, self.zero_stage = built.stage, built.infos, zero_stage
         parameters = dict(built.stage.named_parameters())
         for name, parameter in parameters.items():
-            # counted once in the gradient norm
+            # DeepSpeed's gradient norm counts each parameter once by these
+            parameter.tensor_model_parallel = self.infos[name].tensor_parallel  # type: ignore[attr-defined]
             parameter.ds_pipe_replicated = self.infos[name].duplicate  # type: ignore[attr-defined]
         decays = [p for name, p in parameters.items() if self.infos[name].decays]
         rest = [p for name, p in parameters.items() if not self.infos[name].decays]

@@ -5,15 +5,17 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
+from logging import FileHandler
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 app = typer.Typer(
     name="transxssm",
@@ -32,60 +34,54 @@ app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 
 INVALID_CONFIGURATION = 2
+PIPE_WIDTH = 4096
 Inputs = Annotated[list[str], typer.Argument(help="Files, folders or globs of text or jsonl.")]
 
 
 def main() -> None:
     """Entry point. Errors a user can mend are one paragraph; a bad configuration exits with 2."""
+    started = time.time()
     _quiet_libraries()
     try:
         app()
     except Exception as error:
-        _fail(error)
+        _fail(error, started)
 
 
-def _fail(error: Exception) -> NoReturn:
+def _fail(error: Exception, started: float) -> NoReturn:
+    """Report the error, or the one of another rank that broke this one's collectives, and exit."""
     from checkpoints_tools.errors import CheckpointError
     from data_pipeline.errors import DataError
+    from parallel.launch import LaunchError, launch_from_environment
     from pretrain.config import ConfigError
+    from pretrain.failure import announce, first_failure
 
-    known = isinstance(error, (ConfigError, DataError, CheckpointError))
-    known = known or type(error).__name__ == "ModelError"  # its module imports torch
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if known or full:
-        advice = "; free space and run the same command again" if full else ""
-        report = f"error: {error}{advice}"
-        _announce(str(error))
-    elif (cause := _first_failure()) is not None:  # a broken collective is only its echo
+    bad_configuration = isinstance(error, (ConfigError, LaunchError))
+    known = bad_configuration or isinstance(error, (DataError, CheckpointError))
+    known = known or type(error).__name__ in ("ModelError", "TrainingError")  # these import torch
+    files = [h for h in logging.getLogger("transxssm").handlers if isinstance(h, FileHandler)]
+    logs = Path(files[0].baseFilename).parent if files else None
+    cause = None
+    if logs is not None and launch_from_environment().world_size > 1:
+        rank = f"rank {launch_from_environment().rank}: "
+        if not known:  # perhaps only the echo of another rank's failure
+            cause = first_failure(logs, started, seconds=2)
+        announce(logs, f"{rank}{error if known else f'{type(error).__name__}: {error}'}", started)
+    if cause is not None:
         report = f"error: stopped because another rank failed: {cause}"
+    elif known or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        advice = "; free space and run the same command again" if not known else ""
+        report = f"error: {error}{advice}"
     else:
         report = "".join(traceback.format_exception(error))
-        _announce(f"{type(error).__name__}: {error}")
     print(report, file=sys.stderr)
-    for handler in logging.getLogger("transxssm").handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": report}))
+    for handler in files:
+        handler.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": report}))
     sys.stderr.flush()
     sys.stdout.flush()
     # not sys.exit: with collectives in flight the interpreter's end could wait for the other ranks
     logging.shutdown()
-    os._exit(INVALID_CONFIGURATION if isinstance(error, ConfigError) else 1)
-
-
-def _first_failure() -> str | None:
-    """What another rank announced as the reason to stop, if any did."""
-    if "torch.distributed" not in sys.modules:
-        return None
-    from parallel.failure import first_failure
-
-    return first_failure(seconds=2)
-
-
-def _announce(message: str) -> None:
-    if "torch.distributed" in sys.modules:
-        from parallel.failure import announce
-
-        announce(message)
+    os._exit(INVALID_CONFIGURATION if bad_configuration else 1)
 
 
 def _quiet_libraries() -> None:
@@ -115,7 +111,7 @@ def pretrain(
     loaded.data_parallel(launch.world_size)
     from parallel.compat import prepare_host
 
-    prepare_host()  # before DeepSpeed looks for an accelerator
+    prepare_host(launch.local_rank)  # before DeepSpeed looks for an accelerator
     from pretrain.trainer import train
 
     train(loaded, launch)
@@ -216,14 +212,14 @@ def checkpoint_list(folder: Path) -> None:
     from checkpoints_tools.folder import committed_steps, read_state, resolve, step_folder
 
     folder = resolve(folder).parent
-    table = Table("step", "tokens", "processes", "MiB", "folder")
+    table = Table("step", "tokens", "processes", "MiB", Column("folder", overflow="fold"))
     for step in committed_steps(folder):
         path = step_folder(folder, step)
         state = read_state(path)
         mebibytes = sum(state["files"].values()) / 2**20
         row = (f"{step:,}", f"{state['tokens']:,}", str(state["world_size"]), f"{mebibytes:,.1f}")
         table.add_row(*row, str(path))
-    Console().print(table)
+    _print_whole(table)
 
 
 @checkpoint_app.command("export")
@@ -277,10 +273,16 @@ def doctor() -> None:
 
 
 def _print_fields(fields: dict[str, Any]) -> None:
-    table = Table(show_header=False, box=None)
+    table = Table("name", Column(overflow="fold"), show_header=False, box=None)
     for name, value in fields.items():
         table.add_row(name, value if isinstance(value, str) else json.dumps(value), style="")
-    Console(highlight=False, markup=False).print(table)
+    _print_whole(table)
+
+
+def _print_whole(table: Table) -> None:
+    """Nothing is abbreviated: long values fold on a terminal, and keep their line elsewhere."""
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    Console(highlight=False, markup=False, width=width).print(table)
 
 
 if __name__ == "__main__":

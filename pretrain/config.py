@@ -73,7 +73,7 @@ class TrainingConfig(Section):
     eval_every: int = Field(50, ge=0)
     """Steps between evaluations on data.validation, besides the one at the end; 0: never."""
     eval_batches: int = Field(8, ge=1)
-    """Micro-batches per data-parallel rank in an evaluation, at most."""
+    """Global batches' worth of validation sequences in an evaluation, at most."""
     deterministic: bool = False
     """Refuse operations whose result may differ between runs."""
 

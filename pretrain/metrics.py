@@ -1,5 +1,6 @@
 """What a step reports: metrics.jsonl, TensorBoard, a live line on a terminal, lines in logs."""
 
+import contextlib
 import json
 import logging
 import resource
@@ -19,7 +20,7 @@ TENSORBOARD_GROUPS = {
     "perplexity": "train/perplexity",
     "validation_loss": "validation/loss",
     "validation_perplexity": "validation/perplexity",
-    "learning_rate": "optimizer/learning_rate",
+    "lr": "optimizer/learning_rate",
     "grad_norm": "optimizer/grad_norm",
     "tokens_per_second": "speed/tokens_per_second",
     "model_flops_per_second": "speed/model_flops_per_second",
@@ -27,7 +28,6 @@ TENSORBOARD_GROUPS = {
     "time_data": "time/data",
     "time_forward_backward": "time/forward_backward",
     "time_step": "time/optimizer_step",
-    "time_checkpoint": "time/checkpoint",
 }
 
 
@@ -90,20 +90,21 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _entries_before(path: Path, first_step: int) -> list[str]:
-    """Lines of steps up to first_step; a line cut short by a crash is dropped."""
+    """Lines of steps up to first_step; what a crash left of a line is dropped."""
     if not path.exists():
         return []
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= first_step:
-            kept.append(line)
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError):  # not JSON
+            if line.endswith("\n") and json.loads(line)["step"] <= first_step:
+                kept.append(line)
     return kept
 
 
 def _line(metrics: dict[str, Any]) -> str:
     text = (
         f"step {metrics['step']}  loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.3f}  "
-        f"lr {metrics['learning_rate']:.2e}  {metrics['tokens_per_second']:,.0f} tok/s  "
+        f"lr {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tok/s  "
         f"{metrics['memory_bytes'] / 2**30:.1f} GiB"
     )
     if "validation_loss" in metrics:

@@ -10,6 +10,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -21,27 +23,39 @@ from pretrain.config import Config, ConfigError, dump_config
 log = logging.getLogger("transxssm")
 
 
-def open_run_dir(config: Config, rank: int, world_size: int) -> Path:
-    """Create the directory, start this rank's log; rank 0 records configuration and environment.
+def start_log(run_dir: Path, rank: int) -> None:
+    """Begin, or go on with, this rank's log file; rank 0 also reports on the console.
 
-    Raises ConfigError when the directory cannot be written.
+    Raises ConfigError when the run directory cannot be written.
+    """
+    with _writing(run_dir):
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        _add_handlers(run_dir / "logs" / f"rank-{rank}.log", console=rank == 0)
+
+
+def record_start(config: Config, world_size: int) -> None:
+    """Rank 0's record of configuration and environment, once the run is known to begin.
+
+    Raises ConfigError when the run directory cannot be written.
     """
     run_dir = Path(config.logging.run_dir)
+    with _writing(run_dir):
+        _replace(run_dir / "config.toml", dump_config(config))
+        _record_environment(run_dir / "environment.json", world_size)
+
+
+@contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
     try:
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        _start_log(run_dir / "logs" / f"rank-{rank}.log", console=rank == 0)
-        if rank == 0:
-            (run_dir / "config.toml").write_text(dump_config(config))
-            _record_start(run_dir / "environment.json", world_size)
+        yield
     except OSError as error:
         raise ConfigError(
-            f"logging.run_dir={config.logging.run_dir} cannot be written ({error}); free space or "
-            "mend permissions there, or choose another"
+            f"logging.run_dir={run_dir} cannot be written ({error}); free space or mend "
+            "permissions there, or choose another"
         ) from error
-    return run_dir
 
 
-def _start_log(path: Path, console: bool) -> None:
+def _add_handlers(path: Path, console: bool) -> None:
     for handler in list(log.handlers):
         log.removeHandler(handler)
     log.setLevel(logging.INFO)
@@ -60,7 +74,7 @@ def _start_log(path: Path, console: bool) -> None:
             log.addHandler(plain)
 
 
-def _record_start(path: Path, world_size: int) -> None:
+def _record_environment(path: Path, world_size: int) -> None:
     """Append what this start ran on: a requeued run may meet other machines and versions."""
     starts: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     starts.append(
@@ -78,8 +92,13 @@ def _record_start(path: Path, world_size: int) -> None:
             },
         }
     )
+    _replace(path, json.dumps(starts, indent=1))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(starts, indent=1))
+    temporary.write_text(text)
     temporary.rename(path)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,16 +22,20 @@ from data_pipeline.loader import BatchLoader, sequential_batches
 from parallel.build import DTYPES, build_stage
 from parallel.compat import prepare_host
 from parallel.flops import training_flops_per_token
-from parallel.groups import init_distributed, init_groups
+from parallel.groups import destroy_groups, from_rank_0, init_distributed, init_groups
 from parallel.launch import Launch
 from parallel.schedule import count_tokens, evaluate_loss, forward_backward
 from parallel.zero import ZeroOptimizer
 from pretrain.config import Config
 from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
-from pretrain.run_dir import git_revision, open_run_dir
+from pretrain.run_dir import git_revision, record_start, start_log
 
 log = logging.getLogger("transxssm")
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message says why and what to do."""
 
 
 def train(config: Config, launch: Launch) -> None:
@@ -39,14 +44,18 @@ def train(config: Config, launch: Launch) -> None:
     Raises ConfigError, DataError or CheckpointError before a model is built where it can.
     """
     data_parallel = config.data_parallel(launch.world_size)
-    device = prepare_host()
-    torch.use_deterministic_algorithms(config.training.deterministic)
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
+        torch.use_deterministic_algorithms(True)
+    device = prepare_host(launch.local_rank)
     init_distributed(launch, device)
     init_groups(config.parallel)
-    run_dir = open_run_dir(config, launch.rank, launch.world_size)
+    start_log(Path(config.logging.run_dir), launch.rank)
     data, validation = open_data(config)
-    start = find_start(config, data)
-    trainer = Trainer(config, data, validation, device, run_dir)
+    # one decision for all: ranks may see the folder differently
+    start = from_rank_0(lambda: find_start(config, data))
+    from_rank_0(lambda: record_start(config, launch.world_size))
+    trainer = Trainer(config, data, validation, device)
     log.info(
         "%s parameters, %d ranks: tensor %d × pipeline %d × data %d, ZeRO %d, %s on %s",
         f"{config.model.num_params()['total']:,}",
@@ -62,6 +71,7 @@ def train(config: Config, launch: Launch) -> None:
         trainer.resume(start)
         log.info("resumed from %s", start)
     trainer.run()
+    destroy_groups()
 
 
 def open_data(config: Config) -> tuple[PackedDataset, PackedDataset | None]:
@@ -85,6 +95,7 @@ def find_start(config: Config, data: PackedDataset) -> Path | None:
     of another model or other data, or when `none` would mix two runs in one folder.
     """
     folder, resume = config.checkpoint_dir, config.checkpoint.resume
+    folders.remove_temporary(folder)
     steps = folders.committed_steps(folder)
     if resume == "none":
         if steps:
@@ -95,12 +106,19 @@ def find_start(config: Config, data: PackedDataset) -> Path | None:
         return None
     candidates = [folders.step_folder(folder, s) for s in reversed(steps)]
     if resume != "auto":
-        candidates = [folders.resolve(Path(resume))]
+        named = folders.resolve(Path(resume))
+        if named.resolve() in {path.resolve() for path in candidates[1:]}:
+            raise CheckpointError(
+                f"checkpoint.resume={named}, but the run has later checkpoints, up to step "
+                f'{steps[-1]}; move those away to go back to it, or use checkpoint.resume="auto"'
+            )
+        if not candidates:  # else the run goes on from its own
+            candidates = [named]
     for candidate in candidates:
         try:
             state = folders.read_state(candidate)
         except CheckpointError as error:
-            if resume != "auto":
+            if candidate.parent.resolve() != folder.resolve():
                 raise
             log.warning("skipping a damaged checkpoint: %s", error)
             continue
@@ -128,6 +146,14 @@ def _check_same_run(
             f"{candidate} is of another model ({'; '.join(changed)}); restore these fields, or "
             "choose another logging.run_dir"
         )
+    for section, name in (("data", "seed"), ("data", "seq_len"), ("training", "global_batch_size")):
+        there, here = state["config"][section][name], getattr(getattr(config, section), name)
+        if there != here:
+            raise CheckpointError(
+                f"{candidate} was trained with {section}.{name}={there}, not {here}: the order of "
+                "the data and the schedule would no longer be those of one run; restore it, or "
+                "choose another logging.run_dir"
+            )
     if state["data_fingerprint"] != data.meta.fingerprint:
         raise CheckpointError(
             f"{candidate} was trained on other data than {data.folder} (fingerprint "
@@ -161,13 +187,12 @@ class Trainer:
         data: PackedDataset,
         validation: PackedDataset | None,
         device: torch.device,
-        run_dir: Path,
     ) -> None:
         self.config, self.data, self.validation = config, data, validation
-        self.device, self.run_dir = device, run_dir
+        self.device, self.run_dir = device, Path(config.logging.run_dir)
         self.step = 0
         self.samples = 0
-        self.saved_step = -1
+        self.revision = git_revision() if dist.get_rank() == 0 else ""
         optimizer = config.optimizer
         built = build_stage(
             config.model,
@@ -193,7 +218,6 @@ class Trainer:
         """Take over a checkpoint's state."""
         state = load_checkpoint(step_dir, self.zero)
         self.step, self.samples = state["step"], state["samples"]
-        self.saved_step = self.step
 
     def run(self) -> None:
         """Train to the end of the run; leaves a final checkpoint."""
@@ -201,7 +225,7 @@ class Trainer:
         if self.step >= total:
             log.info("nothing to do: step %d of %d", self.step, total)
             return
-        loader = self._loader()
+        loader = self.loader()
         rank_0 = dist.get_rank() == 0
         writer = (
             MetricsWriter(
@@ -212,17 +236,16 @@ class Trainer:
         )
         try:
             while self.step < total:
-                metrics = self._train_step(loader)
+                metrics = self.train_step(loader)
                 if self.validation is not None and self._evaluates_now():
                     loss = self.evaluate(self.validation)
                     metrics |= {"validation_loss": loss, "validation_perplexity": _exp(loss)}
-                if self._saves_now():
-                    watch = Stopwatch()
-                    with watch.phase("checkpoint", self.device):
-                        self.save()
-                    metrics["time_checkpoint"] = watch.seconds["checkpoint"]
                 if writer is not None:
-                    writer.write(metrics)
+                    writer.write(metrics)  # first: a resumed run does not make this step again
+                if self._saves_now():
+                    begin = time.perf_counter()
+                    path = self.save()
+                    log.info("saved %s in %.2f s", path, time.perf_counter() - begin)
         finally:
             loader.close()
             if writer is not None:
@@ -237,7 +260,8 @@ class Trainer:
         every = self.config.checkpoint.every
         return self.step == self.config.total_steps or bool(every and self.step % every == 0)
 
-    def _loader(self) -> BatchLoader:
+    def loader(self) -> BatchLoader:
+        """This rank's batches from the present position on."""
         return BatchLoader(
             self.data,
             seed=self.config.data.seed,
@@ -248,7 +272,7 @@ class Trainer:
             samples_consumed=self.samples,
         )
 
-    def _train_step(self, loader: BatchLoader) -> dict[str, Any]:
+    def train_step(self, loader: BatchLoader) -> dict[str, Any]:
         """One update. Returns the step's metrics."""
         config = self.config
         watch = Stopwatch()
@@ -262,6 +286,12 @@ class Trainer:
         with watch.phase("step", self.device):
             grad_norm = self.zero.step(lr)
         self.step, self.samples = self.step + 1, loader.samples_consumed
+        if not math.isfinite(float(loss)) or not math.isfinite(grad_norm):
+            raise TrainingError(
+                f"step {self.step}: loss {float(loss)}, gradient norm {grad_norm}; stopped. The "
+                f"newest checkpoint in {config.checkpoint_dir} is from before; lower optimizer.lr "
+                "or optimizer.clip_grad_norm and start again"
+            )
         rate = config.tokens_per_step / (time.perf_counter() - begin)
         return {
             "step": self.step,
@@ -270,7 +300,7 @@ class Trainer:
             "loss": float(loss),
             "perplexity": _exp(float(loss)),
             "grad_norm": grad_norm,
-            "learning_rate": lr,
+            "lr": lr,
             "tokens_per_second": rate,
             "model_flops_per_second": rate * self.flops_per_token,
             "memory_bytes": peak_memory(self.device),
@@ -296,10 +326,8 @@ class Trainer:
         total, tokens = evaluate_loss(self.zero, batches)
         return float(total / tokens)
 
-    def save(self) -> None:
-        """Write and commit a checkpoint of this step, once."""
-        if self.saved_step == self.step:
-            return
+    def save(self) -> Path:
+        """Write and commit a checkpoint of this step; its folder."""
         state = {
             "samples": self.samples,
             "tokens": self.step * self.config.tokens_per_step,
@@ -308,9 +336,9 @@ class Trainer:
             "tokenizer_hash": self.data.meta.tokenizer_hash,
             "eod_id": self.data.meta.eod_id,
             "pad_id": self.data.meta.pad_id,
-            "git_revision": git_revision() if dist.get_rank() == 0 else "",
+            "git_revision": self.revision,
         }
-        save_checkpoint(
+        return save_checkpoint(
             self.config.checkpoint_dir,
             self.step,
             self.zero,
@@ -319,7 +347,6 @@ class Trainer:
             keep_last=self.config.checkpoint.keep_last,
             keep_every=self.config.checkpoint.keep_every,
         )
-        self.saved_step = self.step
 
 
 def _exp(loss: float) -> float:

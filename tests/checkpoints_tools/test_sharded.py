@@ -48,11 +48,11 @@ def through(config: Config, source: Path | None, target: Path, steps: int) -> li
     init_distributed(launch_from_environment(), device)
     init_groups(config.parallel)
     data, validation = open_data(config)
-    trainer = Trainer(config, data, validation, device, Path(config.logging.run_dir))
+    trainer = Trainer(config, data, validation, device)
     if source is not None:
         load_checkpoint(source, trainer.zero)
-    loader = trainer._loader()
-    losses = [trainer._train_step(loader)["loss"] for _ in range(steps)]
+    loader = trainer.loader()
+    losses = [trainer.train_step(loader)["loss"] for _ in range(steps)]
     loader.close()
     tokenizer = data.folder.parent / "tokenizer.json"
     save_checkpoint(target, 1, trainer.zero, {}, tokenizer=tokenizer, keep_last=1, keep_every=0)
@@ -100,7 +100,7 @@ def training_logits(config: Config, step_dir: Path, ids: torch.Tensor) -> torch.
     device = prepare_host()
     init_distributed(launch_from_environment(), device)
     init_groups(config.parallel)
-    trainer = Trainer(config, open_data(config)[0], None, device, Path(config.logging.run_dir))
+    trainer = Trainer(config, open_data(config)[0], None, device)
     load_checkpoint(step_dir, trainer.zero)
     positions = torch.arange(ids.shape[1])[None]
     cu_seqlens = torch.tensor([0, ids.shape[1]], dtype=torch.int32)

@@ -38,8 +38,8 @@ def train_trace(config: Config, steps: int) -> Trace:
     init_distributed(launch, device)
     init_groups(config.parallel)
     data, validation = open_data(config)
-    trainer = Trainer(config, data, validation, device, Path(config.logging.run_dir))
-    loader = trainer._loader()
+    trainer = Trainer(config, data, validation, device)
+    loader = trainer.loader()
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         batches = loader.next_step()
@@ -99,11 +99,13 @@ def test_bf16_follows_float32(single: Trace, tiny_data: Path, tmp_path: Path) ->
                                     {"ssd_skip": True, "ssd_conv_width": 4}, {"rope": "none"}],
                          ids=str)  # fmt: skip
 def test_model_variants_split(fields: dict[str, Any], tiny_data: Path, tmp_path: Path) -> None:
+    fields = fields | {"init_std": 0.3}  # so that every parameter counts in the gradient norm
     one = run_ranks(1, train_trace, tiny_config(tiny_data, tmp_path, model=fields), 3)
     layout = {"tensor": 2, "pipeline": 2}
     config = tiny_config(tiny_data, tmp_path, model=fields, parallel=layout)
     traces = run_ranks(4, train_trace, config, 3)
     assert traces[0][0] == pytest.approx(one[0][0], rel=1e-4)
+    assert traces[0][1] == pytest.approx(one[0][1], rel=1e-4)
     expected, found = assemble(one), assemble(traces)
     for parameter, gradient in expected.items():
         assert (found[parameter] - gradient).norm() < 1e-4 * gradient.norm(), parameter

@@ -1,4 +1,4 @@
-"""Run the `transxssm` command as ranks forked from the server of tests.ranks, as a launcher would."""
+"""Run the `transxssm` command as ranks forked from the server of tests.ranks."""
 
 import json
 import os

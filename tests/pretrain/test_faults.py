@@ -40,7 +40,7 @@ def errors_of(ends: list[Ended], code: int) -> list[str]:
     return [paragraph(end.output) for end in ends]
 
 
-# -- configuration -----------------------------------------------------------------------------------
+# -- configuration -------------------------------------------------------------------------------
 
 
 def test_bad_configuration_ends_with_2_before_torch_is_imported(
@@ -92,7 +92,7 @@ def test_run_directory_that_cannot_be_made_ends_with_2(tiny_data: Path, tmp_path
     assert "logging.run_dir" in error
 
 
-# -- data and checkpoints ----------------------------------------------------------------------------
+# -- data and checkpoints ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_checkpoint_of_other_data(ended: Path, shards: Path) -> None:
     assert snapshot(ended / "run/checkpoints") == before
 
 
-# -- a fault that one rank meets -----------------------------------------------------------------------
+# -- a fault that one rank meets -----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -211,14 +211,14 @@ def break_rank_1_at_step(step: int) -> None:
     """A defect of the program itself, on one rank."""
     from pretrain.trainer import Trainer
 
-    train_step = Trainer._train_step
+    train_step = Trainer.train_step
 
     def broken(trainer: Trainer, loader: Any) -> dict[str, Any]:
         if trainer.step == step - 1 and os.environ["RANK"] == "1":
             raise RuntimeError("a defect in rank 1 alone")
         return train_step(trainer, loader)
 
-    Trainer._train_step = broken  # type: ignore[method-assign]
+    Trainer.train_step = broken  # type: ignore[method-assign]
 
 
 def test_defect_on_one_rank_is_traced_there_and_ends_the_other(
@@ -235,7 +235,7 @@ def test_defect_on_one_rank_is_traced_there_and_ends_the_other(
     assert folders.committed_steps(tmp_path / "run/checkpoints") == [2]
 
 
-# -- the disk ------------------------------------------------------------------------------------------
+# -- the disk ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -268,10 +268,11 @@ def fill_after_first_save(disk: Path, free: int) -> None:
 
     save = Trainer.save
 
-    def save_then_fill(trainer: Trainer) -> None:
-        save(trainer)
+    def save_then_fill(trainer: Trainer) -> Path:
+        path = save(trainer)
         if os.environ.get("RANK", "0") == "0" and not (disk / "filler").exists():
             leave_free(disk, free)
+        return path
 
     Trainer.save = save_then_fill  # type: ignore[method-assign]
 

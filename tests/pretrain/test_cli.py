@@ -1,0 +1,137 @@
+"""The whole way from text to a generated sentence, through the commands a user types."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pretrain.command import paragraph, run_command
+from tests.ranks import run_ranks
+
+SOURCES = Path(__file__).parents[2] / "data_pipeline"
+
+
+def run_chain(commands: list[list[str]]) -> list[tuple[int, str, str]]:
+    """(exit code, standard output, exception) of each command, in one process."""
+    from typer.testing import CliRunner
+
+    from pretrain.cli import app
+
+    results = []
+    for command in commands:
+        result = CliRunner().invoke(app, command)
+        error = "" if result.exception is None else repr(result.exception)
+        results.append((result.exit_code, result.stdout, error))
+    return results
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Standard output of each command, by its name, and the folder they worked in."""
+    tmp = tmp_path_factory.mktemp("chain")
+    (tmp / "config.toml").write_text(f"""
+        [model]
+        vocab_size = 300
+        hidden_size = 32
+        intermediate_size = 64
+        num_layers = 2
+        num_heads = 2
+        num_kv_heads = 1
+        head_dim = 16
+        state_dim = 16
+        ssd_groups = 1
+        attn_layer_period = 2
+        attn_layer_offset = 1
+        [data]
+        train = "{tmp}/data/train"
+        validation = "{tmp}/data/validation"
+        seq_len = 64
+        [training]
+        steps = 4
+        [checkpoint]
+        every = 2
+        [logging]
+        run_dir = "{tmp}/run"
+        tensorboard = false
+    """)
+    generate = ["generate", f"{tmp}/model", "--prompt", "def ", "--temperature", "0", "--json"]
+    commands = {
+        "tokenizer train": ["tokenizer", "train", str(SOURCES), "--out", f"{tmp}/tokenizer",
+                            "--vocab-size", "300"],
+        "tokenizer inspect": ["tokenizer", "inspect", f"{tmp}/tokenizer", "--text", "def f():"],
+        "prepare": ["prepare", str(SOURCES), "--out", f"{tmp}/data", "--tokenizer",
+                    f"{tmp}/tokenizer", "--seq-len", "64", "--validation-fraction", "0.3"],
+        "data inspect": ["data", "inspect", f"{tmp}/data"],
+        "data verify": ["data", "verify", f"{tmp}/data"],
+        "pretrain": ["pretrain", f"{tmp}/config.toml", "--training.eval_every", "2"],
+        "checkpoint list": ["checkpoint", "list", f"{tmp}/run"],
+        "checkpoint export": ["checkpoint", "export", f"{tmp}/run", f"{tmp}/model"],
+        "generate": [*generate, "--max-new-tokens", "6"],
+        "generate again": [*generate, "--max-new-tokens", "6"],
+    }  # fmt: skip
+    (results,) = run_ranks(1, run_chain, list(commands.values()))
+    output: dict[str, Any] = {"folder": tmp}
+    for name, (code, stdout, error) in zip(commands, results, strict=True):
+        assert (code, error) == (0, ""), f"{name}: {stdout}"
+        output[name] = stdout
+    return output
+
+
+def test_tokenizer_is_trained_and_inspected(chain: dict[str, Any]) -> None:
+    assert (chain["folder"] / "tokenizer/tokenizer.json").exists()
+    assert "tokenizer.json" in chain["tokenizer train"]
+    for name, value in (("vocab_size", "300"), ("round_trip", "true")):
+        assert [name, value] in [line.split() for line in chain["tokenizer inspect"].splitlines()]
+
+
+def test_prepared_data_is_described_and_sound(chain: dict[str, Any]) -> None:
+    for split in ("train", "validation"):
+        meta = json.loads((chain["folder"] / f"data/{split}/meta.json").read_text())
+        assert f"{meta['samples']:,} sequences" in chain["prepare"]
+        assert meta["fingerprint"] in chain["data inspect"]  # not abbreviated
+    assert "every shard is sound" in chain["data verify"]
+
+
+def test_checkpoints_are_listed(chain: dict[str, Any]) -> None:
+    rows = [line.split("│") for line in chain["checkpoint list"].splitlines() if "│" in line]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    assert [(row[1], row[2], row[3]) for row in cells if row[1]] == [
+        ("2", "1,024", "1"),
+        ("4", "2,048", "1"),
+    ]
+    assert str(chain["folder"] / "run/checkpoints/step-00000004") in chain["checkpoint list"]
+
+
+def test_export_and_generation(chain: dict[str, Any]) -> None:
+    assert sorted(p.name for p in (chain["folder"] / "model").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+    from pretrain.config import load_config
+
+    parameters = load_config(chain["folder"] / "run/config.toml").model.num_params()["total"]
+    assert f"{parameters:,} parameters" in chain["checkpoint export"]
+    generated = json.loads(chain["generate"])
+    assert generated.keys() == {"prompt_ids", "token_ids", "logprobs", "text"}
+    assert len(generated["token_ids"]) == len(generated["logprobs"]) <= 6
+    assert all(logprob <= 0 for logprob in generated["logprobs"])
+    assert chain["generate again"] == chain["generate"]  # greedy
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["checkpoint", "list", "{tmp}"], "is not a checkpoint"),
+        (["checkpoint", "export", "{tmp}", "{tmp}/model"], "is not a checkpoint"),
+        (["data", "verify", "{tmp}"], "no prepared data there"),
+        (["data", "inspect", "{tmp}/nowhere"], "nowhere"),
+        (["tokenizer", "inspect", "{tmp}/nowhere"], "nowhere"),
+        (["tokenizer", "train", "{tmp}/nowhere", "--out", "{tmp}/t"], "nowhere"),
+        (["generate", "{tmp}/nowhere", "--prompt", "a"], "nowhere"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_what_is_not_there_is_a_paragraph(words: list[str], found: str, tmp_path: Path) -> None:
+    (end,) = run_command(*[word.format(tmp=tmp_path) for word in words])
+    assert end.code == 1
+    assert found in paragraph(end.output)

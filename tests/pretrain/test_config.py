@@ -1,0 +1,283 @@
+"""The configuration: files, overrides, and errors that name the field and what would be valid."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.config import Config, ConfigError, dump_config, load_config, parse_config
+from tests.tiny import tiny_config
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text(dump_config(tiny_config(tmp_path / "data", tmp_path / "run")))
+    return path
+
+
+def tree(**sections: dict[str, Any]) -> dict[str, Any]:
+    """Plain values of a valid configuration with some fields changed."""
+    base: dict[str, Any] = {"data": {"train": "t", "validation": "v"}}
+    return base | {name: base.get(name, {}) | fields for name, fields in sections.items()}
+
+
+# -- reading, overriding, writing ----------------------------------------------------------------
+
+
+def test_dump_and_load_give_an_equal_configuration(tmp_path: Path) -> None:
+    config = parse_config(
+        tree(
+            model={"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "num_layers": 4},
+            parallel={"pipeline": 2, "pipeline_split": [1, 3], "sequence": False},
+            training={"steps": 0, "tokens": 10**13},
+            optimizer={"betas": [0.9, 0.999], "eps": 1e-15},
+            logging={"run_dir": 'quotes " and \\ and ünïcode'},
+        )
+    )
+    path = tmp_path / "dumped.toml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+@settings(deadline=None)
+@given(
+    lr=st.floats(min_value=1e-300, max_value=1e300),
+    weight_decay=st.floats(min_value=0, max_value=1e6),
+    steps=st.integers(1, 10**12),
+    seed=st.integers(0, 2**62),
+    spelling=st.sampled_from(["{}={}", "{} {}"]),
+)
+def test_numbers_on_the_command_line_arrive_unchanged(
+    lr: float, weight_decay: float, steps: int, seed: int, spelling: str, tmp_path_factory: Any
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "numbers.toml"
+    path.write_text('[data]\ntrain = "t"\nvalidation = "v"\n')
+    values = {
+        "--optimizer.lr": lr,
+        "--optimizer.weight_decay": weight_decay,
+        "--training.steps": steps,
+        "--data.seed": seed,
+    }
+    words = " ".join(spelling.format(name, value) for name, value in values.items()).split(" ")
+    config = load_config(path, words)
+    assert config.optimizer.lr == lr
+    assert config.optimizer.weight_decay == weight_decay
+    assert config.training.steps == steps
+    assert config.data.seed == seed
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "section", "field", "value"),
+    [
+        (["--training.steps", "7"], "training", "steps", 7),
+        (["--training.steps=7"], "training", "steps", 7),
+        (["--training.steps=7", "--training.steps=8"], "training", "steps", 8),
+        (["--optimizer.lr", "1"], "optimizer", "lr", 1.0),
+        (["--optimizer.betas", "[0.8, 0.9]"], "optimizer", "betas", [0.8, 0.9]),
+        (["--training.deterministic", "true"], "training", "deterministic", True),
+        (["--training.dtype", "bf16"], "training", "dtype", "bf16"),
+        (["--training.dtype", '"bf16"'], "training", "dtype", "bf16"),
+        (["--parallel.sequence", "auto"], "parallel", "sequence", "auto"),
+        (["--parallel.sequence=false"], "parallel", "sequence", False),
+        (["--data.train", "123"], "data", "train", "123"),
+        (["--data.train=a=b c"], "data", "train", "a=b c"),
+        (["--checkpoint.dir="], "checkpoint", "dir", ""),
+        (["--checkpoint.resume", "none"], "checkpoint", "resume", "none"),
+        (["--model.rope_scaling", '{rope_type="linear", factor=2.0}'], "model", "rope_scaling",
+         {"rope_type": "linear", "factor": 2.0}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_override(file: Path, words: list[str], section: str, field: str, value: Any) -> None:
+    assert getattr(getattr(load_config(file, words), section), field) == value
+
+
+def test_override_wins_over_the_file_and_leaves_the_rest(file: Path) -> None:
+    before, after = load_config(file), load_config(file, ["--optimizer.lr=0.5"])
+    assert before.optimizer.lr != 0.5
+    assert after == before.model_copy(
+        update={"optimizer": before.optimizer.model_copy(update={"lr": 0.5})}
+    )
+
+
+def test_override_of_a_section_that_the_file_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "short.toml"
+    path.write_text('data = {train = "t", validation = "v"}\n')
+    assert load_config(path, ["--parallel.zero_stage=3"]).parallel.zero_stage == 3
+
+
+def test_tokens_set_the_number_of_steps() -> None:
+    config = parse_config(
+        tree(training={"steps": 0, "tokens": 8 * 1024 * 10 + 1}, data={"seq_len": 1024})
+    )
+    assert (config.tokens_per_step, config.total_steps) == (8 * 1024, 11)
+
+
+def test_tokens_alone_replace_the_default_number_of_steps(tmp_path: Path) -> None:
+    config = parse_config(tree(training={"tokens": 8 * 1024 * 10}))
+    assert (config.training.steps, config.total_steps) == (0, 10)
+    path = tmp_path / "dumped.toml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+def error_of(path: Path, *words: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, list(words))
+    message = str(caught.value)
+    assert "\n" not in message  # one paragraph
+    return message
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--training.stepz=1"], "unknown field training.stepz; the nearest valid name is "
+                                 "training.steps"),
+        (["--modle.vocab_size=1"], "unknown field modle; the nearest valid name is model"),
+        (["--model.n_heads=1"], "the nearest valid name is model.num_heads"),
+        (["--optimizer.learning_rate=1"], "unknown field optimizer.learning_rate"),
+        (["--training.steps=many"], "training.steps='many': input should be a valid integer"),
+        (["--training.steps=1.5"], "training.steps=1.5: input should be a valid integer"),
+        (["--training.steps=true"], "training.steps=True: input should be a valid integer"),
+        (["--training.steps="], "training.steps='': input should be a valid integer"),
+        (["--optimizer.lr=inf"], "optimizer.lr=inf: input should be a finite number"),
+        (["--optimizer.lr=0"], "optimizer.lr=0: input should be greater than 0"),
+        (["--training.dtype=fp16"], "training.dtype='fp16': input should be 'bf16' or 'fp32'"),
+        (["--parallel.sequence=x"], "parallel.sequence='x': input should be a valid boolean"),
+        (["--parallel.zero_stage=4"], "parallel.zero_stage=4: input should be 1, 2 or 3"),
+        (["--training.steps"], "the override --training.steps lacks a value"),
+        (["--training.steps", "--training.seed=3"], "the override --training.steps lacks a value"),
+        (["--steps=3"], "unexpected argument '--steps=3'"),
+        (["training.steps=3"], "unexpected argument 'training.steps=3'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_override_is_named(file: Path, words: list[str], found: str) -> None:
+    assert found in error_of(file, *words)
+
+
+def test_every_mistake_is_reported_at_once(file: Path) -> None:
+    message = error_of(file, "--training.stepz=1", "--optimizer.lr=fast")
+    assert "training.stepz" in message
+    assert "optimizer.lr='fast'" in message
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    assert "nowhere.toml: No such file" in error_of(tmp_path / "nowhere.toml")
+
+
+def test_folder_instead_of_a_file(tmp_path: Path) -> None:
+    assert "directory" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[model\nvocab_size = 1", b"a = 1\na = 2", b"\xff\xfe"])
+def test_file_that_is_not_toml(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+    assert "broken.toml is not valid TOML: " in error_of(path)
+
+
+def test_section_that_is_a_value(tmp_path: Path) -> None:
+    path = tmp_path / "flat.toml"
+    path.write_text('data = {train = "t", validation = "v"}\ntraining = 3\n')
+    assert "training" in error_of(path)
+    assert "write it as [training]" in error_of(path, "--training.steps=3")
+
+
+def test_missing_data(tmp_path: Path) -> None:
+    path = tmp_path / "empty.toml"
+    path.write_text("")
+    assert "data is missing" in error_of(path)
+    assert "data.train is missing; set it in the file or with --data.train" in error_of(
+        path, "--data.seq_len=64"
+    )
+
+
+CROSS_FIELD: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
+    ({"model": {"num_kv_heads": 3}}, ["model.num_kv_heads=3", "num_heads=4", "[1, 2, 4]"]),
+    ({"model": {"ssd_groups": 3}}, ["model.ssd_groups=3", "num_heads=4", "[1, 2, 4]"]),
+    ({"model": {"head_dim": 63}}, ["model.head_dim=63", "even"]),
+    ({"model": {"state_dim": 63}}, ["model.state_dim=63", "even"]),
+    ({"model": {"chunk_size": 100}}, ["model.chunk_size=100", "64, 128 or 256"]),
+    ({"optimizer": {"betas": [0.9, 1.0]}}, ["optimizer.betas=[0.9, 1.0]", "[0, 1)"]),
+    ({"optimizer": {"betas": [0.9]}}, ["optimizer.betas=[0.9]", "at least 2"]),
+    ({"optimizer": {"schedule": "wsd", "warmup_fraction": 0.5, "decay_fraction": 0.6}},
+     ["optimizer.warmup_fraction=0.5", "optimizer.decay_fraction=0.6", "at most 1"]),
+    ({"training": {"steps": 0}}, ["training.steps=0", "training.tokens=0", "exactly one"]),
+    ({"training": {"steps": 5, "tokens": 5}}, ["training.steps=5", "training.tokens=5"]),
+    ({"training": {"global_batch_size": 6, "micro_batch_size": 4}},
+     ["training.micro_batch_size=4", "training.global_batch_size=6", "[1, 2, 3, 6]"]),
+    ({"data": {"validation": ""}}, ["training.eval_every=50", "data.validation", "eval_every=0"]),
+    ({"data": {"seq_len": 8192}}, ["data.seq_len=8192", "model.max_position_embeddings=4096"]),
+    ({"parallel": {"tensor": 3}}, ["parallel.tensor=3", "model.num_heads=4", "[1, 2, 4]"]),
+    ({"parallel": {"tensor": 2}, "model": {"num_kv_heads": 1}},
+     ["parallel.tensor=2", "model.num_kv_heads=1", "[1]"]),
+    ({"parallel": {"tensor": 2}, "model": {"ssd_groups": 1}},
+     ["parallel.tensor=2", "model.ssd_groups=1", "[1]"]),
+    ({"parallel": {"tensor": 2}, "model": {"intermediate_size": 511}},
+     ["parallel.tensor=2", "model.intermediate_size=511", "[1]"]),
+    ({"parallel": {"pipeline": 9}}, ["parallel.pipeline=9", "model.num_layers=8", "at most 8"]),
+    ({"parallel": {"pipeline": 2, "zero_stage": 2}},
+     ["parallel.zero_stage=2", "parallel.pipeline=2", "parallel.zero_stage=1"]),
+    ({"parallel": {"pipeline": 2, "zero_stage": 3}}, ["parallel.zero_stage=3"]),
+    ({"parallel": {"pipeline": 2, "pipeline_split": [3, 4]}},
+     ["parallel.pipeline_split=[3, 4]", "model.num_layers=8", "balanced"]),
+    ({"parallel": {"pipeline": 2, "pipeline_split": [8]}}, ["parallel.pipeline_split=[8]"]),
+    ({"parallel": {"pipeline": 2, "pipeline_split": [8, 0]}}, ["parallel.pipeline_split=[8, 0]"]),
+    ({"parallel": {"pipeline_split": []}}, ["parallel.pipeline_split=[]"]),
+    ({"parallel": {"tensor": 2}, "data": {"seq_len": 1023}, "training": {"micro_batch_size": 1}},
+     ["training.micro_batch_size × data.seq_len = 1023", "parallel.tensor=2",
+      "parallel.sequence=false"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sections", "words"), CROSS_FIELD, ids=lambda v: str(v)[:70])
+def test_fields_that_do_not_go_together(
+    sections: dict[str, dict[str, Any]], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree(**sections))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_the_alternative_that_an_error_names_is_valid() -> None:
+    for tensor in (1, 2, 4):
+        assert parse_config(tree(parallel={"tensor": tensor})).parallel.tensor == tensor
+    for chunk_size in (0, 64, 128, 256):
+        parse_config(tree(model={"chunk_size": chunk_size}))
+    parse_config(tree(parallel={"tensor": 2, "sequence": False}, data={"seq_len": 1023},
+                      training={"micro_batch_size": 1}))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "world_size", "words"),
+    [
+        ({"tensor": 2, "pipeline": 2}, 6,
+         ["parallel.tensor=2", "parallel.pipeline=2", "multiple of 4"]),
+        ({}, 3, ["training.global_batch_size=8", "data parallel 3 = 12", "use 12"]),
+        ({}, 4, ["data parallel 4 = 16", "use 16"]),
+    ],
+)  # fmt: skip
+def test_processes_that_the_layout_does_not_fit(
+    fields: dict[str, Any], world_size: int, words: list[str]
+) -> None:
+    config: Config = parse_config(tree(parallel=fields))
+    with pytest.raises(ConfigError) as caught:
+        config.data_parallel(world_size)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_data_parallel_is_what_the_model_ranks_leave() -> None:
+    config = parse_config(tree(parallel={"tensor": 2, "pipeline": 2}))
+    assert [config.data_parallel(n) for n in (4, 8)] == [1, 2]
