@@ -17,4 +17,5 @@ class CheckpointConfig(Section):
     keep_every: int = Field(0, ge=0)
     """Steps whose multiples are never removed; 0 has no such milestones."""
     resume: str = "auto"
-    """auto: the newest checkpoint if there is one; none: start anew; or a folder."""
+    """auto: the newest checkpoint if there is one; none: start anew; or a folder
+    of another run, to start from its state."""

@@ -18,6 +18,7 @@ from parallel.config import ParallelConfig
 from parallel.launch import Launch
 
 T = TypeVar("T")
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def from_rank_0(action: Callable[[], T]) -> T:
@@ -37,7 +38,7 @@ def from_rank_0(action: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def init_distributed(launch: Launch, device: torch.device, timeout_minutes: int = 30) -> None:
+def init_distributed(launch: Launch, device: torch.device) -> None:
     """Join the job's process group: NCCL on GPUs, gloo on CPUs. One process needs no address."""
     if dist.is_initialized():
         return
@@ -53,7 +54,7 @@ def init_distributed(launch: Launch, device: torch.device, timeout_minutes: int 
         "nccl" if device.type == "cuda" else "gloo",
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=COLLECTIVE_TIMEOUT,
     )
 
 

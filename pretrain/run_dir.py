@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.logging import RichHandler
 
+from pretrain import failure
 from pretrain.config import Config, ConfigError, dump_config
 
 log = logging.getLogger("transxssm")
@@ -40,6 +41,7 @@ def record_start(config: Config, world_size: int) -> None:
     """
     run_dir = Path(config.logging.run_dir)
     with _writing(run_dir):
+        (run_dir / "logs" / failure.FILE).unlink(missing_ok=True)  # of an earlier start
         _replace(run_dir / "config.toml", dump_config(config))
         _record_environment(run_dir / "environment.json", world_size)
 

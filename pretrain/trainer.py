@@ -18,6 +18,7 @@ from checkpoints_tools import folder as folders
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.sharded import load_checkpoint, save_checkpoint
 from data_pipeline.dataset import PackedDataset
+from data_pipeline.errors import DataError
 from data_pipeline.loader import BatchLoader, sequential_batches
 from parallel.build import DTYPES, build_stage
 from parallel.compat import prepare_host
@@ -79,6 +80,11 @@ def open_data(config: Config) -> tuple[PackedDataset, PackedDataset | None]:
     data = PackedDataset(
         config.data.train, seq_len=config.data.seq_len, vocab_size=config.model.vocab_size
     )
+    if not tokenizer_file(data).is_file():  # now rather than at the first save
+        raise DataError(
+            f"{tokenizer_file(data)}: no such file, and checkpoints carry the tokenizer; copy the "
+            "tokenizer.json that the data was prepared with there"
+        )
     if not config.data.validation:
         return data, None
     return data, PackedDataset(
@@ -86,6 +92,11 @@ def open_data(config: Config) -> tuple[PackedDataset, PackedDataset | None]:
         seq_len=config.data.seq_len,
         tokenizer_hash=data.meta.tokenizer_hash,
     )
+
+
+def tokenizer_file(data: PackedDataset) -> Path:
+    """Where `transxssm prepare` put the tokenizer: beside the splits."""
+    return data.folder.parent / "tokenizer.json"
 
 
 def find_start(config: Config, data: PackedDataset) -> Path | None:
@@ -343,7 +354,7 @@ class Trainer:
             self.step,
             self.zero,
             state,
-            tokenizer=self.data.folder.parent / "tokenizer.json",
+            tokenizer=tokenizer_file(self.data),
             keep_last=self.config.checkpoint.keep_last,
             keep_every=self.config.checkpoint.keep_every,
         )
