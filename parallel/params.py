@@ -6,7 +6,6 @@ they do not depend on the layout.
 """
 
 from dataclasses import dataclass
-from math import prod
 
 from torch import nn
 
@@ -46,11 +45,6 @@ class ParamInfo:
     def decays(self) -> bool:
         """Whether weight decay applies: projection matrices only (DESIGN: no norms, A_log, ...)."""
         return self.name.endswith("_proj.weight") or self.name == HEAD
-
-    @property
-    def numel(self) -> int:
-        """Elements of the local tensor, vocabulary padding included."""
-        return prod(self.local_shape)
 
 
 def describe_parameters(
