@@ -1,0 +1,57 @@
+"""Which implementation of an operation runs: Triton on GPUs, torch elsewhere.
+
+TRANSXSSM_KERNELS=torch|triton|naive forces one for every operation; `triton` on a CPU needs Triton's
+interpreter (TRITON_INTERPRET=1), `naive` is the float64 oracle. TRANSXSSM_STRICT=1 is strict mode: a
+call that Triton cannot serve raises instead of falling back to torch, and values on the device
+(cu_seqlens, NaN in A) are checked, which waits for the device.
+"""
+
+import logging
+import os
+from typing import Literal
+
+import torch
+
+from kernels.target import interpreting
+
+Choice = Literal["triton", "torch", "naive"]
+
+_logger = logging.getLogger(__name__)
+_warned: set[tuple[str, str]] = set()
+
+
+def strict() -> bool:
+    """Whether strict mode is on."""
+    return os.environ.get("TRANSXSSM_STRICT", "0") not in ("0", "")
+
+
+def choose(op: str, device: torch.device, unsupported: str | None) -> Choice:
+    """The implementation of `op` for tensors on `device`.
+
+    unsupported: why Triton cannot serve this call, or None when it can.
+
+    Raises ValueError for an unknown TRANSXSSM_KERNELS, for `triton` where no Triton kernel can run,
+    and in strict mode for an unsupported call.
+    """
+    forced = os.environ.get("TRANSXSSM_KERNELS", "")
+    if forced not in ("", "torch", "triton", "naive"):
+        raise ValueError(
+            f"TRANSXSSM_KERNELS={forced!r}; expected torch, triton or naive (or leave it unset)"
+        )
+    if forced == "torch" or forced == "naive":
+        return forced
+    if not forced and device.type != "cuda":
+        return "torch"
+    if device.type == "cpu" and not interpreting():
+        raise ValueError(
+            "TRANSXSSM_KERNELS=triton, but the tensors are on the CPU: set TRITON_INTERPRET=1 before"
+            " Python starts to interpret the kernels, or TRANSXSSM_KERNELS=torch"
+        )
+    if unsupported is None:
+        return "triton"
+    if strict():
+        raise ValueError(f"{op}: {unsupported} (strict mode; without it, torch would run this call)")
+    if (op, unsupported) not in _warned:
+        _warned.add((op, unsupported))
+        _logger.warning("%s: %s; torch runs it instead of Triton", op, unsupported)
+    return "torch"
