@@ -1,0 +1,232 @@
+"""Device memory during one interpreted launch: every access checked, every byte counted.
+
+The bytes that the tensor arguments span are copied side by side into one block, far enough apart
+that an index running off one buffer reaches no other. Loads and stores go to the block alone, and
+each of its bytes has a state: does it belong to an element of an argument, has a program loaded or
+stored it. An access outside the arguments, at an address that is no multiple of the element size,
+or whose result depends on the order in which programs (or a program's own threads) run, is a
+MemoryFault. Programs that synchronise through atomics are refused as well: the bytes they exchange
+look like any other race.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NoReturn
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import as_strided
+from torch import Tensor
+
+Access = Literal["load", "store", "atomic"]
+
+_GAP = 1 << 20  # bytes between buffers; never touched, so they cost address space only
+_ALIGN = 256  # addresses keep their remainder by this
+
+# What a byte's state holds. The last four say what this launch has done to it.
+_OWNED = 1  # an element of an argument
+_LOADED = 2  # by a program that has ended
+_STORED = 4
+_ATOMIC = 8
+_FRESH = 16  # stored by the running program, no barrier since
+_MARK: dict[Access, int] = {"load": _LOADED, "store": _STORED, "atomic": _ATOMIC}
+_FORBIDDEN: dict[Access, int] = {
+    "load": _STORED | _ATOMIC | _FRESH,
+    "store": _LOADED | _STORED | _ATOMIC,
+    "atomic": _LOADED | _STORED,
+}
+
+
+class MemoryFault(RuntimeError):
+    """A kernel touched memory that it must not touch, or in an order that no GPU promises."""
+
+
+@dataclass(frozen=True)
+class _Argument:
+    name: str
+    start: int  # of its first byte in the block
+    end: int  # one past its last byte
+
+
+class Memory:
+    """The tensors a launch of `kernel` is given, as (argument name, CPU tensor), and their copies.
+
+    Raises ValueError for a tensor that is not on the CPU.
+    """
+
+    def __init__(self, kernel: str, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        self.kernel = kernel
+        self.program: tuple[int, ...] = ()
+        self.programs = 0
+        self.bytes: dict[Access, int] = {"load": 0, "store": 0, "atomic": 0}
+        self._touched: list[tuple[Access, int, np.ndarray]] = []  # by the running program
+        self._place(tensors)
+        block = torch.from_numpy(self._block).untyped_storage()
+        self._copies: dict[int, Tensor] = {}
+        self._arguments: list[_Argument] = []
+        for name, tensor in tensors:
+            size, first = tensor.element_size(), self._first_byte(tensor)
+            copy = tensor.new_empty(0).set_(block, first // size, tensor.size(), tensor.stride())
+            self._copies[id(tensor)] = copy
+            self._arguments.append(_Argument(name, first, first + _span(tensor)))
+            shape = (*tensor.shape, size)
+            strides = (*(stride * size for stride in tensor.stride()), 1)
+            as_strided(self._state[1][first:], shape, strides)[...] = _OWNED
+
+    def _place(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        """Give every storage's spanned bytes a place in one block and copy them there."""
+        spans: dict[int, tuple[int, int]] = {}  # storage address -> bytes of it that are spanned
+        storages: dict[int, Tensor] = {}  # as uint8
+        for name, tensor in tensors:
+            if tensor.device.type != "cpu":
+                raise ValueError(
+                    f"{self.kernel}: argument {name!r} is on {tensor.device}; interpreted kernels"
+                    " take CPU tensors"
+                )
+            storage = tensor.untyped_storage()
+            start = int(tensor.storage_offset()) * tensor.element_size()
+            low, high = spans.get(storage.data_ptr(), (start, start))
+            spans[storage.data_ptr()] = min(low, start), max(high, start + _span(tensor))
+            storages[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage)
+        total = sum(high - low + _GAP + 2 * _ALIGN for low, high in spans.values()) + _GAP
+        self._block = np.empty(total // 8 * 8, np.uint8)
+        owned = np.zeros(total // 8 * 8, np.uint8)
+        self._state = {size: owned.view(f"u{size}") for size in (1, 2, 4, 8)}
+        self._base = np.uint64(self._block.ctypes.data)
+        self._storage_start: dict[int, int] = {}  # where byte 0 of a storage would stand
+        self._buffers: list[tuple[slice, np.ndarray]] = []  # place in the block, the original
+        cursor = _GAP
+        for address, (low, high) in spans.items():
+            cursor += (address + low - int(self._base) - cursor) % _ALIGN
+            place = slice(cursor, cursor + high - low)
+            original = storages[address].numpy()[low:high]
+            self._block[place] = original
+            self._buffers.append((place, original))
+            self._storage_start[address] = cursor - low
+            cursor += high - low + _GAP
+
+    def _first_byte(self, tensor: Tensor) -> int:
+        start = self._storage_start[tensor.untyped_storage().data_ptr()]
+        return start + int(tensor.storage_offset()) * tensor.element_size()
+
+    def copy_of(self, tensor: Tensor) -> Tensor:
+        """The tensor in the block that stands for this argument (the same object as given)."""
+        return self._copies[id(tensor)]
+
+    def begin_program(self, program: tuple[int, ...]) -> None:
+        """`program` runs now; what ran before has ended."""
+        self._end_program()
+        self.program = program
+        self.programs += 1
+
+    def barrier(self) -> None:
+        """What the running program stored may be loaded by all its threads from here on."""
+        for access, size, index in self._touched:
+            if access == "store":
+                self._state[size][index] &= ~_repeat(_FRESH, size)
+
+    def load(
+        self, addresses: np.ndarray, mask: np.ndarray, other: np.ndarray | None, dtype: np.dtype
+    ) -> np.ndarray:
+        """Elements at `addresses` (uint64, any shape); all bits set where mask is off and no
+        `other` is given, which is NaN for a float: Triton leaves such elements undefined."""
+        index = self.touch("load", addresses, mask, dtype.itemsize)
+        found = self._block.view(dtype)[index]
+        if index.size == addresses.size:
+            return found.reshape(addresses.shape)
+        if other is None:
+            result = np.full((*addresses.shape, dtype.itemsize), 0xFF, np.uint8).view(dtype)[..., 0]
+        else:
+            result = np.array(np.broadcast_to(other, addresses.shape), dtype)
+        result[mask] = found
+        return result
+
+    def store(self, addresses: np.ndarray, values: np.ndarray, mask: np.ndarray) -> None:
+        """Store `values` (same shape as `addresses`; their dtype is the memory's)."""
+        index = self.touch("store", addresses, mask, values.dtype.itemsize)
+        active = values.ravel() if index.size == values.size else values[mask]
+        self._block.view(values.dtype)[index] = active
+
+    def touch(
+        self, access: Access, addresses: np.ndarray, mask: np.ndarray, size: int
+    ) -> np.ndarray:
+        """Check and record an access of `size` bytes at each address that the mask (same shape)
+        leaves on. Returns those addresses as indices of elements of the block, [lanes].
+
+        Raises MemoryFault.
+        """
+        active = addresses.ravel() if mask.all() else addresses[mask]
+        offset = active - self._base  # what lies below the block wraps to far above it
+        index = (offset // np.uint64(size)).view(np.int64)
+        if not index.size:
+            return index
+        if (offset % np.uint64(size)).any() or offset.max() >= self._block.size:
+            self._raise(access, offset, size)
+        state = self._state[size]
+        owned, forbidden = _repeat(_OWNED, size), _repeat(_FORBIDDEN[access], size)
+        if ((state[index] & (owned | forbidden)) != owned).any():
+            self._raise(access, offset, size)
+        if access == "store":
+            state[index] |= _repeat(_FRESH, size)
+        self._touched.append((access, size, index))
+        self.bytes[access] += index.size * size
+        return index
+
+    def finish(self) -> None:
+        """All programs have ended: give the tensors what was stored."""
+        self._end_program()
+        for place, original in self._buffers:
+            if (self._state[1][place] & (_STORED | _ATOMIC)).any():
+                original[:] = self._block[place]
+
+    def distinct(self, access: Access) -> int:
+        """Distinct bytes that the launch has accessed so; after `finish`."""
+        state = self._state[1]
+        return sum(np.count_nonzero(state[place] & _MARK[access]) for place, _ in self._buffers)
+
+    def _end_program(self) -> None:
+        for access, size, index in self._touched:
+            state = self._state[size]
+            state[index] = state[index] & ~_repeat(_FRESH, size) | _repeat(_MARK[access], size)
+        self._touched.clear()
+
+    def _raise(self, access: Access, offsets: np.ndarray, size: int) -> NoReturn:
+        where = f"{self.kernel}, program {self.program}: {access}"
+        for lane in offsets.tolist():
+            outside = lane + size > self._block.size
+            at = lane if lane < 1 << 63 else lane - (1 << 64)
+            near = min(self._arguments, key=lambda a: max(a.start - at, at - a.end + 1, 0))
+            what = f"{where} of {size} bytes at byte {at - near.start} of argument {near.name!r}"
+            if lane % size:
+                raise MemoryFault(f"{what}: not a multiple of the element size")
+            state = 0 if outside else int(np.bitwise_or.reduce(self._state[1][lane : lane + size]))
+            owned = not outside and bool((self._state[1][lane : lane + size] & _OWNED).all())
+            if not owned and (at < near.start or at + size > near.end):
+                raise MemoryFault(
+                    f"{what}: out of bounds, it has bytes 0 to {near.end - near.start - 1}"
+                )
+            if not owned:
+                raise MemoryFault(f"{what}: out of bounds, between the elements of a strided view")
+            if state & _FORBIDDEN[access] & _FRESH:
+                raise MemoryFault(
+                    f"{what}: the program stored it itself; put tl.debug_barrier() between, other"
+                    " threads may have made the store"
+                )
+            done = "atomically updated" if state & _ATOMIC else "stored"
+            done = done if state & (_ATOMIC | _STORED) else "loaded"
+            if state & _FORBIDDEN[access]:
+                raise MemoryFault(f"{what}: a race, another program {done} it in this launch")
+        raise AssertionError("unreachable: no lane is at fault")
+
+
+def _repeat(bits: int, size: int) -> np.unsignedinteger:
+    """`bits` in each of `size` bytes."""
+    return np.dtype(f"u{size}").type(int.from_bytes(bytes([bits]) * size))
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from the first to the last element's end."""
+    if not tensor.numel():
+        return 0
+    steps = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (steps + 1) * tensor.element_size()
