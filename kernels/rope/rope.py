@@ -6,60 +6,125 @@
 The gradient is the transposed map, the same rotation by -sin, so backward needs cos and sin alone.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
+from kernels.checks import check_floating, check_rows, check_tensor
+from kernels.dispatch import choose
+from kernels.rope import blocked
+from kernels.rope.naive import apply_rope_naive
+
+
+def rotate_qk(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by their positions' angles, in one launch.
+
+    q, k:     [B, L, Hq, D] and [B, L, Hk, D] of one floating dtype, last dimension contiguous (a
+              view of a projection will do); computed in float32 (float64 for float64)
+    cos, sin: float32 [B, L, D/2], gathered by position from `kernels.rope.table.rotary_cos_sin`
+    inplace:  overwrite q and k and return them
+
+    Returns q and k rotated, contiguous unless in place.
+
+    Raises ValueError for a wrong shape, device or stride, and for an in-place rotation that
+    autograd cannot record (of a leaf or a view that requires grad); TypeError for a wrong dtype.
+    """
+    _check(("q", q), ("k", k), cos=cos, sin=sin, inplace=inplace)
+    rotated_q, rotated_k = _rotate("rotate_qk", (q, k), cos, sin, inplace)
+    return rotated_q, rotated_k
 
 
 def apply_rope(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate q by its positions' angles; computed in float32, returned in q's dtype.
+    """Rotate one tensor [B, L, H, D]; otherwise as rotate_qk."""
+    _check(("q", q), cos=cos, sin=sin, inplace=False)
+    return _rotate("apply_rope", (q,), cos, sin, False)[0]
 
-    q:        [B, L, H, D], any floating dtype (float64 is computed in float64)
-    cos, sin: float32 [B, L, D/2], from `kernels.rope.table.rotary_cos_sin`
 
-    Raises ValueError when shapes disagree, TypeError when q is not floating point.
-    """
-    if q.ndim != 4 or q.shape[-1] % 2:
-        raise ValueError(f"q has shape {tuple(q.shape)}; expected [B, L, H, D] with D even")
-    if not q.is_floating_point():
-        raise TypeError(f"q has dtype {q.dtype}; expected a floating-point dtype")
-    expected = (q.shape[0], q.shape[1], q.shape[3] // 2)
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.shape != expected:
-            raise ValueError(f"{name} has shape {tuple(table.shape)}; expected {expected}")
-    rotated: Tensor = _Rope.apply(q, cos, sin)
+def _rotate(
+    op: str, tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, inplace: bool
+) -> tuple[Tensor, ...]:
+    q = tensors[0]
+    unsupported = "Triton kernels compute in float32, not float64"
+    choice = choose(op, q.device, unsupported if q.dtype == torch.float64 else None)
+    if choice == "naive":
+        exact = tuple(apply_rope_naive(t, cos, sin).to(t.dtype) for t in tensors)
+        return tuple(t.copy_(e) for t, e in zip(tensors, exact, strict=True)) if inplace else exact
+    rotated: tuple[Tensor, ...] = _Rotate.apply(choice, inplace, cos, sin, *tensors)
     return rotated
 
 
-class _Rope(torch.autograd.Function):
+class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, choice: str, inplace: bool, cos: Tensor, sin: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
-        return _implementation(q.device)(q, cos, sin)
+        ctx.choice = choice
+        if inplace:
+            ctx.mark_dirty(*tensors)
+            out = tensors
+        else:
+            out = _empty_like(tensors)
+        _run(choice, tensors, out, cos, sin, conjugate=False)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _implementation(grad.device)(grad, cos, -sin), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        given = tuple(g if g.stride(-1) == 1 else g.contiguous() for g in grads)
+        out = _empty_like(given)
+        _run(ctx.choice, given, out, *ctx.saved_tensors, conjugate=True)
+        return None, None, None, None, *out
 
 
-def _implementation(device: torch.device) -> Rotate:
-    """The rotation for a device; every device runs the torch one."""
-    return _rotate_torch
+def _run(
+    choice: str,
+    tensors: tuple[Tensor, ...],
+    out: tuple[Tensor, ...],
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    conjugate: bool,
+) -> None:
+    if choice == "triton":
+        from kernels.rope import fused
+
+        fused.rotate(tensors, out, cos, sin, conjugate)
+    else:
+        blocked.rotate(tensors, out, cos, sin, conjugate)
 
 
-def _rotate_torch(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    cos, sin = cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)  # [B, L, 1, D/2]
-    first, second = q.to(dtype).chunk(2, dim=-1)
-    out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    out_first, out_second = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
-    return out.to(q.dtype)
+def _empty_like(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
+
+
+def _check(*named: tuple[str, Tensor], cos: Tensor, sin: Tensor, inplace: bool) -> None:
+    first = named[0][1]
+    for name, tensor in named:
+        if tensor.ndim != 4 or tensor.shape[-1] % 2 or tensor.shape[-1] == 0:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; expected [B, L, H, D] with D even"
+            )
+        check_floating(name, tensor)
+        batch, length, _, dim = first.shape
+        heads = tensor.shape[2]
+        check_tensor(name, tensor, (batch, length, heads, dim), (first.dtype,), first.device)
+        check_rows(name, tensor)
+        if inplace:
+            _check_overwritable(name, tensor)
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_tensor(name, table, (batch, length, dim // 2), (torch.float32,), first.device)
+
+
+def _check_overwritable(name: str, tensor: Tensor) -> None:
+    if any(stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        raise ValueError(f"{name} is expanded: it shares memory with itself; pass inplace=False")
+    recorded = torch.is_grad_enabled() and tensor.requires_grad
+    # autograd allows no in-place function of several outputs on a view
+    if recorded and (tensor.is_leaf or tensor._is_view()):
+        kind = "a leaf" if tensor.is_leaf else "a view"
+        raise ValueError(f"{name} is {kind} that requires grad; pass inplace=False")

@@ -1,0 +1,38 @@
+"""Checks of an operation's arguments that read no device memory; errors name the argument."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+) -> None:
+    """Raises ValueError for another shape or device, TypeError for a dtype not in `dtypes`."""
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {expected}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; expected {device}, as the rest")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless the dtype is a real floating-point one."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype}; expected a floating-point dtype")
+
+
+def check_rows(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless the last dimension is contiguous."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} has strides {tensor.stride()}; its last dimension must be contiguous"
+            f" (pass {name}.contiguous())"
+        )
