@@ -141,17 +141,25 @@ class Builder(stock.InterpreterBuilder):
     # Memory
 
     def create_masked_load(
-        self, ptrs: Any, mask: Any, other: Any, _cache: Any, _eviction: Any, _volatile: Any
+        self,
+        ptrs: Any,
+        mask: Any,
+        other: Any,
+        cache_modifier: Any,
+        eviction_policy: Any,
+        is_volatile: bool,
     ) -> Any:
         dtype = ptrs.get_element_ty()
         in_memory = np.dtype(np.uint16) if is_bfloat16(dtype) else _stock_np_dtype(dtype)
         filler = None if other is None else to_memory(other.data, dtype)
-        found = self._memory.load(ptrs.data, mask.data, filler, in_memory)
+        found = self._memory.load(ptrs.data, _lanes(mask), filler, in_memory)
         return Handle(from_memory(found, dtype), dtype)
 
-    def create_masked_store(self, ptrs: Any, value: Any, mask: Any, _c: Any, _e: Any) -> None:
+    def create_masked_store(
+        self, ptrs: Any, value: Any, mask: Any, cache_modifier: Any, eviction_policy: Any
+    ) -> None:
         values = to_memory(value.data, ptrs.get_element_ty())
-        self._memory.store(ptrs.data, values, mask.data)
+        self._memory.store(ptrs.data, values, _lanes(mask))
 
     def create_atomic_rmw(
         self, op: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any
@@ -171,3 +179,8 @@ class Builder(stock.InterpreterBuilder):
 
     def create_barrier(self) -> None:
         self._memory.barrier()
+
+
+def _lanes(mask: Any) -> np.ndarray:
+    """A descriptor's mask is an array, any other a handle."""
+    return mask if isinstance(mask, np.ndarray) else mask.data
