@@ -57,6 +57,7 @@ demo: setup
 
 test: setup
 	@$(BIN)/python -m pytest
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
 
 lint: setup
 	$(BIN)/ruff format --check .
