@@ -20,6 +20,8 @@ def rotate(
     for q, o in zip(tensors, out, strict=True):
         batch, length, heads, dim = q.shape
         half, tokens = dim // 2, max(1, BLOCK_ELEMENTS // max(1, heads * dim))
+        if q.device.type != "cpu":  # there calls cost more than passes
+            tokens = max(1, batch * length)
         time = max(1, min(length, tokens))
         rows = tokens // time
         scratch = q.new_empty(min(rows, batch), time, heads, dim, dtype=dtype)

@@ -35,7 +35,7 @@ def rotate(
     programs, heads_each = heads_per_program(
         tokens, q_heads + k_heads, block_tokens, current_target().num_sms
     )
-    _rotate_kernel[(programs, triton.cdiv(q_heads + k_heads, heads_each))](
+    rope_kernel[(programs, triton.cdiv(q_heads + k_heads, heads_each))](
         q, k, q_out, k_out, cos.contiguous(), sin.contiguous(),
         tokens, length, q_heads, k_heads, heads_each,
         *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
@@ -67,7 +67,7 @@ def traffic(tokens: int, heads: int, dim: int, itemsize: int, num_sms: int) -> t
 
 
 @triton.jit
-def _rotate_kernel(
+def rope_kernel(
     q, k, q_out, k_out, cos, sin,
     tokens, length, q_heads, k_heads, heads_each,
     q_batch, q_token, q_head, k_batch, k_token, k_head,

@@ -1,0 +1,149 @@
+"""RMSNorm and the weighted residual before it, alone and in one pass over memory.
+
+    h' = r ⊙ h + update                          r [N], a weight per channel
+    u  = h' / sqrt(mean(h'²) + eps) ⊙ w          mean over the N channels; w [N]
+
+Backward recomputes the statistics and saves only what the caller holds anyway: h, h' and the
+weights. With s = 1/sqrt(mean(h'²) + eps):
+
+    dh' += s (w ⊙ du) - h' s³ mean(h' ⊙ w ⊙ du)
+    dh  = r ⊙ dh'      d_update = dh'      dr = Σ dh' ⊙ h      dw = Σ s h' ⊙ du     (over rows)
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.checks import check_floating, check_tensor
+from kernels.dispatch import Choice, choose
+from kernels.norm import blocked
+from kernels.norm.naive import rms_norm_naive, weighted_residual_naive
+
+# A row lives in the registers of one Triton program: 16 warps of 32 threads with 32 bytes each.
+_MAX_ROW_BYTES = 16 * 32 * 32
+
+
+def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """u = RMSNorm(h) ⊙ weight; [..., N] in h's dtype.
+
+    h [..., N] floating, weight [N] of h's dtype; statistics and products in float32 (float64 for
+    float64), rounded once. Memory that is not contiguous is copied.
+
+    Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
+    """
+    _check_input(h)
+    _check_like(h, weight=weight)
+    choice = _choose("rms_norm", h)
+    if choice == "naive":
+        return rms_norm_naive(h, weight, eps).to(h.dtype)
+    u: Tensor = _AddNorm.apply(choice, _rows(h), None, None, weight, eps)
+    return u.view(h.shape)
+
+
+def weighted_residual(h: Tensor, update: Tensor, weight: Tensor) -> Tensor:
+    """h' = weight ⊙ h + update; [..., N] in h's dtype, rounded once.
+
+    h, update [..., N] and weight [N] of one floating dtype. Raises as rms_norm.
+    """
+    _check_input(h)
+    _check_like(h, update=update, weight=weight)
+    choice = _choose("weighted_residual", h)
+    if choice == "naive":
+        return weighted_residual_naive(h, update, weight).to(h.dtype)
+    new_h: Tensor = _AddNorm.apply(choice, _rows(h), _rows(update), weight, None, 0.0)
+    return new_h.view(h.shape)
+
+
+def add_rms_norm(
+    h: Tensor, update: Tensor, residual_weight: Tensor, norm_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """h' = residual_weight ⊙ h + update and u = RMSNorm(h') ⊙ norm_weight, both [..., N].
+
+    The statistics are those of h' as returned, in h's dtype. h, update [..., N] and both weights
+    [N] of one floating dtype. Raises as rms_norm.
+    """
+    _check_input(h)
+    _check_like(h, update=update, residual_weight=residual_weight, norm_weight=norm_weight)
+    choice = _choose("add_rms_norm", h)
+    if choice == "naive":
+        new_h = weighted_residual_naive(h, update, residual_weight).to(h.dtype)
+        return new_h, rms_norm_naive(new_h, norm_weight, eps).to(h.dtype)
+    new_h, u = _AddNorm.apply(choice, _rows(h), _rows(update), residual_weight, norm_weight, eps)
+    return new_h.view(h.shape), u.view(h.shape)
+
+
+class _AddNorm(torch.autograd.Function):
+    """On rows [T, N]: without `update` the norm alone, without `norm_weight` the residual alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        choice: Choice,
+        h: Tensor,
+        update: Tensor | None,
+        residual_weight: Tensor | None,
+        norm_weight: Tensor | None,
+        eps: float,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        ctx.choice, ctx.eps = choice, eps
+        new_h, u = _implementation(choice).forward(h, update, residual_weight, norm_weight, eps)
+        ctx.save_for_backward(
+            None if update is None else h,
+            None if norm_weight is None else new_h,
+            residual_weight,
+            norm_weight,
+        )
+        if update is None:
+            return u
+        return new_h if norm_weight is None else (new_h, u)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        h, new_h, residual_weight, norm_weight = ctx.saved_tensors
+        d_new_h = None if residual_weight is None else grads[0].contiguous()
+        d_u = None if norm_weight is None else grads[-1].contiguous()
+        d_h, d_update, d_residual_weight, d_norm_weight = _implementation(ctx.choice).backward(
+            d_new_h, d_u, h, new_h, residual_weight, norm_weight, ctx.eps
+        )
+        return None, d_h, d_update, d_residual_weight, d_norm_weight, None
+
+
+def _implementation(choice: Choice) -> ModuleType:
+    if choice == "triton":
+        from kernels.norm import fused
+
+        return fused
+    return blocked
+
+
+def _choose(op: str, h: Tensor) -> Choice:
+    unsupported = None
+    if h.dtype == torch.float64:
+        unsupported = "Triton kernels compute in float32, not float64"
+    elif h.shape[-1] * h.element_size() > _MAX_ROW_BYTES:
+        most = _MAX_ROW_BYTES // h.element_size()
+        unsupported = f"N={h.shape[-1]}; a Triton program holds {most} channels of {h.dtype}"
+    return choose(op, h.device, unsupported)
+
+
+def _rows(h: Tensor) -> Tensor:
+    """[..., N] → [T, N] contiguous."""
+    return h.reshape(-1, h.shape[-1]).contiguous()
+
+
+def _check_input(h: Tensor) -> None:
+    if h.ndim < 1 or h.shape[-1] == 0:
+        raise ValueError(f"h has shape {tuple(h.shape)}; expected [..., N] with N at least 1")
+    check_floating("h", h)
+
+
+def _check_like(h: Tensor, *, update: Tensor | None = None, **weights: Tensor) -> None:
+    """That update has h's shape and each weight is [N], all of h's dtype and device."""
+    if update is not None:
+        check_tensor("update", update, h.shape, (h.dtype,), h.device)
+    for name, weight in weights.items():
+        check_tensor(name, weight, h.shape[-1:], (h.dtype,), h.device)
