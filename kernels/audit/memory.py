@@ -9,6 +9,7 @@ MemoryFault. Programs that synchronise through atomics are refused as well: the 
 look like any other race.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn
@@ -48,6 +49,13 @@ class _Argument:
     end: int  # one past its last byte
 
 
+@dataclass(frozen=True)
+class _Buffer:
+    span: range  # addresses that arguments span
+    place: slice  # of their copy in the block
+    original: np.ndarray
+
+
 class Memory:
     """The tensors a launch of `kernel` is given, as (argument name, CPU tensor), and their copies.
 
@@ -60,54 +68,49 @@ class Memory:
         self.programs = 0
         self.bytes: dict[Access, int] = {"load": 0, "store": 0, "atomic": 0}
         self._touched: list[tuple[Access, int, np.ndarray]] = []  # by the running program
-        self._place(tensors)
+        for name, tensor in tensors:
+            if tensor.device.type != "cpu":
+                raise ValueError(
+                    f"{kernel}: argument {name!r} is on {tensor.device}; interpreted kernels take"
+                    " CPU tensors"
+                )
+        self._place(_merged([_span(tensor) for _, tensor in tensors]))
         block = torch.from_numpy(self._block).untyped_storage()
         self._copies: dict[int, Tensor] = {}
         self._arguments: list[_Argument] = []
         for name, tensor in tensors:
-            size, first = tensor.element_size(), self._first_byte(tensor)
-            copy = tensor.new_empty(0).set_(block, first // size, tensor.size(), tensor.stride())
-            self._copies[id(tensor)] = copy
-            self._arguments.append(_Argument(name, first, first + _span(tensor)))
+            size, span = tensor.element_size(), _span(tensor)
+            start = self._moved(span.start)
+            self._copies[id(tensor)] = tensor.new_empty(0).set_(
+                block, start // size, tensor.size(), tensor.stride()
+            )
+            self._arguments.append(_Argument(name, start, start + len(span)))
             shape = (*tensor.shape, size)
             strides = (*(stride * size for stride in tensor.stride()), 1)
-            as_strided(self._state[1][first:], shape, strides)[...] = _OWNED
+            as_strided(self._state[1][start:], shape, strides)[...] = _OWNED
 
-    def _place(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
-        """Give every storage's spanned bytes a place in one block and copy them there."""
-        spans: dict[int, tuple[int, int]] = {}  # storage address -> bytes of it that are spanned
-        storages: dict[int, Tensor] = {}  # as uint8
-        for name, tensor in tensors:
-            if tensor.device.type != "cpu":
-                raise ValueError(
-                    f"{self.kernel}: argument {name!r} is on {tensor.device}; interpreted kernels"
-                    " take CPU tensors"
-                )
-            storage = tensor.untyped_storage()
-            start = int(tensor.storage_offset()) * tensor.element_size()
-            low, high = spans.get(storage.data_ptr(), (start, start))
-            spans[storage.data_ptr()] = min(low, start), max(high, start + _span(tensor))
-            storages[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage)
-        total = sum(high - low + _GAP + 2 * _ALIGN for low, high in spans.values()) + _GAP
+    def _place(self, spans: Sequence[range]) -> None:
+        """Give every span of addresses a place in one block and copy its bytes there."""
+        total = _GAP + sum(len(span) + _ALIGN + _GAP for span in spans)
         self._block = np.empty(total // 8 * 8, np.uint8)
-        owned = np.zeros(total // 8 * 8, np.uint8)
-        self._state = {size: owned.view(f"u{size}") for size in (1, 2, 4, 8)}
+        state = np.zeros(self._block.size, np.uint8)  # not zeros_like, which touches the gaps
+        self._state = {size: state.view(f"u{size}") for size in (1, 2, 4, 8)}
         self._base = np.uint64(self._block.ctypes.data)
-        self._storage_start: dict[int, int] = {}  # where byte 0 of a storage would stand
-        self._buffers: list[tuple[slice, np.ndarray]] = []  # place in the block, the original
-        cursor = _GAP
-        for address, (low, high) in spans.items():
-            cursor += (address + low - int(self._base) - cursor) % _ALIGN
-            place = slice(cursor, cursor + high - low)
-            original = storages[address].numpy()[low:high]
-            self._block[place] = original
-            self._buffers.append((place, original))
-            self._storage_start[address] = cursor - low
-            cursor += high - low + _GAP
+        self._buffers: list[_Buffer] = []
+        start = _GAP
+        for span in spans:
+            start += (span.start - int(self._base) - start) % _ALIGN
+            original = np.ctypeslib.as_array((ctypes.c_uint8 * len(span)).from_address(span.start))
+            self._block[start : start + len(span)] = original
+            self._buffers.append(_Buffer(span, slice(start, start + len(span)), original))
+            start += len(span) + _GAP
 
-    def _first_byte(self, tensor: Tensor) -> int:
-        start = self._storage_start[tensor.untyped_storage().data_ptr()]
-        return start + int(tensor.storage_offset()) * tensor.element_size()
+    def _moved(self, address: int) -> int:
+        """Where a tensor's first byte stands in the block; 0 if it has none."""
+        for buffer in self._buffers:
+            if address in buffer.span:
+                return buffer.place.start + address - buffer.span.start
+        return 0
 
     def copy_of(self, tensor: Tensor) -> Tensor:
         """The tensor in the block that stands for this argument (the same object as given)."""
@@ -175,14 +178,14 @@ class Memory:
     def finish(self) -> None:
         """All programs have ended: give the tensors what was stored."""
         self._end_program()
-        for place, original in self._buffers:
-            if (self._state[1][place] & (_STORED | _ATOMIC)).any():
-                original[:] = self._block[place]
+        for buffer in self._buffers:
+            if (self._state[1][buffer.place] & (_STORED | _ATOMIC)).any():
+                buffer.original[:] = self._block[buffer.place]
 
     def distinct(self, access: Access) -> int:
         """Distinct bytes that the launch has accessed so; after `finish`."""
-        state = self._state[1]
-        return sum(np.count_nonzero(state[place] & _MARK[access]) for place, _ in self._buffers)
+        states = (self._state[1][buffer.place] for buffer in self._buffers)
+        return sum(np.count_nonzero(state & _MARK[access]) for state in states)
 
     def _end_program(self) -> None:
         for access, size, index in self._touched:
@@ -224,9 +227,24 @@ def _repeat(bits: int, size: int) -> np.unsignedinteger:
     return np.dtype(f"u{size}").type(int.from_bytes(bytes([bits]) * size))
 
 
-def _span(tensor: Tensor) -> int:
-    """Bytes from the first to the last element's end."""
+def _span(tensor: Tensor) -> range:
+    """Addresses from the first to the last element's end."""
     if not tensor.numel():
-        return 0
+        return range(tensor.data_ptr(), tensor.data_ptr())
     steps = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return (steps + 1) * tensor.element_size()
+    return range(tensor.data_ptr(), tensor.data_ptr() + (steps + 1) * tensor.element_size())
+
+
+def _merged(spans: Sequence[range]) -> list[range]:
+    """Overlapping spans made one: arguments that share memory share its copy.
+
+    In the order of the arguments, so that an error message does not depend on the allocator.
+    """
+    merged: list[range] = []
+    for span in sorted((span for span in spans if span), key=lambda span: span.start):
+        if merged and span.start < merged[-1].stop:
+            span = range(merged[-1].start, max(merged.pop().stop, span.stop))
+        merged.append(span)
+    return sorted(
+        merged, key=lambda whole: next(i for i, s in enumerate(spans) if s.start in whole)
+    )

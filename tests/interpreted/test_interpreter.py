@@ -283,16 +283,25 @@ def test_device_assert_fires():
 
 
 @triton.jit
-def _offset(OUT, stride):
-    tl.store(OUT, tl.program_id(0) * 0 + stride * stride)
+def _integer(X, Y, OUT, OP: tl.constexpr):
+    x, y = tl.load(X), tl.load(Y)
+    out = x + y if OP == "add" else x - y if OP == "subtract" else x * y
+    tl.store(OUT, out)
 
 
-def test_integer_overflow_is_an_error():
-    out = torch.zeros(1, dtype=torch.int64)
-    _offset[(1,)](out, 1 << 15)
-    assert out.item() == 1 << 30
-    with pytest.raises(AssertionError, match="overflow"):
-        _offset[(1,)](out, 1 << 16)
+@pytest.mark.parametrize(
+    ("op", "x", "y"),
+    [("add", 2**31 - 2, 1), ("subtract", 1 - 2**31, 1), ("multiply", 2**15, -(2**16))],
+)
+def test_integer_overflow_is_an_error(op, x, y):
+    y, out = torch.tensor([y, 2 * y]), torch.zeros(1, dtype=torch.int64)
+    _integer[(1,)](torch.tensor([x]).int(), y[:1].int(), out, op)
+    expected = {"add": x + y, "subtract": x - y, "multiply": x * y}[op]
+    assert out == expected[0]
+    with pytest.raises(OverflowError, match=f"int32 overflow in {op}"):
+        _integer[(1,)](torch.tensor([x]).int(), y[1:].int(), out, op)
+    _integer[(1,)](torch.tensor([x]), y[1:], out, op)  # int64
+    assert out == expected[1]
 
 
 def test_an_untried_triton_is_refused(monkeypatch):

@@ -1,5 +1,6 @@
 """Accesses that a GPU must not make, or whose order it does not promise, are errors."""
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -116,6 +117,12 @@ def test_arguments_that_share_storage_share_it_in_the_kernel():
     _store_then_load[(1,)](storage[:16], storage[8:], out, True, 16)
     assert out.tolist() == [8, 9, 10, 11, 12, 13, 14, 15] + [0] * 8
     assert storage.tolist() == [*range(16)] + [0] * 8
+
+
+def test_memory_is_shared_by_address_not_by_storage():
+    array, out = np.zeros(24, np.int32), torch.empty(16, dtype=torch.int32)
+    _store_then_load[(1,)](torch.from_numpy(array[:16]), torch.from_numpy(array[8:]), out, True, 16)
+    assert out.tolist() == [8, 9, 10, 11, 12, 13, 14, 15] + [0] * 8
 
 
 def test_reading_back_without_a_barrier_is_a_race_within_the_program():
