@@ -1,12 +1,12 @@
 """Device memory during one interpreted launch: every access checked, every byte counted.
 
-The bytes that the tensor arguments span are copied side by side into one block, far enough apart
-that an index running off one buffer reaches no other. Loads and stores go to the block alone, and
-each of its bytes has a state: does it belong to an element of an argument, has a program loaded or
-stored it. An access outside the arguments, at an address that is no multiple of the element size,
-or whose result depends on the order in which programs (or a program's own threads) run, is a
-MemoryFault. Programs that synchronise through atomics are refused as well: the bytes they exchange
-look like any other race.
+The bytes that the tensor arguments span are copied into one block, 1 MiB apart, so that an index
+that runs off one buffer reaches no other (arguments that overlap share one). Loads and stores go to
+the block alone, and each of its bytes has a state: does it belong to an element of an argument, has
+a program loaded or stored it. An access outside the arguments, at an address that is no multiple of
+the element size, or whose result depends on the order in which programs (or a program's own
+threads) run, is a MemoryFault. Programs that synchronise through atomics are refused as well: the
+bytes they exchange look like any other race.
 """
 
 import ctypes
@@ -148,7 +148,13 @@ class Memory:
         """Store `values` (same shape as `addresses`; their dtype is the memory's)."""
         index = self.touch("store", addresses, mask, values.dtype.itemsize)
         active = values.ravel() if index.size == values.size else values[mask]
-        self._block.view(values.dtype)[index] = active
+        bits = active.view(f"u{active.itemsize}")
+        stored = self._block.view(bits.dtype)
+        stored[index] = bits
+        lost = stored[index] != bits
+        if lost.any():
+            what = self._describe("store", int(index[lost][0]) * bits.itemsize, bits.itemsize)
+            raise MemoryFault(f"{what}: a race, two lanes of this store differ in what they store")
 
     def touch(
         self, access: Access, addresses: np.ndarray, mask: np.ndarray, size: int
@@ -194,32 +200,37 @@ class Memory:
         self._touched.clear()
 
     def _raise(self, access: Access, offsets: np.ndarray, size: int) -> NoReturn:
-        where = f"{self.kernel}, program {self.program}: {access}"
-        for lane in offsets.tolist():
-            outside = lane + size > self._block.size
-            at = lane if lane < 1 << 63 else lane - (1 << 64)
-            near = min(self._arguments, key=lambda a: max(a.start - at, at - a.end + 1, 0))
-            what = f"{where} of {size} bytes at byte {at - near.start} of argument {near.name!r}"
-            if lane % size:
-                raise MemoryFault(f"{what}: not a multiple of the element size")
-            state = 0 if outside else int(np.bitwise_or.reduce(self._state[1][lane : lane + size]))
-            owned = not outside and bool((self._state[1][lane : lane + size] & _OWNED).all())
-            if not owned and (at < near.start or at + size > near.end):
-                raise MemoryFault(
-                    f"{what}: out of bounds, it has bytes 0 to {near.end - near.start - 1}"
-                )
-            if not owned:
-                raise MemoryFault(f"{what}: out of bounds, between the elements of a strided view")
-            if state & _FORBIDDEN[access] & _FRESH:
-                raise MemoryFault(
-                    f"{what}: the program stored it itself; put tl.debug_barrier() between, other"
-                    " threads may have made the store"
-                )
-            done = "atomically updated" if state & _ATOMIC else "stored"
-            done = done if state & (_ATOMIC | _STORED) else "loaded"
-            if state & _FORBIDDEN[access]:
-                raise MemoryFault(f"{what}: a race, another program {done} it in this launch")
-        raise AssertionError("unreachable: no lane is at fault")
+        """For the first lane at fault."""
+        for offset in offsets.tolist():
+            touched = self._state[1][offset : offset + size]
+            owned = touched.size == size and bool((touched & _OWNED).all())
+            state = int(np.bitwise_or.reduce(touched))
+            if offset % size or not owned or state & _FORBIDDEN[access]:
+                break
+        what = self._describe(access, offset, size)
+        if offset % size:
+            raise MemoryFault(f"{what}: not a multiple of the element size")
+        if not owned:
+            raise MemoryFault(f"{what}: out of bounds, no element of an argument is there")
+        if state & _FORBIDDEN[access] & _FRESH:
+            raise MemoryFault(
+                f"{what}: the program stored it itself; put tl.debug_barrier() between, another of"
+                " its threads may have made the store"
+            )
+        done = (
+            "atomically updated" if state & _ATOMIC else "stored" if state & _STORED else "loaded"
+        )
+        raise MemoryFault(f"{what}: a race, another program {done} it in this launch")
+
+    def _describe(self, access: Access, offset: int, size: int) -> str:
+        """The access by the argument nearest to it."""
+        at = offset if offset < 1 << 63 else offset - (1 << 64)
+        near = min(self._arguments, key=lambda a: max(a.start - at, at - a.end + 1, 0))
+        return (
+            f"{self.kernel}, program {self.program}: {access} of {size} bytes"
+            f" at byte {at - near.start} of argument {near.name!r},"
+            f" which spans {near.end - near.start} bytes"
+        )
 
 
 def _repeat(bits: int, size: int) -> np.unsignedinteger:
