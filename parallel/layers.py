@@ -11,7 +11,6 @@ nothing is ever transposed.
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -21,6 +20,9 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
+
+from kernels.norm.norm import add_rms_norm, rms_norm, weighted_residual
+from kernels.swiglu.swiglu import swiglu
 
 
 def enter_tensor_parallel(h: Tensor, config: ModelParallelConfig) -> Tensor:
@@ -102,9 +104,13 @@ class RMSNorm(ReplicatedScale):
         super().__init__(size, config, device)
         self.eps = eps
 
-    def forward(self, h: Tensor) -> Tensor:
-        """[..., hidden] → [..., hidden]."""
-        return F.rms_norm(h, (h.shape[-1],), self.scale(), self.eps)
+    def forward(
+        self, h: Tensor, update: Tensor | None = None, residual_weight: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[..., hidden] → [..., hidden]; for NormedResidual, h' = r ⊙ h + update and its norm."""
+        if update is None or residual_weight is None:
+            return rms_norm(h, self.scale(), self.eps)
+        return add_rms_norm(h, update, residual_weight, self.scale(), self.eps)
 
 
 class WeightedResidual(ReplicatedScale):
@@ -112,7 +118,20 @@ class WeightedResidual(ReplicatedScale):
 
     def forward(self, h: Tensor, update: Tensor) -> Tensor:
         """[..., hidden] × 2 → [..., hidden]."""
-        return torch.addcmul(update, self.scale(), h)
+        return weighted_residual(h, update, self.scale())
+
+
+class NormedResidual(ReplicatedScale):
+    """h' = r ⊙ h + update and the norm that reads it, in one pass over memory.
+
+    The norm runs inside this module's forward: ZeRO-3 gathers a weight only around its own
+    module's forward and backward, and the pass needs both weights.
+    """
+
+    def forward(self, h: Tensor, update: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """[..., hidden] × 2 → h' and norm(h'), [..., hidden] each."""
+        normed: tuple[Tensor, Tensor] = norm(h, update, self.scale())
+        return normed
 
 
 class SwiGLU(nn.Module):
@@ -129,4 +148,4 @@ class SwiGLU(nn.Module):
         """[T or T/tp, 1, hidden] → the same."""
         u = enter_tensor_parallel(h, self.config)  # [T, 1, hidden]
         gate, up = self.gate_proj(u)[0], self.up_proj(u)[0]  # [T, 1, intermediate / tp]
-        return self.down_proj(F.silu(gate) * up)[0]
+        return self.down_proj(swiglu(gate, up))[0]

@@ -15,7 +15,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 
 from kernels.attention import attention
-from kernels.rope.rope import apply_rope
+from kernels.rope.rope import rotate_qk
 from kernels.ssd.ssd import ssd
 from parallel.config import ModelConfig
 from parallel.layers import column_linear, enter_tensor_parallel, head_parameter, row_linear
@@ -57,10 +57,7 @@ class AttentionMixer(nn.Module):
         k = self.k_proj(u)[0].view(shape)  # [B, L, kv_heads / tp, head_dim]
         v = self.v_proj(u)[0].view(shape)
         if positions.attention_rope is not None:
-            q, k = (
-                apply_rope(q, *positions.attention_rope),
-                apply_rope(k, *positions.attention_rope),
-            )
+            q, k = rotate_qk(q, k, *positions.attention_rope)
         out = attention(q, k, v, positions.cu_seqlens)  # [B, L, heads / tp, head_dim]
         return self.o_proj(out.reshape(u.shape[0], 1, -1))[0]
 
@@ -129,7 +126,8 @@ class SSDMixer(nn.Module):
         dt = self.dt_proj(u)[0]  # [T, 1, heads / tp]
         if self.conv is not None:
             xbc = self.conv(torch.cat((x, b, c), dim=-1).squeeze(1), positions.cu_seqlens)
-            x, b, c = xbc.split([x.shape[-1], b.shape[-1], c.shape[-1]], dim=-1)
+            widths = [x.shape[-1], b.shape[-1], c.shape[-1]]
+            x, b, c = (part.contiguous() for part in xbc.split(widths, dim=-1))
         rows = (positions.batch_size, positions.seq_len)
         cos, sin = positions.ssd_rope or (None, None)
         y = ssd(

@@ -21,7 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.rope.table import rotary_cos_sin
 from parallel.config import ModelConfig
-from parallel.layers import RMSNorm, SwiGLU, WeightedResidual, enter_tensor_parallel
+from parallel.layers import (
+    NormedResidual,
+    RMSNorm,
+    SwiGLU,
+    WeightedResidual,
+    enter_tensor_parallel,
+)
 from parallel.loss import head_logits, head_loss
 from parallel.mixers import AttentionMixer, Positions, SSDMixer
 from parallel.params import EMBEDDING
@@ -39,21 +45,21 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         norm = partial(RMSNorm, model.hidden_size, model.rms_norm_eps, config, device)
-        residual = partial(WeightedResidual, model.hidden_size, config, device)
         self.pre_sequence_layernorm = norm()
         self.attn = AttentionMixer(model, config) if model.is_attention(layer) else None
         self.ssd = None if model.is_attention(layer) else SSDMixer(model, config, device)
-        self.post_sequence_residual = residual()
+        self.post_sequence_residual = NormedResidual(model.hidden_size, config, device)
         self.pre_state_layernorm = norm()
         self.feed_forward = SwiGLU(model.hidden_size, model.intermediate_size, config)
-        self.post_state_residual = residual()
+        self.post_state_residual = WeightedResidual(model.hidden_size, config, device)
 
     def forward(self, h: Tensor, positions: Positions) -> Tensor:
         """[T or T/tp, 1, hidden] → the same."""
         mixer = self.ssd if self.attn is None else self.attn
         assert mixer is not None
-        h = self.post_sequence_residual(h, mixer(self.pre_sequence_layernorm(h), positions))
-        return self.post_state_residual(h, self.feed_forward(self.pre_state_layernorm(h)))
+        mixed = mixer(self.pre_sequence_layernorm(h), positions)
+        h, u = self.post_sequence_residual(h, mixed, self.pre_state_layernorm)
+        return self.post_state_residual(h, self.feed_forward(u))
 
 
 class Decoder(nn.Module):

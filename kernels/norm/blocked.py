@@ -1,10 +1,12 @@
 """RMSNorm and weighted residual in PyTorch, for the CPU and as fallback.
 
 Rows are taken in blocks that stay in cache, so that the many passes of which a norm consists read
-and write memory once. All on rows [T, N], contiguous; formulas in `kernels.norm.norm`.
+and write memory once. All tensors [..., N], contiguous; formulas in `kernels.norm.norm`.
 """
 
 from collections.abc import Iterator
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,19 +21,19 @@ def forward(
     norm_weight: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """h' [T, N] (h itself without update) and u [T, N] (None without norm_weight)."""
+    """h' (h itself without update) and u (None without norm_weight)."""
     exact = torch.promote_types(h.dtype, torch.float32)
     new_h = h if update is None else torch.empty_like(h)
     u = None if norm_weight is None else torch.empty_like(h)
-    for rows in _blocks(h):
-        if update is not None and residual_weight is not None:
-            torch.addcmul(update[rows], residual_weight, h[rows], out=new_h[rows])
-        if u is not None and norm_weight is not None:
-            x = new_h[rows].to(exact)
-            y = u[rows] if u.dtype == exact else x
+    for h_, update_, new_, u_ in _blocks(h, update, new_h, u):
+        if residual_weight is not None:
+            torch.addcmul(update_, residual_weight, h_, out=new_)
+        if norm_weight is not None:
+            x = new_.to(exact)
+            y = u_ if u_.dtype == exact else x
             torch.mul(x, _inverse_rms(x, eps), out=y).mul_(norm_weight.to(exact))
             if y is x:
-                u[rows] = x
+                u_.copy_(x)
     return new_h, u
 
 
@@ -50,21 +52,21 @@ def backward(
     exact = torch.promote_types(given.dtype, torch.float32)
     d_h = torch.empty_like(given)
     d_update = d_new_h if d_u is None or d_new_h is None else torch.empty_like(given)
-    d_residual = torch.zeros(given.shape[1], dtype=exact, device=given.device)
+    d_residual = torch.zeros(given.shape[-1], dtype=exact, device=given.device)
     d_norm = torch.zeros_like(d_residual)
-    for rows in _blocks(given):
-        if d_u is None or new_h is None or norm_weight is None:
-            assert d_new_h is not None
-            total = d_new_h[rows].to(exact)
+    blocks = _blocks(d_new_h, d_u, h, new_h, d_h, d_update)
+    for d_new_, d_u_, h_, new_, d_h_, d_update_ in blocks:
+        if norm_weight is None:
+            total = d_new_.to(exact)
         else:
-            total = _norm_backward(d_u[rows], new_h[rows], norm_weight.to(exact), eps, d_norm)
-            if d_new_h is not None and d_update is not None:
-                d_update[rows] = total.add_(d_new_h[rows])
-        if h is None or residual_weight is None:
-            d_h[rows] = total
+            total = _norm_backward(d_u_, new_, norm_weight.to(exact), eps, d_norm)
+            if h is not None:
+                d_update_.copy_(total.add_(d_new_))
+        if residual_weight is None:
+            d_h_.copy_(total)
         else:
-            d_residual += (total * h[rows]).sum(0)
-            d_h[rows] = total * residual_weight
+            d_residual += h_.to(exact).mul(total).sum(0)
+            d_h_.copy_(total.mul(residual_weight.to(exact)))
     return (
         d_h,
         d_update,
@@ -91,7 +93,11 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return norm.square_().div_(x.shape[1]).add_(eps).rsqrt_()
 
 
-def _blocks(h: Tensor) -> Iterator[slice]:
-    """Slices of rows; off the CPU all at once, since there calls cost more than passes."""
-    step = max(1, BLOCK_ELEMENTS // h.shape[1] if h.device.type == "cpu" else h.shape[0])
-    return (slice(start, start + step) for start in range(0, h.shape[0], step))
+def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The same rows of every tensor, as [rows, N]; a missing one is missing in every block."""
+    (first, *_) = (t for t in tensors if t is not None)
+    channels = first.shape[-1]
+    # off the CPU all at once: there calls cost more than passes
+    step = max(1, BLOCK_ELEMENTS // channels if first.device.type == "cpu" else first.numel())
+    blocks = (repeat(None) if t is None else t.view(-1, channels).split(step) for t in tensors)
+    return zip(*blocks, strict=False)

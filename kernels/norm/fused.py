@@ -3,7 +3,7 @@
 A program walks over its share of the rows and holds a whole row in registers, so statistics cost no
 pass over memory, and backward finds them anew instead of loading them; the weights are loaded once.
 Their gradients are sums over rows: each program writes one partial sum, added in a fixed order.
-Formulas in `kernels.norm.norm`; all on rows [T, N], contiguous.
+Formulas in `kernels.norm.norm`; all tensors [..., N], contiguous: T rows.
 """
 
 import torch
@@ -27,10 +27,11 @@ def forward(
     norm_weight: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """h' [T, N] (h itself without update) and u [T, N] (None without norm_weight)."""
+    """h' (h itself without update) and u (None without norm_weight)."""
     new_h = h if update is None else torch.empty_like(h)
     u = None if norm_weight is None else torch.empty_like(h)
-    rows, channels = h.shape
+    channels = h.shape[-1]
+    rows = h.numel() // channels
     block_rows, block_channels, num_warps = tile(channels, h.element_size())
     programs = forward_programs(rows, channels, h.element_size(), current_target().num_sms)
     if rows > 0:
@@ -54,7 +55,8 @@ def backward(
     """Gradients of h, update, residual_weight and norm_weight; None for what forward lacked."""
     given = d_new_h if d_u is None else d_u
     assert given is not None
-    rows, channels = given.shape
+    channels = given.shape[-1]
+    rows = given.numel() // channels
     block_rows, block_channels, num_warps = tile(channels, given.element_size())
     programs = backward_programs(rows, channels, given.element_size(), current_target().num_sms)
     add, norm = h is not None, new_h is not None

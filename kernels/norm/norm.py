@@ -39,8 +39,8 @@ def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
     choice = _choose("rms_norm", h)
     if choice == "naive":
         return rms_norm_naive(h, weight, eps).to(h.dtype)
-    u: Tensor = _AddNorm.apply(choice, _rows(h), None, None, weight, eps)
-    return u.view(h.shape)
+    u: Tensor = _AddNorm.apply(choice, h.contiguous(), None, None, weight, eps)
+    return u
 
 
 def weighted_residual(h: Tensor, update: Tensor, weight: Tensor) -> Tensor:
@@ -53,8 +53,8 @@ def weighted_residual(h: Tensor, update: Tensor, weight: Tensor) -> Tensor:
     choice = _choose("weighted_residual", h)
     if choice == "naive":
         return weighted_residual_naive(h, update, weight).to(h.dtype)
-    new_h: Tensor = _AddNorm.apply(choice, _rows(h), _rows(update), weight, None, 0.0)
-    return new_h.view(h.shape)
+    new_h: Tensor = _AddNorm.apply(choice, h.contiguous(), update.contiguous(), weight, None, 0.0)
+    return new_h
 
 
 def add_rms_norm(
@@ -71,12 +71,17 @@ def add_rms_norm(
     if choice == "naive":
         new_h = weighted_residual_naive(h, update, residual_weight).to(h.dtype)
         return new_h, rms_norm_naive(new_h, norm_weight, eps).to(h.dtype)
-    new_h, u = _AddNorm.apply(choice, _rows(h), _rows(update), residual_weight, norm_weight, eps)
-    return new_h.view(h.shape), u.view(h.shape)
+    both: tuple[Tensor, Tensor] = _AddNorm.apply(
+        choice, h.contiguous(), update.contiguous(), residual_weight, norm_weight, eps
+    )
+    return both
 
 
 class _AddNorm(torch.autograd.Function):
-    """On rows [T, N]: without `update` the norm alone, without `norm_weight` the residual alone."""
+    """Without `update` the norm alone, without `norm_weight` the residual alone.
+
+    Outputs are no views: Megatron-core frees the memory of a pipeline stage's output by itself.
+    """
 
     @staticmethod
     def forward(
@@ -128,11 +133,6 @@ def _choose(op: str, h: Tensor) -> Choice:
         most = _MAX_ROW_BYTES // h.element_size()
         unsupported = f"N={h.shape[-1]}; a Triton program holds {most} channels of {h.dtype}"
     return choose(op, h.device, unsupported)
-
-
-def _rows(h: Tensor) -> Tensor:
-    """[..., N] → [T, N] contiguous."""
-    return h.reshape(-1, h.shape[-1]).contiguous()
 
 
 def _check_input(h: Tensor) -> None:
