@@ -483,7 +483,10 @@ class SSD(nn.Module):
         D = None if self.D is None else self.D.float()
         fast = kernels_ssd() if length > 1 else None
         if fast is not None:
-            cos, sin = (t.expand(batch, -1, -1) for t in angles) if angles else (None, None)
+            x, dt, b, c = (t.contiguous() for t in (x, dt, b, c))
+            cos, sin = (
+                (t.expand(batch, -1, -1).contiguous() for t in angles) if angles else (None, None)
+            )
             starts = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * length
             y, state = fast(
                 x, dt, A, b, c, cos=cos, sin=sin, dt_bias=dt_bias, cu_seqlens=starts,

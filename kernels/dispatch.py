@@ -1,9 +1,9 @@
 """Which implementation of an operation runs: Triton on GPUs, torch elsewhere.
 
-TRANSXSSM_KERNELS=torch|triton|naive forces one for every operation; `triton` on a CPU needs Triton's
-interpreter (TRITON_INTERPRET=1), `naive` is the float64 oracle. TRANSXSSM_STRICT=1 is strict mode: a
-call that Triton cannot serve raises instead of falling back to torch, and values on the device
-(cu_seqlens, NaN in A) are checked, which waits for the device.
+TRANSXSSM_KERNELS=torch|triton|naive forces one for every operation; `triton` on a CPU needs
+Triton's interpreter (TRITON_INTERPRET=1), `naive` is the float64 oracle. TRANSXSSM_STRICT=1 is
+strict mode: a call that Triton cannot serve raises instead of falling back to torch, and values on
+the device (cu_seqlens, NaN in A) are checked, which waits for the device.
 """
 
 import logging
@@ -38,19 +38,23 @@ def choose(op: str, device: torch.device, unsupported: str | None) -> Choice:
         raise ValueError(
             f"TRANSXSSM_KERNELS={forced!r}; expected torch, triton or naive (or leave it unset)"
         )
-    if forced == "torch" or forced == "naive":
-        return forced
+    if forced == "torch":
+        return "torch"
+    if forced == "naive":
+        return "naive"
     if not forced and device.type != "cuda":
         return "torch"
     if device.type == "cpu" and not interpreting():
         raise ValueError(
-            "TRANSXSSM_KERNELS=triton, but the tensors are on the CPU: set TRITON_INTERPRET=1 before"
-            " Python starts to interpret the kernels, or TRANSXSSM_KERNELS=torch"
+            "TRANSXSSM_KERNELS=triton, but the tensors are on the CPU: to interpret the kernels,"
+            " set TRITON_INTERPRET=1 before Python starts; else set TRANSXSSM_KERNELS=torch"
         )
     if unsupported is None:
         return "triton"
     if strict():
-        raise ValueError(f"{op}: {unsupported} (strict mode; without it, torch would run this call)")
+        raise ValueError(
+            f"{op}: {unsupported} (strict mode; without it, torch would run this call)"
+        )
     if (op, unsupported) not in _warned:
         _warned.add((op, unsupported))
         _logger.warning("%s: %s; torch runs it instead of Triton", op, unsupported)

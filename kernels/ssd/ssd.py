@@ -5,12 +5,14 @@ S_t = exp(Δ_t A) S_{t-1} + Δ_t x_t b_tᵀ        S [P, N], 0 before a document
 y_t = S_t c_t  (+ D x_t)
 """
 
-from collections.abc import Callable
+import itertools
 
 import torch
 from torch import Tensor
 
+from kernels.dispatch import choose, strict
 from kernels.ssd.chunked import ssd_chunked
+from kernels.ssd.naive import ssd_naive
 
 _PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -41,25 +43,54 @@ def ssd(
     dt_bias, D:    [H] float32 or x's dtype
     cu_seqlens:    [segments+1] int32 (or int64), borders over the flattened B·L tokens, 0 first,
                    B·L last, every row start among them
-    chunk_size:    a power of two; 0 picks by length and dtype (`kernels.ssd.chunked`)
+    chunk_size:    a power of two; 0 picks by a fixed table (`kernels.ssd.chunked`, `tiles`)
     initial_state: [B, H, P, N] float32, enters the first segment of each row
 
     Returns y [B, L, H, P] in x's dtype, and with `output_final_state` the state at each row's end,
     [B, H, P, N] float32. Where x is float64, float32 above reads float64.
 
-    Raises ValueError for a wrong shape, device or chunk_size, TypeError for a wrong dtype; the
-    values of A and cu_seqlens are not read, so that no device is waited for.
+    Raises ValueError for a wrong shape, device or chunk_size or a tensor that is not contiguous,
+    TypeError for a wrong dtype. The values of A and cu_seqlens are read in strict mode only
+    (`kernels.dispatch`), because that waits for the device.
     """
     _check(x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, chunk_size, initial_state, D)
-    y, final_state = _implementation(x.device)(
-        x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, chunk_size, initial_state, D
-    )
+    choice = choose("ssd", x.device, _unsupported(x, B, chunk_size))
+    arguments = (x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, chunk_size, initial_state, D)
+    if choice == "triton":
+        from kernels.ssd.fused import ssd_fused
+
+        y, final_state = ssd_fused(*arguments)
+    elif choice == "torch":
+        y, final_state = ssd_chunked(*arguments)
+    else:
+        y, final_state = _naive(*arguments)
     return (y, final_state) if output_final_state else y
 
 
-def _implementation(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The scan for a device; every device runs the torch one."""
-    return ssd_chunked
+def _unsupported(x: Tensor, B: Tensor, chunk_size: int) -> str | None:
+    """Why Triton cannot serve a call."""
+    if x.dtype == torch.float64:
+        return "float64 is for gradient checks"
+    for name, size in (("head_dim", x.shape[-1]), ("state_dim", B.shape[-1])):
+        if size not in (16, 32, 64, 128):
+            return f"{name}={size} is not 16, 32, 64 or 128"
+    if chunk_size not in (0, 16, 32, 64, 128):
+        return f"chunk_size={chunk_size} is not 16, 32, 64 or 128"
+    return None
+
+
+def _naive(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cos: Tensor | None, sin: Tensor | None,
+    dt_bias: Tensor, cu_seqlens: Tensor, chunk_size: int, initial_state: Tensor | None,
+    D: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The float64 oracle, in the types of the others."""
+    y, final_state = ssd_naive(
+        x, dt, A, B, C, cos=cos, sin=sin, dt_bias=dt_bias, cu_seqlens=cu_seqlens,
+        initial_state=initial_state, output_final_state=True, D=D,
+    )  # fmt: skip
+    exact = torch.promote_types(x.dtype, torch.float32)
+    return y.to(x.dtype), final_state.to(exact)
 
 
 def _check(
@@ -81,6 +112,7 @@ def _check(
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     table = (batch, length, state_dim // 2)
     expected: dict[str, tuple[Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]] = {
+        "x": (x, tuple(x.shape), (x.dtype,)),
         "dt": (dt, (batch, length, heads), (x.dtype, exact)),
         "A": (A, (heads,), (exact,)),
         "B": (B, tuple(B.shape), (x.dtype,)),
@@ -105,6 +137,10 @@ def _check(
         if tensor.dtype not in dtypes:
             raise TypeError(f"{name} has dtype {tensor.dtype}; expected {_names(dtypes)}")
         _check_device(name, tensor, x)
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} is not contiguous (strides {tensor.stride()}); pass {name}.contiguous()"
+            )
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < batch + 1:
         raise ValueError(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected [segments+1]"
@@ -115,6 +151,22 @@ def _check(
     _check_device("cu_seqlens", cu_seqlens, x)
     if chunk_size < 0 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size={chunk_size}; expected a power of two, or 0 to choose one")
+    if strict() and not x.is_meta:
+        _check_values(A, cu_seqlens, batch, length)
+
+
+def _check_values(A: Tensor, cu_seqlens: Tensor, batch: int, length: int) -> None:
+    """What only the device knows; waits for it."""
+    if not bool((A < 0).all()):  # NaN is not negative either
+        raise ValueError("A has values that are not negative: every head's state must decay")
+    borders = cu_seqlens.tolist()
+    rows = set(range(0, batch * length + 1, length))
+    rising = all(a < b for a, b in itertools.pairwise(borders))
+    if borders[0] != 0 or borders[-1] != batch * length or not rising or rows - set(borders):
+        raise ValueError(
+            f"cu_seqlens {borders} does not cut {batch} rows of {length} tokens into documents:"
+            f" expected rising borders from 0 to {batch * length} with every row start among them"
+        )
 
 
 def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:

@@ -50,7 +50,7 @@ def test_frequencies_match_transformers(scaling, theta, dim):
     [
         (
             {"rope_type": "dynamic", "factor": 2.0},
-            "'dynamic' is not offered: dynamic NTK depends on",
+            "'dynamic' is not offered: .* packed document .* context parallelism",
         ),
         ({"rope_type": "longrope"}, "use one of default, linear, yarn, llama3"),
         ({"factor": 2.0}, "rope_scaling.rope_type=None"),

@@ -1,0 +1,173 @@
+"""Forward of the SSD scan in Triton, in two shapes.
+
+fused   one program for every row, head and block of P walks the chunks, the state in registers
+split   states added by every chunk, a pass over chunks that accumulates them, outputs
+
+Nothing of size Q × Q and nothing rotated leaves a program. Products are oriented so that P or N are
+their rows: with 8 warps, 64 rows would be computed twice.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.ssd.fused_parts import (
+    LOG2E,
+    chunk_documents,
+    decay_matrix,
+    entry_gate,
+    exit_weights,
+    load_rotated,
+    load_rows,
+    load_table,
+    running_sums,
+    state_offsets,
+    step_sizes,
+    store_rows,
+)
+
+
+@triton.jit
+def scan_kernel(
+    x, dt, A, B, C, table, dt_bias, D, documents, initial_state, y, states, final_state,
+    length, chunks, zero,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The fused shape. states [B·H, chunks, P, N] (None: not kept) get the state at chunk entry."""
+    row_head = tl.program_id(0).to(tl.int64)
+    row, head = row_head // HEADS, tl.program_id(0) % HEADS
+    group = head // (HEADS // GROUPS)
+    p0 = tl.program_id(1) * P_BLOCK
+    first = row * length
+    bias = tl.load(dt_bias + head).to(tl.float32)
+    rate = tl.load(A + head) * LOG2E
+    ROPE: tl.constexpr = table is not None
+    if initial_state is not None:
+        state = tl.load(initial_state + (row_head * P + p0) * N + state_offsets(P_BLOCK, N))
+    else:
+        state = tl.zeros([P_BLOCK, N], tl.float32)
+    for k in tl.range(0, chunks, disable_licm=True):
+        t0 = (k ^ zero) * Q
+        token = first + t0
+        valid = tl.arange(0, Q) < length - t0
+        _z, delta, log_delta = step_sizes(dt + token * HEADS + head, bias, valid, HEADS, Q)
+        document, before, end = chunk_documents(documents + token, t0, length, Q)
+        coarse, fine, coarse_end, fine_end = running_sums(delta, rate, valid, Q)
+        gate = entry_gate(coarse, fine, document, before)
+        leave = exit_weights(coarse, fine, coarse_end, fine_end, log_delta, document, end)
+        carry = entry_gate(coarse_end, fine_end, end, before)
+
+        if ROPE:
+            cos, sin = load_table(table + token * N, valid, N, Q)
+        else:
+            cos, sin = 0.0, 0.0
+        here = (token * GROUPS + group) * N
+        c = load_rotated(C + here, cos, sin, valid, GROUPS * N, N, Q, ROPE)
+        b = load_rotated(B + here, cos, sin, valid, GROUPS * N, N, Q, ROPE)
+        c_gated = (c * gate[:, None]).to(c.dtype)
+        b_leaving = (b * leave[:, None]).to(b.dtype)
+        scores = tl.dot(c, tl.trans(b), input_precision=PRECISION)
+        scores *= decay_matrix(coarse, fine, log_delta, document, Q)
+        if D is not None:
+            i = tl.arange(0, Q)
+            skip = tl.load(D + head).to(tl.float32)
+            scores += tl.where(i[:, None] == i[None, :], skip, 0.0)
+        scores = scores.to(c.dtype)
+
+        at = (token * HEADS + head) * P + p0
+        xs = load_rows(x + at, valid, HEADS * P, P_BLOCK, Q)
+        low = state.to(xs.dtype)
+        if states is not None:
+            slot = states + (row_head * chunks + (k ^ zero)) * P * N + p0 * N
+            tl.store(slot + state_offsets(P_BLOCK, N), low)
+        out = tl.dot(low, tl.trans(c_gated), input_precision=PRECISION)  # [P, Q]
+        out = tl.dot(tl.trans(xs), tl.trans(scores), out, input_precision=PRECISION)
+        store_rows(y + at, out, valid, HEADS * P, P_BLOCK, Q)
+        state = tl.dot(tl.trans(xs), b_leaving, state * carry, input_precision=PRECISION)
+    tl.store(final_state + (row_head * P + p0) * N + state_offsets(P_BLOCK, N), state)
+
+
+@triton.jit
+def chunk_state_kernel(
+    x, dt, A, B, table, dt_bias, documents, states, carries,
+    length, chunks,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What every chunk adds: (w ⊙ x)ᵀ b to the state; for GRADIENT, with dy and C as x and B,
+    (u ⊙ dy)ᵀ c to the state's gradient. Also u of the chunk's last token, into `carries`."""
+    chunk = tl.program_id(0)
+    row_head = tl.program_id(1).to(tl.int64)
+    row, head = row_head // HEADS, tl.program_id(1) % HEADS
+    group = head // (HEADS // GROUPS)
+    t0 = chunk * Q
+    token = row * length + t0
+    valid = tl.arange(0, Q) < length - t0
+    bias = tl.load(dt_bias + head).to(tl.float32)
+    rate = tl.load(A + head) * LOG2E
+    _z, delta, log_delta = step_sizes(dt + token * HEADS + head, bias, valid, HEADS, Q)
+    document, before, end = chunk_documents(documents + token, t0, length, Q)
+    coarse, fine, coarse_end, fine_end = running_sums(delta, rate, valid, Q)
+    if GRADIENT:
+        weight = entry_gate(coarse, fine, document, before)
+    else:
+        weight = exit_weights(coarse, fine, coarse_end, fine_end, log_delta, document, end)
+    carry = entry_gate(coarse_end, fine_end, end, before)
+    tl.store(carries + row_head * chunks + chunk, carry)
+    ROPE: tl.constexpr = table is not None
+    if ROPE:
+        cos, sin = load_table(table + token * N, valid, N, Q)
+    else:
+        cos, sin = 0.0, 0.0
+    here = (token * GROUPS + group) * N
+    b = load_rotated(B + here, cos, sin, valid, GROUPS * N, N, Q, ROPE)
+    b = (b * weight[:, None]).to(b.dtype)
+    xs = load_rows(x + (token * HEADS + head) * P, valid, HEADS * P, P, Q)
+    added = tl.dot(tl.trans(xs), b, input_precision=PRECISION)  # [P, N]
+    slot = states + (row_head * chunks + chunk) * P * N
+    tl.store(slot + state_offsets(P, N), added.to(states.dtype.element_ty))
+
+
+@triton.jit
+def chunk_output_kernel(
+    x, dt, A, B, C, table, dt_bias, D, documents, states, y,
+    length, chunks,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs of one chunk from the state that reaches it, [B·H, chunks, P, N]."""
+    chunk = tl.program_id(0)
+    row_head = tl.program_id(1).to(tl.int64)
+    row, head = row_head // HEADS, tl.program_id(1) % HEADS
+    group = head // (HEADS // GROUPS)
+    t0 = chunk * Q
+    token = row * length + t0
+    valid = tl.arange(0, Q) < length - t0
+    bias = tl.load(dt_bias + head).to(tl.float32)
+    rate = tl.load(A + head) * LOG2E
+    _z, delta, log_delta = step_sizes(dt + token * HEADS + head, bias, valid, HEADS, Q)
+    document, before, _end = chunk_documents(documents + token, t0, length, Q)
+    coarse, fine, _coarse_end, _fine_end = running_sums(delta, rate, valid, Q)
+    gate = entry_gate(coarse, fine, document, before)
+    ROPE: tl.constexpr = table is not None
+    if ROPE:
+        cos, sin = load_table(table + token * N, valid, N, Q)
+    else:
+        cos, sin = 0.0, 0.0
+    here = (token * GROUPS + group) * N
+    c = load_rotated(C + here, cos, sin, valid, GROUPS * N, N, Q, ROPE)
+    b = load_rotated(B + here, cos, sin, valid, GROUPS * N, N, Q, ROPE)
+    scores = tl.dot(c, tl.trans(b), input_precision=PRECISION)
+    scores *= decay_matrix(coarse, fine, log_delta, document, Q)
+    if D is not None:
+        i = tl.arange(0, Q)
+        scores += tl.where(i[:, None] == i[None, :], tl.load(D + head).to(tl.float32), 0.0)
+    scores = scores.to(c.dtype)
+    c_gated = (c * gate[:, None]).to(c.dtype)
+    slot = states + (row_head * chunks + chunk) * P * N
+    state = tl.load(slot + state_offsets(P, N))
+    at = (token * HEADS + head) * P
+    xs = load_rows(x + at, valid, HEADS * P, P, Q)
+    out = tl.dot(state, tl.trans(c_gated), input_precision=PRECISION)  # [P, Q]
+    out = tl.dot(tl.trans(xs), tl.trans(scores), out, input_precision=PRECISION)
+    store_rows(y + at, out, valid, HEADS * P, P, Q)

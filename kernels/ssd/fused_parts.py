@@ -1,0 +1,167 @@
+"""What the SSD kernels in Triton share: one chunk's decays, rotation in registers, pointers.
+
+Notation of `kernels.ssd.chunked`; in a [Q, Q] tile rows are t, columns j. Exponents are to base 2.
+
+A chunk's steps a_t are rounded to multiples of Q/65536 (`coarse`) and what is left to multiples of
+2^-29 (`fine`). Running sums of both are exact in float32, whatever their order, and so are their
+differences: nothing cancels where decays are large, and no document leaves a rounding behind for
+its neighbour.
+
+Loops over chunks are written for the register file: `disable_licm`, because hoisted shared-memory
+addresses would fill it; chunk numbers go through `k ^ zero`, where `zero` is an argument that is 0,
+because LLVM would otherwise keep a 64-bit pointer alive for every access; head counts are
+constants of the compilation, so that offsets are.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Below this z, ln softplus(z) = z in float32, also where softplus itself underflows.
+TINY_STEP = tl.constexpr(-17.0)
+# exp2 of this is 0 in float32, and so is that of anything below.
+FLOOR = tl.constexpr(-256.0)
+FINE = tl.constexpr(536870912.0)
+
+
+@triton.jit
+def step_sizes(dt, dt_bias, valid, HEADS: tl.constexpr, Q: tl.constexpr):
+    """z, Δ = softplus(z) and log2 Δ of a chunk, [Q] each; log2 Δ = -inf past the row's end."""
+    z = tl.load(dt + tl.arange(0, Q) * HEADS, mask=valid, other=0.0).to(tl.float32) + dt_bias
+    e = tl.exp2(-tl.abs(z) * LOG2E)
+    u = 1.0 + e
+    # log1p(e), exact to rounding (Kahan): the error of 1 + e cancels in log(u) / (u - 1)
+    log1p = tl.where(u == 1.0, e, tl.log2(u) / LOG2E * (e / (u - 1.0)))
+    delta = tl.maximum(z, 0.0) + log1p
+    log_delta = tl.where(z < TINY_STEP, z * LOG2E, tl.log2(delta))
+    return z, delta, tl.where(valid, log_delta, -float("inf"))
+
+
+@triton.jit
+def running_sums(delta, rate, valid, Q: tl.constexpr):
+    """coarse and fine running sums [Q] of a = Δ·rate, and their totals; rate is A·log2(e)."""
+    a = tl.maximum(delta * rate, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    a = tl.where(valid, a, 0.0)
+    GRID: tl.constexpr = 65536 // Q
+    coarse = tl.floor(a * GRID + 0.5) / GRID
+    fine = tl.floor((a - coarse) * FINE + 0.5) / FINE
+    return tl.cumsum(coarse), tl.cumsum(fine), tl.sum(coarse), tl.sum(fine)
+
+
+@triton.jit
+def chunk_documents(documents, t0, length, Q: tl.constexpr):
+    """Document ids of a chunk's tokens [Q], of the token before it and of its last token.
+
+    `documents` points to the chunk's first token. Past the row's end the last id goes on; at the
+    row's start the row's first token stands for the one before, which lets an initial state in.
+    """
+    last = tl.minimum(Q, length - t0) - 1
+    document = tl.load(documents + tl.minimum(tl.arange(0, Q), last))
+    return document, tl.load(documents - (t0 > 0).to(tl.int32)), tl.load(documents + last)
+
+
+@triton.jit
+def decay_matrix(coarse, fine, log_delta, document, Q: tl.constexpr):
+    """W_tj = exp2(s_t - s_j + log2 Δ_j) for j ≤ t in t's document, else 0: [Q, Q]."""
+    i = tl.arange(0, Q)
+    within = (i[:, None] >= i[None, :]) & (document[:, None] == document[None, :])
+    # differences first: they are exact, and free of what came before both
+    exponent = (fine[:, None] - fine[None, :]) + log_delta[None, :]
+    exponent += coarse[:, None] - coarse[None, :]
+    return tl.exp2(tl.where(within, exponent, -float("inf")))
+
+
+@triton.jit
+def entry_gate(coarse, fine, document, before):
+    """u_t = exp2(s_t) where t's document began before the chunk, else 0."""
+    return tl.where(document == before, tl.exp2(coarse + fine), 0.0)
+
+
+@triton.jit
+def exit_weights(coarse, fine, coarse_end, fine_end, log_delta, document, end):
+    """w_j = exp2(s_end - s_j + log2 Δ_j) where j's document goes on to the chunk's end, else 0."""
+    exponent = (coarse_end - coarse) + ((fine_end - fine) + log_delta)
+    return tl.exp2(tl.where(document == end, exponent, -float("inf")))
+
+
+@triton.jit
+def load_table(table, valid, N: tl.constexpr, Q: tl.constexpr):
+    """cos and sin [Q, N/2] of a chunk, from rows [cos | sin]."""
+    offsets = tl.arange(0, Q)[:, None] * N + tl.arange(0, N // 2)[None, :]
+    cos = tl.load(table + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
+    sin = tl.load(table + N // 2 + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
+    return cos, sin
+
+
+@triton.jit
+def load_rotated(b, cos, sin, valid, STRIDE: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+                 ROPE: tl.constexpr):  # fmt: skip
+    """RoPE(b) [Q, N] of rows STRIDE apart. Halves are loaded apart: rotation stays in a thread."""
+    offsets = tl.arange(0, Q)[:, None] * STRIDE + tl.arange(0, N // 2)[None, :]
+    first = tl.load(b + offsets, mask=valid[:, None], other=0.0)
+    second = tl.load(b + N // 2 + offsets, mask=valid[:, None], other=0.0)
+    if ROPE:
+        f, s = first.to(tl.float32), second.to(tl.float32)
+        first, second = (f * cos - s * sin).to(first.dtype), (s * cos + f * sin).to(first.dtype)
+    return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (Q, N))
+
+
+@triton.jit
+def store_unrotated(out, grad, cos, sin, valid, STRIDE: tl.constexpr, N: tl.constexpr,
+                    Q: tl.constexpr, ROPE: tl.constexpr):  # fmt: skip
+    """The transposed rotation of grad [Q, N], to rows STRIDE apart."""
+    first, second = tl.split(tl.permute(tl.reshape(grad, (Q, 2, N // 2)), (0, 2, 1)))
+    if ROPE:
+        first, second = first * cos + second * sin, second * cos - first * sin
+    offsets = tl.arange(0, Q)[:, None] * STRIDE + tl.arange(0, N // 2)[None, :]
+    dtype = out.dtype.element_ty
+    tl.store(out + offsets, first.to(dtype), mask=valid[:, None])
+    tl.store(out + N // 2 + offsets, second.to(dtype), mask=valid[:, None])
+
+
+@triton.jit
+def load_rows(x, valid, STRIDE: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
+    """[Q, P] of rows STRIDE apart, 0 past the row's end."""
+    offsets = tl.arange(0, Q)[:, None] * STRIDE + tl.arange(0, P)[None, :]
+    return tl.load(x + offsets, mask=valid[:, None], other=0.0)
+
+
+@triton.jit
+def store_rows(out, values, valid, STRIDE: tl.constexpr, P: tl.constexpr, Q: tl.constexpr):
+    """values [P, Q], transposed, to rows STRIDE apart."""
+    offsets = tl.arange(0, Q)[:, None] * STRIDE + tl.arange(0, P)[None, :]
+    values = tl.trans(values.to(out.dtype.element_ty))
+    tl.store(out + offsets, values, mask=valid[:, None])
+
+
+@triton.jit
+def state_offsets(P: tl.constexpr, N: tl.constexpr):
+    """Of a contiguous [P, N] tile."""
+    return tl.arange(0, P)[:, None] * N + tl.arange(0, N)[None, :]
+
+
+@triton.jit
+def state_passing_kernel(
+    states, carries, first, last, chunks,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """In place: what every chunk adds to the state becomes the state that reaches the chunk.
+
+    states [B·H, chunks, SIZE]; carries [B·H, chunks] float32, the decay across a chunk; first, last
+    [B·H, SIZE] float32: what enters the first chunk (None: 0) and what leaves the last one. REVERSE
+    walks from the last chunk to the first, as gradients do.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    states += head * chunks * SIZE
+    if first is not None:
+        state = tl.load(first + head * SIZE + element)
+    else:
+        state = tl.zeros([BLOCK], tl.float32)
+    for k in tl.range(0, chunks):
+        chunk = chunks - 1 - k if REVERSE else k
+        here = states + chunk.to(tl.int64) * SIZE + element
+        added = tl.load(here).to(tl.float32)
+        tl.store(here, state.to(states.dtype.element_ty))
+        state = state * tl.load(carries + head * chunks + chunk) + added
+    tl.store(last + head * SIZE + element, state)

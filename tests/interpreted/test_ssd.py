@@ -1,0 +1,136 @@
+"""The Triton scan against the float64 recurrence: outputs, final state and every gradient."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kernels.ssd import fused, tiles
+from kernels.ssd.naive import ssd_naive
+from kernels.ssd.ssd import ssd
+from tests.kernels.scan_cases import assert_close, make_inputs, run
+
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(params=["fused", "split"])
+def shape(request, monkeypatch):
+    """Both shapes of the algorithm, whatever the size of the GPU."""
+    monkeypatch.setattr(fused, "fills_gpu", lambda programs, num_sms: request.param == "fused")
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "size",
+    [(2, 1, 2, 16, 16), (1, 63, 2, 32, 16), (2, 65, 2, 16, 32), (1, 200, 2, 64, 64)],
+    ids=lambda size: "B{}-L{}-H{}-P{}-N{}".format(*size),
+)
+def test_matches_recurrence(size, dtype, shape):
+    documents = [d for d in (1, 5, 64, 130) if d < size[1]]
+    inputs = make_inputs(*size, dtype=dtype, documents=documents)
+    assert_close(run(ssd, inputs), run(ssd_naive, inputs), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("size", [(1, 130, 1, 128, 128), (1, 70, 2, 128, 32), (1, 70, 2, 16, 128)])
+def test_wide_and_unequal(size, shape):
+    inputs = make_inputs(*size, dtype=torch.bfloat16, documents=[40])
+    assert_close(run(ssd, inputs), run(ssd_naive, inputs), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_groups(groups, shape):
+    inputs = make_inputs(2, 50, groups=groups, documents=[7, 8, 31])
+    assert_close(run(ssd, inputs), run(ssd_naive, inputs), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("missing", ["D", "initial_state", "rotation", "everything"])
+def test_optional_inputs_may_be_absent(missing, shape):
+    inputs = make_inputs(2, 40, documents=[33])
+    if missing in ("rotation", "everything"):
+        inputs |= {"cos": None, "sin": None}
+    inputs |= {name: None for name in ("D", "initial_state") if missing in (name, "everything")}
+    given = {name: value for name, value in inputs.items() if value is not None}
+    found = run(lambda **a: ssd(**({"cos": None, "sin": None} | a)), given)
+    expected = run(lambda **a: ssd_naive(**({"cos": None, "sin": None} | a)), given)
+    assert_close(found, expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("border", range(1, 34))
+def test_border_anywhere_in_a_chunk(border, shape):
+    inputs = make_inputs(1, 34, heads=1, documents=[border])
+    assert_close(run(ssd, inputs, 16), run(ssd_naive, inputs), TOLERANCE[torch.float32])
+
+
+def test_documents_of_one_token(shape):
+    inputs = make_inputs(2, 40, documents=range(40))
+    assert_close(run(ssd, inputs), run(ssd_naive, inputs), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_documents_do_not_leak(dtype, shape):
+    """Changing the first document changes no bit of the second, forward or backward."""
+    results = []
+    for factor in (1.0, 7.3):
+        inputs = make_inputs(1, 90, documents=[37], dtype=dtype)
+        for name in ("x", "dt", "B", "C"):
+            inputs[name][:, :37] *= factor
+        inputs["initial_state"] = inputs["initial_state"] * factor
+        results.append(run(ssd, inputs))
+    for name in ("y", "d_x", "d_dt", "d_B", "d_C"):
+        assert torch.equal(*(result[name][:, 37:] for result in results)), name
+    assert torch.equal(*(result["final_state"] for result in results))
+
+
+def test_two_runs_are_bitwise_equal(shape):
+    inputs = make_inputs(2, 90, groups=2, documents=[37], dtype=torch.bfloat16)
+    first, second = run(ssd, inputs), run(ssd, inputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("decay", "steps"), [(-0.01, -12.0), (-0.01, 3.0), (-50.0, -12.0), (-50.0, 3.0)]
+)
+def test_extreme_decays(decay, steps, shape):
+    inputs = make_inputs(1, 70, documents=[33])
+    inputs["A"] = torch.full_like(inputs["A"], decay)
+    inputs["dt"] = inputs["dt"] + steps
+    assert_close(run(ssd, inputs), run(ssd_naive, inputs), 1e-4)
+
+
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_packing(shape, data):
+    length = data.draw(st.integers(1, 60))
+    documents = data.draw(st.sets(st.integers(0, length - 1), max_size=8))
+    batch, chunk = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([16, 32, 64]))
+    inputs = make_inputs(batch, length, heads=2, documents=documents)
+    assert_close(run(ssd, inputs, chunk), run(ssd_naive, inputs), TOLERANCE[torch.float32])
+
+
+def test_shape_follows_the_size_of_the_gpu():
+    assert tiles.fills_gpu(8 * 16, 132)
+    assert not tiles.fills_gpu(8, 132)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("A", torch.tensor([-1.0, float("nan")]), "A has values that are not negative"),
+        ("A", torch.tensor([-1.0, 0.5]), "A has values that are not negative"),
+        ("cu_seqlens", torch.tensor([0, 10, 39], dtype=torch.int32), "does not cut 1 rows of 40"),
+        ("cu_seqlens", torch.tensor([0, 30, 20, 40], dtype=torch.int32), "does not cut"),
+    ],
+)
+def test_strict_mode_reads_values(name, value, says):
+    inputs = make_inputs(1, 40, heads=2) | {name: value}
+    with pytest.raises(ValueError, match=says):
+        ssd(**inputs)
+
+
+def test_strict_mode_refuses_what_triton_cannot_serve():
+    inputs = make_inputs(1, 8, head_dim=24)
+    with pytest.raises(ValueError, match=r"ssd: head_dim=24 is not .* \(strict mode"):
+        ssd(**inputs)
