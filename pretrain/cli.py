@@ -29,9 +29,11 @@ tokenizer_app = typer.Typer(
 )
 data_app = typer.Typer(help="Look into prepared shards.", no_args_is_help=True)
 checkpoint_app = typer.Typer(help="List and export checkpoints.", no_args_is_help=True)
+kernels_app = typer.Typer(help="Audit and time the Triton kernels.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(kernels_app, name="kernels")
 
 INVALID_CONFIGURATION = 2
 PIPE_WIDTH = 4096
@@ -262,6 +264,24 @@ def generate(
         )
     except ValueError as error:
         raise ModelError(str(error)) from error
+
+
+@kernels_app.command("audit")
+def kernels_audit(
+    target: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942, repeatable [all].")
+    ] = None,
+    update: Annotated[bool, typer.Option("--update", help="Accept the numbers as golden.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all here.")] = None,
+) -> None:
+    """Compile every kernel without a GPU; report what the compiler made of it. 1: a rule broken."""
+    from kernels.audit.command import audit
+
+    try:
+        code = audit(target or [], update, json_file)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -11,10 +11,10 @@ the real one; a driver that compiles and launches nothing stands in for the GPU'
 import contextlib
 import io
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
@@ -63,7 +63,7 @@ def _gpu(target: Target) -> GPUTarget:
 def compile_only(target: Target) -> Iterator[list[Launch]]:
     """Within it, Triton kernels of this process compile for `target`; launches are only listed.
 
-    Operations choose Triton whatever their tensors' device. Each kernel is compiled anew.
+    Operations choose Triton whatever their tensors' device. Triton's cache is left alone.
 
     Raises RuntimeError under TRITON_INTERPRET, and when Triton has no backend for `target`.
     """
@@ -80,11 +80,13 @@ def compile_only(target: Target) -> Iterator[list[Launch]]:
     pretended = _Driver(target, launches)
     knobs, before = triton.knobs, drivers._active
     with (
-        mock.patch.dict(os.environ, TRANSXSSM_KERNELS="triton"),
+        _forced("triton"),
+        knobs.cache.scope(),
         knobs.compilation.scope(),
         knobs.nvidia.scope(),
+        tempfile.TemporaryDirectory() as cache,
     ):
-        knobs.compilation.always_compile = True  # a cached kernel comes without its log and times
+        knobs.cache.dir = cache  # a cached kernel would come without its log
         knobs.compilation.listener = pretended.compiled
         knobs.nvidia.dump_ptxas_log = True
         drivers.set_active(pretended)
@@ -93,6 +95,21 @@ def compile_only(target: Target) -> Iterator[list[Launch]]:
                 yield launches
         finally:
             drivers._active = before
+            for launch in launches:  # or its kernels would live as long as the function
+                launch.kernel.src.fn.device_caches.pop(pretended, None)
+
+
+@contextlib.contextmanager
+def _forced(choice: str) -> Iterator[None]:
+    before = os.environ.get("TRANSXSSM_KERNELS")
+    os.environ["TRANSXSSM_KERNELS"] = choice
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TRANSXSSM_KERNELS"]
+        else:
+            os.environ["TRANSXSSM_KERNELS"] = before
 
 
 class _Driver(DriverBase):
@@ -139,10 +156,9 @@ class _Driver(DriverBase):
             "multiprocessor_count": self.target.num_sms,
         }
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: Any) -> tuple[int, ...]:
-        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads of a program
-
-    def unload_module(self, module: int) -> None: ...
+    def load_binary(self, name: str, binary: bytes, shared: int, device: Any) -> tuple[Any, ...]:
+        # module (None: nothing to unload), function, registers, spills, most threads of a program
+        return None, None, 0, 0, 1024
 
     @classmethod
     def is_active(cls) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from kernels.audit.resources import SHARED_LIMIT, Resources
+from kernels.audit.roofline import Work
 from kernels.target import Target
 
 SPILL_ALLOWED = 64  # bytes a thread
@@ -24,6 +25,7 @@ RULES = (
     "occupancy",
     "stages",
     "atomics",
+    "traffic",
 )
 
 
@@ -81,6 +83,13 @@ def faults(target: Target, found: Resources) -> Iterator[tuple[str, str]]:
         yield "stages", f"{said}, which Triton miscompiles there (PR 10993); set num_stages=1"
     if found.atomics:
         yield "atomics", f"has {found.atomics} atomic operations on global memory: no fixed order"
+
+
+def traffic_faults(work: Work) -> Iterator[tuple[str, str]]:
+    """Whether a pass moves more than is allowed of it."""
+    ratio = work.traffic.total / work.minimum
+    if ratio > work.allowed:
+        yield "traffic", f"moves {ratio:.2f} times the minimum; {work.allowed:g} are allowed"
 
 
 @dataclass(frozen=True)
