@@ -43,8 +43,9 @@ def inverse_frequencies(dim: int, theta: float, scaling: Mapping[str, Any]) -> F
     rope_type = scaling.get("rope_type", scaling.get("type", "default" if not scaling else None))
     if rope_type not in _SCALINGS:
         reason = (
-            ": dynamic NTK depends on the longest position in a batch, which is not reproducible"
-            " under packing"
+            ": dynamic NTK changes the frequencies with the longest document of a batch, so a"
+            " packed document would turn with its neighbours, and under context parallelism no"
+            " rank sees that length"
             if rope_type == "dynamic"
             else ""
         )
