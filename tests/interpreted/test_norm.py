@@ -1,0 +1,73 @@
+"""The Triton norm and residual against their float64 oracles."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.audit.traffic import count_traffic
+from kernels.norm import fused
+from kernels.norm.norm import rms_norm
+from kernels.target import INTERPRETED
+from tests.kernels.norm_cases import OPERATIONS, inputs
+from tests.kernels.operation_cases import (
+    DTYPES,
+    assert_matches,
+    assert_repeatable,
+    outputs_and_gradients,
+)
+
+names = pytest.mark.parametrize("name", OPERATIONS)
+
+
+@names
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(33, 1, 96), (3, 1000), (1, 4096)], ids=str)
+def test_matches_naive(name, shape, dtype):
+    assert_matches(*OPERATIONS[name][:2], inputs(name, shape, dtype))
+
+
+@names
+@settings(max_examples=10, deadline=None)
+@given(rows=st.integers(1, 40), channels=st.integers(8, 300))
+def test_any_shape(name, rows, channels):
+    assert_matches(*OPERATIONS[name][:2], inputs(name, (rows, channels)))
+
+
+@names
+@pytest.mark.parametrize("programs", [1, 2, 5])
+def test_rows_shared_among_programs(name, programs, monkeypatch):
+    """Programs that walk over several tiles, the last of them not full."""
+    for function in ("forward_programs", "backward_programs"):
+        monkeypatch.setattr(fused, function, lambda *_: programs)
+    assert_matches(*OPERATIONS[name][:2], inputs(name, (83, 90), torch.bfloat16))
+
+
+@names
+def test_repeatable(name):
+    assert_repeatable(OPERATIONS[name][0], inputs(name, (83, 90), torch.bfloat16))
+
+
+@names
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_launch_each_way_and_its_traffic(name, dtype):
+    rows, channels = 700, 17
+    with count_traffic() as traffic:
+        outputs_and_gradients(OPERATIONS[name][0], inputs(name, (rows, channels), dtype))
+    what = {"add": name != "norm", "norm": name != "residual"}
+    size = (rows, channels, dtype.itemsize, INTERPRETED.num_sms)
+    forward, backward = traffic["norm_forward_kernel"], traffic["norm_backward_kernel"]
+    assert forward.launches == backward.launches == 1
+    assert (forward.loaded, forward.stored) == fused.forward_traffic(*size, **what)
+    assert (backward.loaded, backward.stored) == fused.backward_traffic(*size, **what)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "says"), [(torch.float32, "N=4097; .* 4096"), (torch.float64, "float64")]
+)
+def test_what_triton_cannot_run_is_refused_in_strict_mode(dtype, says, monkeypatch):
+    h, weight = torch.ones(2, 4097, dtype=dtype), torch.ones(4097, dtype=dtype)
+    with pytest.raises(ValueError, match=f"rms_norm: .*{says}"):
+        rms_norm(h, weight, 1e-6)
+    monkeypatch.setenv("TRANSXSSM_STRICT", "0")
+    torch.testing.assert_close(rms_norm(h, weight, 0.0), h)

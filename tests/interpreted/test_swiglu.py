@@ -1,0 +1,53 @@
+"""The Triton SwiGLU product against its float64 oracle."""
+
+import pytest
+import torch
+
+from kernels.audit.traffic import count_traffic
+from kernels.swiglu import fused
+from kernels.swiglu.naive import swiglu_naive
+from kernels.swiglu.swiglu import swiglu
+from tests.kernels.operation_cases import (
+    DTYPES,
+    assert_matches,
+    assert_repeatable,
+    outputs_and_gradients,
+)
+from tests.kernels.test_swiglu import inputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 1, 40), (5, 1000)], ids=str)
+def test_matches_naive(shape, dtype):
+    assert_matches(swiglu, swiglu_naive, inputs(*shape, dtype=dtype))
+
+
+def test_gates_far_from_zero():
+    gate = torch.tensor([-500.0, -90.0, -20.0, 0.0, 20.0, 90.0, 500.0, 1e4])
+    assert_matches(swiglu, swiglu_naive, [gate, torch.ones(8)])
+
+
+def test_inputs_that_are_not_contiguous():
+    assert_matches(swiglu, swiglu_naive, inputs(6, 40)[0].split(20, dim=1))
+
+
+def test_repeatable():
+    assert_repeatable(swiglu, inputs(3000, dtype=torch.bfloat16))
+
+
+def test_saves_its_inputs_alone():
+    gate, up = (t.requires_grad_() for t in inputs(40))
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        swiglu(gate, up)
+    assert [t.data_ptr() for t in saved] == [gate.data_ptr(), up.data_ptr()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_launch_each_way_and_its_traffic(dtype):
+    with count_traffic() as traffic:
+        outputs_and_gradients(swiglu, inputs(3, 999, dtype=dtype))
+    forward, backward = traffic["swiglu_forward_kernel"], traffic["swiglu_backward_kernel"]
+    assert forward.launches == backward.launches == 1
+    assert (forward.loaded, forward.stored) == fused.forward_traffic(2997, dtype.itemsize)
+    assert (backward.loaded, backward.stored) == fused.backward_traffic(2997, dtype.itemsize)

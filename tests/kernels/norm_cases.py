@@ -1,0 +1,31 @@
+"""RMSNorm and the weighted residual beside their oracles, by name, with eps filled in."""
+
+import torch
+from torch import Tensor
+
+from kernels.norm.naive import rms_norm_naive, weighted_residual_naive
+from kernels.norm.norm import add_rms_norm, rms_norm, weighted_residual
+from tests.kernels.operation_cases import normal
+
+EPS = 1e-6
+
+
+def _add_rms_norm_naive(
+    h: Tensor, update: Tensor, residual_weight: Tensor, norm_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    new_h = weighted_residual_naive(h, update, residual_weight)
+    return new_h, rms_norm_naive(new_h, norm_weight, EPS)
+
+
+# operation, oracle, how many tensors [..., N] and how many weights [N] they take
+OPERATIONS = {
+    "norm": (lambda *t: rms_norm(*t, EPS), lambda *t: rms_norm_naive(*t, EPS), 1, 1),
+    "residual": (weighted_residual, weighted_residual_naive, 2, 1),
+    "both": (lambda *t: add_rms_norm(*t, EPS), _add_rms_norm_naive, 2, 2),
+}
+
+
+def inputs(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    _, _, tensors, weights = OPERATIONS[name]
+    shapes = [shape] * tensors + [shape[-1:]] * weights
+    return [normal(*s, dtype=dtype, seed=i) for i, s in enumerate(shapes)]
