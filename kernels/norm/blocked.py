@@ -4,8 +4,6 @@ Rows are taken in blocks that stay in cache, so that the many passes of which a 
 and write memory once. All tensors [..., N], contiguous; formulas in `kernels.norm.norm`.
 """
 
-from collections.abc import Iterator
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -93,11 +91,12 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return norm.square_().div_(x.shape[1]).add_(eps).rsqrt_()
 
 
-def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+def _blocks(*tensors: Tensor | None) -> list[tuple[Any, ...]]:
     """The same rows of every tensor, as [rows, N]; a missing one is missing in every block."""
-    (first, *_) = (t for t in tensors if t is not None)
+    first = next(t for t in tensors if t is not None)
     channels = first.shape[-1]
     # off the CPU all at once: there calls cost more than passes
     step = max(1, BLOCK_ELEMENTS // channels if first.device.type == "cpu" else first.numel())
-    blocks = (repeat(None) if t is None else t.view(-1, channels).split(step) for t in tensors)
-    return zip(*blocks, strict=False)
+    count = len(first.view(-1, channels).split(step))
+    blocks = [[None] * count if t is None else t.view(-1, channels).split(step) for t in tensors]
+    return list(zip(*blocks, strict=True))

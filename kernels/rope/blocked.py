@@ -1,5 +1,7 @@
 """The rotation in PyTorch, for the CPU and as fallback: blocks of tokens that stay in cache."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ BLOCK_ELEMENTS = 1 << 18  # 1 MiB of float32: larger leaves the cache, smaller p
 
 
 def rotate(
-    tensors: tuple[Tensor, ...], out: tuple[Tensor, ...], cos: Tensor, sin: Tensor, conjugate: bool
+    tensors: Sequence[Tensor], out: Sequence[Tensor], cos: Tensor, sin: Tensor, conjugate: bool
 ) -> None:
     """Rotate each [B, L, H, D] by cos, sin [B, L, D/2] into `out`, which may be `tensors`.
 

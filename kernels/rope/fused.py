@@ -4,6 +4,8 @@ A program takes a few tokens, keeps their cos and sin in registers and walks ove
 then k's. Both halves of a head are tiles of their own, so no element changes its thread.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +20,7 @@ PROGRAMS_PER_SM = 8
 
 
 def rotate(
-    tensors: tuple[Tensor, ...], out: tuple[Tensor, ...], cos: Tensor, sin: Tensor, conjugate: bool
+    tensors: Sequence[Tensor], out: Sequence[Tensor], cos: Tensor, sin: Tensor, conjugate: bool
 ) -> None:
     """Rotate one or two tensors [B, L, H, D], last dimension contiguous, by cos, sin [B, L, D/2].
 

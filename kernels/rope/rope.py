@@ -6,6 +6,7 @@
 The gradient is the transposed map, the same rotation by -sin, so backward needs cos and sin alone.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,16 +67,14 @@ class _Rotate(torch.autograd.Function):
         ctx.choice = choice
         if inplace:
             ctx.mark_dirty(*tensors)
-            out = tensors
-        else:
-            out = _empty_like(tensors)
+        out = tensors if inplace else _empty_like(tensors)
         _run(choice, tensors, out, cos, sin, conjugate=False)
-        return out
+        return tuple(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        given = tuple(g if g.stride(-1) == 1 else g.contiguous() for g in grads)
+        given = [g if g.stride(-1) == 1 else g.contiguous() for g in grads]
         out = _empty_like(given)
         _run(ctx.choice, given, out, *ctx.saved_tensors, conjugate=True)
         return None, None, None, None, *out
@@ -83,8 +82,8 @@ class _Rotate(torch.autograd.Function):
 
 def _run(
     choice: str,
-    tensors: tuple[Tensor, ...],
-    out: tuple[Tensor, ...],
+    tensors: Sequence[Tensor],
+    out: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
     *,
@@ -98,8 +97,8 @@ def _run(
         blocked.rotate(tensors, out, cos, sin, conjugate)
 
 
-def _empty_like(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
+def _empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
 
 
 def _check(*named: tuple[str, Tensor], cos: Tensor, sin: Tensor, inplace: bool) -> None:
