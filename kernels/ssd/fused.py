@@ -11,7 +11,11 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.ssd.fused_backward import chunk_backward_kernel, scan_backward_kernel
+from kernels.ssd.fused_backward import (
+    chunk_backward_kernel,
+    decay_gradient_kernel,
+    scan_backward_kernel,
+)
 from kernels.ssd.fused_forward import chunk_output_kernel, chunk_state_kernel, scan_kernel
 from kernels.ssd.fused_parts import state_passing_kernel
 from kernels.ssd.tiles import Tile, fills_gpu, tile
@@ -100,12 +104,15 @@ class _FusedScan(torch.autograd.Function):
         d_initial = torch.empty_like(states[:, 0], dtype=torch.float32)
         constants = _constants(heads, groups, head_dim, state_dim, choice)
         fused = fills_gpu(batch * heads, target.num_sms)
-        parts = (batch * heads, 1 if fused else chunks)
-        dA, d_bias, dD = (x.new_empty(parts, dtype=torch.float32) for _ in range(3))
+        per_chunk = (batch * heads, chunks)
+        dA, d_bias, through = (x.new_empty(per_chunk, dtype=torch.float32) for _ in range(3))
+        dD = dA.new_empty(batch * heads, 1 if fused else chunks)
+        reached, sent, leaving = (x.new_empty(dt.shape, dtype=torch.float32) for _ in range(3))
         if fused:
             scan_backward_kernel[(batch * heads,)](
                 x, dt, A, B, C, table, dt_bias, D, documents, states, dy, d_final,
-                dx, ddt, dB, dC, dA, d_bias, dD, d_initial if ctx.has_initial_state else None,
+                dx, dB, dC, reached, sent, leaving, through, dD,
+                d_initial if ctx.has_initial_state else None,
                 length, chunks, 0, **constants,
             )  # fmt: skip
         else:
@@ -118,8 +125,13 @@ class _FusedScan(torch.autograd.Function):
             _pass_states(d_states, carries, d_final, d_initial, reverse=True)
             chunk_backward_kernel[(chunks, batch * heads)](
                 x, dt, A, B, C, table, dt_bias, D, documents, states, d_states, dy,
-                dx, ddt, dB, dC, dA, d_bias, dD, length, chunks, **constants,
+                dx, dB, dC, reached, sent, leaving, through, dD,
+                length, chunks, 0, **constants,
             )  # fmt: skip
+        decay_gradient_kernel[(chunks, batch * heads)](
+            dt, A, dt_bias, documents, reached, sent, leaving, through, ddt, dA, d_bias,
+            length, chunks, HEADS=heads, Q=choice.chunk,
+        )  # fmt: skip
         if groups < heads:
             dB, dC = (t.unflatten(2, (groups, -1)).sum(3).to(B.dtype) for t in (dB, dC))
         dA, d_bias, dD = (t.view(batch, heads, -1).sum((0, 2)) for t in (dA, d_bias, dD))

@@ -72,17 +72,19 @@ def backward(problem: Problem, target: Target) -> tuple[int, int, int]:
     decay = length * s + chunks * (4 * Q + 8)
     rotation = length * N * _table_itemsize(problem.dtype)
     state = P * N
-    loaded = decay + rotation + length * (2 * P + 2 * N) * s + chunks * state * s
-    stored = length * (P + 2 * N + 1) * s
+    loaded = decay + 2 * rotation + length * (2 * P + 2 * N) * s + chunks * state * s
+    stored = length * ((P + 2 * N) * s + 12) + 4 * chunks
+    # decay gradients: three sums a token, one a chunk
+    loaded += decay + 12 * length + chunks * (4 + 8)
+    stored += length * s + 8 * chunks
     flops = 2 * Q * Q * (3 * N + 2 * P) + 6 * Q * state
     if fills_gpu(problem.sequences, target.num_sms):
         loaded += 8
-        stored += 8
     else:
         added = decay + rotation + length * (N + P) * s + 8 * chunks
         passing = chunks * (state * s + 4 * _passing_programs(state))
         loaded += added + passing + chunks * (state * s + 8)
-        stored += chunks * (2 * state * s + 4 + 8) + state * 4
+        stored += chunks * (2 * state * s + 4) + state * 4
     flops += 2 * Q * state
     sequences = problem.sequences
     return sequences * loaded, sequences * stored, sequences * chunks * flops
