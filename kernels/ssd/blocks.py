@@ -1,161 +1,179 @@
-"""Working set of the chunked scan: which chunks go into one batch, their buffers and layouts.
+"""Working set of the chunked scan: the order of the walk, its buffers, its layouts.
 
-Buffers are head-major, [k·B·H, Q, P], with the chunk outermost so that one chunk's states lie
-together. A buffer is allocated once a call and reused by every block.
+One row and a few of its heads are walked at a time, a block of chunks at once, so that what one
+step writes is still in the core's cache when the next one reads it. In a block tensors are
+head-major, [n, Q, P] with n = k·h and the chunk outermost, so that one chunk's states lie together.
+Buffers are allocated once a call and used by every block: on a CPU a fresh one costs page faults
+worth a pass over it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.ssd.decay import Decay
+# A thread's share of one [n, Q, max(Q, P, N)] buffer of float32. About ten are in use at a time:
+# smaller ones fit a 1 MiB second-level cache better, larger ones spare calls.
+_BLOCK_BYTES = 512 << 10
 
-_BLOCK_BYTES = 1 << 20  # of one [Q, max(Q, P, N)] buffer over a block's chunks, rows and heads
+Tables = tuple[Tensor, Tensor] | None  # cos and sin, [k, 1, Q, N/2]
 
 
 @dataclass(frozen=True)
 class Block:
-    """`count` consecutive chunks of `size` tokens from chunk `first`, token `start`."""
+    """`count` chunks of `size` tokens: some of a row's full chunks, or its ragged last one."""
 
-    first: int
+    chunks: slice
+    tokens: slice
     count: int
-    start: int
     size: int
-    batch: int
 
-    @property
-    def last(self) -> int:
-        return self.first + self.count
+    def vectors(self, t: Tensor) -> Tensor:
+        """[K, h, Q] → [k, h, size]"""
+        return t[self.chunks, :, : self.size]
 
-    def tokens_view(self, t: Tensor) -> Tensor:
-        """[B, L, H, P] → [k, B, H, Q, P]"""
-        view = t[:, self.start : self.start + self.count * self.size]
-        return view.unflatten(1, (self.count, self.size)).permute(1, 0, 3, 2, 4)
+    def per_token(self, t: Tensor) -> Tensor:
+        """[L, h, P] → [k, h, size, P]"""
+        return self.head_major(t[self.tokens])
 
-    def heads_view(self, t: Tensor) -> Tensor:
-        """[k·B·H, Q, P] → [k, B, H, Q, P]"""
-        return t.unflatten(0, (self.count, self.batch, -1))
-
-    def per_head(self, t: Tensor) -> Tensor:
-        """[B, H, L] → [k, B, H, Q]"""
-        view = t[..., self.start : self.start + self.count * self.size]
-        return view.unflatten(-1, (self.count, self.size)).permute(2, 0, 1, 3)
+    def head_major(self, t: Tensor) -> Tensor:
+        """[k·size, h, P] → [k, h, size, P]"""
+        return t.view(self.count, self.size, *t.shape[1:]).transpose(1, 2)
 
 
-class Workspace:
-    """Buffers and the passes that fill them, in x's dtype (products) and `acc` (sums, states)."""
+def blocks(length: int, chunk: int, most: int) -> list[Block]:
+    """A row's full chunks, `most` at a time, then the ragged rest as a chunk of its own."""
+    full, rest = divmod(length, chunk)
+    found = []
+    for first in range(0, full, most):
+        last = min(first + most, full)
+        tokens = slice(first * chunk, last * chunk)
+        found.append(Block(slice(first, last), tokens, last - first, chunk))
+    if rest:
+        found.append(Block(slice(full, full + 1), slice(full * chunk, length), 1, rest))
+    return found
 
-    def __init__(
-        self, x: Tensor, state_dim: int, cos: Tensor | None, sin: Tensor | None, chunk: int
-    ) -> None:
-        self.dtype = x.dtype
-        self.acc = torch.promote_types(x.dtype, torch.float32)
-        self._like, self._chunk, self._widest = x, chunk, max(chunk, x.shape[-1], state_dim)
-        self._cos = None if cos is None else cos.to(self.acc)[:, :, None]  # [B, L, 1, N/2]
-        self._sin = None if sin is None else sin.to(self.acc)[:, :, None]
-        q = min(chunk, x.shape[1])
-        causal = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
-        self._forbidden = torch.full((), -torch.inf, dtype=self.acc, device=x.device)
-        self._causal = torch.where(causal, 0, self._forbidden)  # [Q, Q]: 0 or -inf
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def blocks(self) -> Iterator[Block]:
-        """Full chunks a few at a time, then the ragged rest as a chunk of its own."""
-        batch, length, heads, _ = self._like.shape
-        q = self._chunk
-        full, rest = divmod(length, q)
-        per_chunk = batch * heads * q * self._widest * self.dtype.itemsize
-        most = max(1, _BLOCK_BYTES // per_chunk)
-        for first in range(0, full, most):
-            yield Block(first, min(most, full - first), first * q, q, batch)
-        if rest:
-            yield Block(full, 1, full * q, rest, batch)
+def heads_at_once(x: Tensor, state_dim: int, groups: int, chunk: int) -> int:
+    """Heads walked together: whole groups of B and C, a divisor of H."""
+    per_group = x.shape[2] // groups
+    fit = _BLOCK_BYTES // _bytes_per_head(x, state_dim, chunk)
+    divisors = [n for n in range(1, groups + 1) if groups % n == 0]
+    return per_group * max(n for n in divisors if n == 1 or n * per_group <= fit)
 
-    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """The named buffer, cut to `shape`; its contents are whatever was last there."""
-        key, size = (name, dtype or self.dtype), torch.Size(shape).numel()
-        if key not in self._buffers or self._buffers[key].numel() < size:
-            self._buffers[key] = self._like.new_empty(size, dtype=key[1])
-        return self._buffers[key][:size].view(shape)
 
-    def load(self, name: str, t: Tensor, block: Block) -> Tensor:
-        """[B, L, H, P] → [k·B·H, Q, P]"""
-        view = block.tokens_view(t)
-        return self.buffer(name, view.shape).copy_(view).flatten(0, 2)
+def chunks_at_once(x: Tensor, state_dim: int, chunk: int, heads: int) -> int:
+    """Chunks in a block of `heads` heads; every thread has a core with a cache of its own."""
+    per_chunk = heads * _bytes_per_head(x, state_dim, chunk)
+    return max(1, _BLOCK_BYTES * torch.get_num_threads() // per_chunk)
 
-    def rotated(self, name: str, t: Tensor, block: Block) -> Tensor:
-        """RoPE(B or C) [B, L, G, N] → [k·B·H, Q, N], each group repeated for its heads."""
-        view = block.tokens_view(t).unsqueeze(3)  # [k, B, G, 1, Q, N]
-        k, batch, groups, _, q, n = view.shape
-        out = self.buffer(name, (k, batch, groups, self._like.shape[2] // groups, q, n))
-        if self._cos is None:
-            return out.copy_(view).flatten(0, 3)
-        if self.dtype == self.acc:
-            self._rotate(view.expand(out.shape), block, out, sign=1)
-        else:  # mixed dtypes in one operation would make hidden copies; these are reused
-            exact = self.buffer("unrotated", view.shape, self.acc).copy_(view)
-            turned = self.buffer("turned", view.shape, self.acc)
-            out.copy_(self._rotate(exact, block, turned, sign=1))
-        return out.flatten(0, 3)
 
-    def unrotate(self, grad: Tensor, out: Tensor, block: Block) -> None:
-        """Gradient [k·B·H, Q, N] of `rotated` into its tokens of [B, L, G, N]."""
-        target = block.tokens_view(out).unsqueeze(3)  # [k, B, G, 1, Q, N]
-        view = block.heads_view(grad).unflatten(2, (target.shape[2], -1))  # [k, B, G, H/G, Q, N]
-        if view.shape[3] > 1:
-            view = view.sum(3, keepdim=True, dtype=self.acc)
-        if self._cos is None:
-            target.copy_(view)
-        elif self.dtype == self.acc:
-            self._rotate(view, block, target, sign=-1)
-        else:
-            exact = self.buffer("unrotated", view.shape, self.acc).copy_(view)
-            turned = self.buffer("turned", view.shape, self.acc)
-            target.copy_(self._rotate(exact, block, turned, sign=-1))
+def _bytes_per_head(x: Tensor, state_dim: int, chunk: int) -> int:
+    return 4 * min(chunk, x.shape[1]) * max(chunk, x.shape[-1], state_dim)
 
-    def _rotate(self, source: Tensor, block: Block, out: Tensor, sign: int) -> Tensor:
-        assert self._cos is not None
-        assert self._sin is not None
-        cos = block.tokens_view(self._cos).unsqueeze(3)  # [k, B, 1, 1, Q, N/2]
-        sin = block.tokens_view(self._sin).unsqueeze(3)
-        first, second = source.chunk(2, dim=-1)
-        out_first, out_second = out.chunk(2, dim=-1)
-        torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-sign)
-        torch.mul(second, cos, out=out_second).addcmul_(first, sin, value=sign)
-        return out
 
-    def decay_matrix(self, decay: Decay, block: Block) -> Tensor:
-        """W [k·B·H, Q, Q] in the product dtype; its last row is w."""
-        to = block.per_head(decay.cumulative).unsqueeze(-1)  # [k, B, H, Q, 1]
-        since = block.per_head(decay.cumulative - decay.log_delta).unsqueeze(-2)
-        ids = block.per_head(decay.segment.unsqueeze(1))  # [k, B, 1, Q]
-        same = ids.unsqueeze(-1) == ids.unsqueeze(-2)
-        q = block.size
-        mask = torch.where(same, self._causal[:q, :q], self._forbidden)  # [k, B, 1, Q, Q]
-        shape = (*to.shape[:3], q, q)
-        w = torch.sub(to, since, out=self.buffer("decay", shape, self.acc)).add_(mask).exp_()
-        return self.low("decay_low", w.flatten(0, 2))
+class Buffers:
+    """Buffers of blocks of one shape, and the passes that fill them.
 
-    def product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """a @ b into `out` [k, B, H, P, N] of the accumulation dtype."""
-        target = out.flatten(0, 2)
-        if self.dtype == self.acc:
-            torch.bmm(a, b, out=target)
-        else:
-            target.copy_(torch.bmm(a, b, out=self.buffer("product", target.shape)))
+    Products are in `dtype`, x's; sums and states in `acc`, float32 (float64 for float64).
+    """
+
+    def __init__(self, chunks: int, heads: int, size: int, like: Tensor) -> None:
+        self.chunks, self.heads, self.size = chunks, heads, size
+        self.dtype, self.device = like.dtype, like.device
+        self.acc = torch.promote_types(like.dtype, torch.float32)
+        self._named: dict[tuple[str, torch.dtype], Tensor] = {}
+        allowed = torch.ones(size, size, dtype=torch.bool, device=like.device).tril()
+        self._causal = torch.zeros(size, size, dtype=self.acc, device=like.device)
+        self._causal.masked_fill_(~allowed, -torch.inf)  # [Q, Q]: 0 or -inf
+
+    def named(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The buffer of that name and dtype; it holds whatever was last written there."""
+        key = name, dtype or self.dtype
+        found = self._named.get(key)
+        if found is None:
+            found = self._named[key] = torch.empty(shape, dtype=key[1], device=self.device)
+        return found
+
+    def by_head(self, t: Tensor) -> Tensor:
+        """[n, Q, P] → [k, h, Q, P]"""
+        return t.view(self.chunks, self.heads, *t.shape[1:])
+
+    def diagonal(self, t: Tensor) -> Tensor:
+        """[n, Q, Q] → its diagonals, [k, h, Q], as a view"""
+        return self.by_head(t).diagonal(dim1=-2, dim2=-1)
+
+    def load(self, name: str, source: Tensor) -> Tensor:
+        """[k, h, Q, P], a view of tokens → [n, Q, P]"""
+        return self.named(name, *source.shape).copy_(source).flatten(0, 1)
 
     def low(self, name: str, t: Tensor) -> Tensor:
-        """[n, Q, P] in the product dtype, itself where that is the accumulation dtype."""
-        return t if self.dtype == self.acc else self.buffer(name, t.shape).copy_(t)
+        """t in the product dtype, itself where that is the accumulation dtype."""
+        return t if self.dtype == self.acc else self.named(name, *t.shape).copy_(t)
 
-    def scaled(self, name: str, t: Tensor, rows: Tensor) -> Tensor:
-        """Each row of [n, Q, P] times its factor, rows [n, Q] or any shape of as many numbers."""
-        factors = rows.reshape(*t.shape[:2], 1).to(t.dtype)
-        return torch.mul(t, factors, out=self.buffer(name, t.shape))
+    def exact(self, name: str, t: Tensor) -> Tensor:
+        """t in the accumulation dtype, itself where it is so."""
+        return t if t.dtype == self.acc else self.named(name, *t.shape, dtype=self.acc).copy_(t)
 
-    def dots(self, a: Tensor, b: Tensor) -> Tensor:
-        """Row-wise a · b of [n, Q, N], summed in the accumulation dtype: [n, Q]."""
-        terms = torch.mul(a, b, out=self.buffer("terms", a.shape))
-        return terms.sum(-1, dtype=self.acc)
+    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        return torch.bmm(a, b, out=self.named(name, a.shape[0], a.shape[1], b.shape[2]))
+
+    def state_product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        """a @ b into `out` [k, h, P, N] of the accumulation dtype."""
+        if self.dtype == self.acc:
+            torch.bmm(a, b, out=out.flatten(0, 1))
+        else:
+            out.flatten(0, 1).copy_(self.product("low state", a, b))
+
+    def scaled(self, name: str, t: Tensor, factors: Tensor) -> Tensor:
+        """t times factors of its shape, or [n, Q, 1]: one a row."""
+        return torch.mul(t, factors, out=self.named(name, *t.shape))
+
+    def dots(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """Row-wise a · b of [n, Q, N] into out [k, h, Q]."""
+        terms = torch.mul(a, b, out=self.named("terms", *a.shape))
+        torch.sum(self.by_head(terms), -1, dtype=self.acc, out=out)
+
+    def decay_matrix(self, hi: Tensor, lo: Tensor, sent: Tensor) -> Tensor:
+        """W [n, Q, Q] in the product dtype from [k, h, Q]; its last row is w."""
+        w = self.named("decay", *hi.shape, hi.shape[-1], dtype=self.acc)
+        torch.sub(hi.unsqueeze(-1), hi.unsqueeze(-2), out=w)
+        w.add_(lo.unsqueeze(-1)).add_(sent.unsqueeze(-2)).add_(self._causal).exp2_()
+        return self.low("decay", w).flatten(0, 1)
+
+    def rotate_in(self, name: str, source: Tensor, tables: Tables, block: Block) -> Tensor:
+        """RoPE(B or C): tokens [k·Q, G, N] → [n, Q, N], each group repeated for its heads."""
+        # Memory is read in its own order, then turned head-major in the cache.
+        staged = self.named("staged", *source.shape, dtype=self.acc).copy_(source)
+        t = block.head_major(staged)  # [k, G, Q, N]
+        k, groups, q, n = t.shape
+        out = self.named(name, k, groups, self.heads // groups, q, n)
+        if tables is not None and groups == self.heads and self.dtype == self.acc:
+            _rotate(t, tables, out.squeeze(2), sign=1)
+            return out.view(-1, q, n)
+        if tables is not None:
+            t = _rotate(t, tables, self.named("turned", *t.shape, dtype=self.acc), sign=1)
+        return out.copy_(t.unsqueeze(2)).view(-1, q, n)
+
+    def rotate_out(self, grad: Tensor, target: Tensor, tables: Tables, block: Block) -> None:
+        """Gradient [n, Q, N] of what `rotate_in` returned into its tokens, [k·Q, G, N]."""
+        groups = target.shape[1]
+        grad = grad.view(self.chunks, groups, -1, *grad.shape[1:])
+        grad = grad.sum(2, dtype=self.acc) if groups < self.heads else grad.squeeze(2)
+        staged = self.named("staged", *target.shape, dtype=self.acc)
+        t = block.head_major(staged)  # [k, G, Q, N]
+        if tables is None:
+            t.copy_(grad)
+        else:
+            _rotate(self.exact("turned", grad), tables, t, sign=-1)
+        target.copy_(staged)
+
+
+def _rotate(source: Tensor, tables: tuple[Tensor, Tensor], out: Tensor, sign: int) -> Tensor:
+    """[k, G, Q, N] by the tables' angles, or back with sign -1"""
+    cos, sin = tables
+    half = cos.shape[-1]
+    first, second = source[..., :half], source[..., half:]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=sign)
+    return out

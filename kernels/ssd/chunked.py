@@ -11,25 +11,25 @@ Backward saves the inputs and every S, nothing of size Q × Q. With dS the gradi
     dx = ((c bᵀ) ⊙ W)ᵀ dy + w ⊙ (b dSᵀ)      db = dGᵀ c + (w ⊙ x) dS      dc = dG b + (u ⊙ dy) S
     dS_in = u_Q dS + (u ⊙ dy)ᵀ c
 
-and the decays' gradients are row and column sums of E. Several chunks go into one batched product,
-few enough that the working set stays in cache; buffers are reused, since on a CPU a fresh one costs
-page faults worth a pass over it. Products run in x's dtype; exponents, sums and states in float32
-(float64 for float64).
+and the decays' gradients are row and column sums of E. Products run in x's dtype; exponents, sums
+and running states in float32 (float64 for float64); the saved S are in x's dtype.
+
+Both passes are custom operators, which torch.compile calls as they are, forward and backward.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from kernels.ssd.blocks import Workspace
-from kernels.ssd.decay import build_decay, decay_gradients
+from kernels.ssd.blocks import Block, Buffers, heads_at_once
+from kernels.ssd.decay import decay_gradients
+from kernels.ssd.walk import Operands, Part, Walk
 
 
 def pick_chunk_size(length: int, dtype: torch.dtype) -> int:
-    """Q for `chunk_size=0`: 64, or 128 for 16-bit products over 2,048 tokens and more."""
-    return 128 if dtype.itemsize == 2 and length >= 2048 else 64
+    """Q for `chunk_size=0`."""
+    return 64
 
 
 def ssd_chunked(
@@ -39,136 +39,221 @@ def ssd_chunked(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [B, L, H, P] and the final state [B, H, P, N]; arguments as `kernels.ssd.ssd.ssd`."""
     chunk = chunk_size or pick_chunk_size(x.shape[1], x.dtype)
-    result: tuple[Tensor, Tensor] = _ChunkedScan.apply(
-        x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, initial_state, D, chunk
+    inputs = (x, dt, A, B, C, dt_bias, initial_state, D)
+    backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    y, final_state, _ = _forward(
+        x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, initial_state, D, chunk, backward
     )
-    return result
+    return y, final_state
 
 
-class _ChunkedScan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cos: Tensor | None,
-        sin: Tensor | None, dt_bias: Tensor, cu_seqlens: Tensor, initial_state: Tensor | None,
-        D: Tensor | None, chunk: int,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        batch, length, heads, head_dim = x.shape
-        work = Workspace(x, B.shape[-1], cos, sin, chunk)
-        decay = build_decay(dt, dt_bias, A, cu_seqlens, chunk, work.acc)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        chunks = -(-length // chunk)
-        states = x.new_empty(chunks + 1, batch, heads, head_dim, B.shape[-1], dtype=work.acc)
-        if initial_state is None:
-            states[0].zero_()
-        else:
-            states[0].copy_(initial_state)
+@torch.library.custom_op("transxssm::ssd_chunked", mutates_args=())
+def _forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cos: Tensor | None, sin: Tensor | None,
+    dt_bias: Tensor, cu_seqlens: Tensor, initial_state: Tensor | None, D: Tensor | None, chunk: int,
+    backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, the final state and, where a `backward` will follow, S at every chunk border.
 
-        for block in work.blocks():
-            c, b, xh = (
-                work.rotated("c", C, block),
-                work.rotated("b", B, block),
-                work.load("x", x, block),
-            )
-            w = work.decay_matrix(decay, block)
-            decayed = work.scaled("decayed", xh, w[:, -1])
-            work.product(states[block.first + 1 : block.last + 1], decayed.mT, b)
-            gate = block.per_head(decay.entry_gate)  # [k, B, H, Q]
-            for i in range(block.count):
-                entry, leave = states[block.first + i], states[block.first + i + 1]
-                leave.addcmul_(entry, gate[i, ..., -1, None, None])
-            entries = work.low("entries", states[block.first : block.last].flatten(0, 2))
-            out = torch.bmm(c, entries.mT, out=work.buffer("y", xh.shape))
-            block.heads_view(out).mul_(gate.to(x.dtype).unsqueeze(-1))
-            scores = torch.bmm(c, b.mT, out=work.buffer("scores", w.shape)).mul_(w)
-            if D is not None:  # D x is one more number on the diagonal
-                block.heads_view(scores).diagonal(dim1=-2, dim2=-1).add_(D.to(x.dtype)[:, None])
-            out.baddbmm_(scores, xh)
-            block.tokens_view(y).copy_(block.heads_view(out))
+    S: [B, parts of a row, K + 1, h, P, N] in x's dtype, K + 1 = 0 without backward.
+    """
+    y, final_state, states = _outputs(x, B, chunk, backward)
+    walk = Walk(x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, D, chunk, states.shape[3])
+    if initial_state is None:
+        final_state.zero_()
+    else:
+        final_state.copy_(initial_state)
+    for part in walk.parts():
+        out = y[part.row, :, part.heads]
+        state = final_state[part.row, part.heads]
+        saved = states[part.row, part.index] if backward else None
+        for block in walk.blocks:
+            at, buffers = walk.operands(part, block), walk.buffers(block)
+            decayed = buffers.scaled("decayed", at.x, at.last)
+            entries, state = _carry(buffers, block, at, decayed, state, saved)
+            yh = buffers.product("y", at.c, entries.mT).mul_(at.gate)
+            scores = buffers.product("scores", at.c, at.b.mT).mul_(at.w)
+            if part.D is not None:  # D x is one more number on the diagonal
+                buffers.diagonal(scores).add_(part.D)
+            yh.baddbmm_(scores, at.x)
+            block.per_token(out).copy_(buffers.by_head(yh))
+        final_state[part.row, part.heads].copy_(state)
+    return y, final_state, states
 
-        ctx.save_for_backward(x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, D, states)
-        ctx.chunk, ctx.has_initial_state = chunk, initial_state is not None
-        ctx.set_materialize_grads(False)
-        return y, states[chunks].clone()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, D, states = ctx.saved_tensors
-        chunk = ctx.chunk
-        work = Workspace(x, B.shape[-1], cos, sin, chunk)
-        decay = build_decay(dt, dt_bias, A, cu_seqlens, chunk, work.acc)
-        dy = torch.zeros_like(x) if dy is None else dy
-        dx, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, B, C))
-        inflow, outflow, through, d_log_delta = (torch.empty_like(decay.z) for _ in range(4))
-        dD = torch.zeros(x.shape[2], dtype=work.acc, device=x.device)
-        carried = (
-            torch.zeros_like(states[0]) if d_final is None else d_final
-        )  # dS of the last chunk
+def _carry(
+    buffers: Buffers, block: Block, at: Operands, decayed: Tensor, state: Tensor,
+    saved: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """S at the chunks' entries [n, P, N] in x's dtype, and at the block's end [h, P, N].
 
-        for block in reversed(list(work.blocks())):
-            c, b, xh = (
-                work.rotated("c", C, block),
-                work.rotated("b", B, block),
-                work.load("x", x, block),
-            )
-            dyh = work.load("dy", dy, block)
-            w = work.decay_matrix(decay, block)
-            gate = block.per_head(decay.entry_gate)  # [k, B, H, Q]
-            gated = work.scaled("gated", dyh, gate)
+    saved [K + 1, h, P, N]: where the former are kept, if they are.
+    """
+    in_place = saved is not None and saved.dtype == state.dtype
+    if saved is not None and in_place:
+        running = saved[block.chunks.start : block.chunks.stop + 1]
+    else:
+        running = buffers.named("states", block.count + 1, *state.shape, dtype=state.dtype)
+    borders = running.unbind(0)
+    if not in_place or block.chunks.start == 0:
+        borders[0].copy_(state)
+    buffers.state_product(running[1:], decayed.mT, at.b)
+    for i, factor in enumerate(at.carried[..., None, None].unbind(0)):
+        borders[i + 1].addcmul_(borders[i], factor)
+    entries = running[:-1]
+    if saved is None:
+        entries = buffers.low("entries", entries)
+    elif not in_place:
+        entries = saved[block.chunks].copy_(entries)
+    return entries.flatten(0, 1), borders[block.count]
 
-            # dS at every chunk border of the block, last to first
-            d_states = work.buffer("d_states", (block.count + 1, *states.shape[1:]), work.acc)
-            d_states[block.count].copy_(carried)
-            work.product(d_states[:-1], gated.mT, c)
-            for i in reversed(range(block.count)):
-                d_states[i].addcmul_(d_states[i + 1], gate[i, ..., -1, None, None])
-            carried = d_states[0].clone()
-            entries_acc = states[block.first : block.last]
-            crossing = work.buffer("crossing", entries_acc.shape, work.acc)
-            torch.mul(entries_acc, d_states[1:], out=crossing)
-            block.per_head(through).copy_(
-                (crossing.sum((-2, -1)) * gate[..., -1]).unsqueeze(-1).expand_as(gate)
-            )
-            entries = work.low("entries", entries_acc.flatten(0, 2))
-            d_leave = work.low("d_leave", d_states[1:].flatten(0, 2))
+
+def _outputs(x: Tensor, B: Tensor, chunk: int, backward: bool) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, heads, head_dim = x.shape
+    groups, state_dim = B.shape[2:]
+    together = heads_at_once(x, state_dim, groups, chunk)
+    borders = -(-length // chunk) + 1 if backward else 0
+    acc = torch.promote_types(x.dtype, torch.float32)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(batch, heads, head_dim, state_dim, dtype=acc),
+        x.new_empty(batch, heads // together, borders, together, head_dim, state_dim),
+    )
+
+
+@_forward.register_fake
+def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(x, args[2], args[-2], args[-1])
+
+
+class _Sums(NamedTuple):
+    """What the decays' gradients are made of, [B, parts of a row, K, h, Q]."""
+
+    received: Tensor  # over a row of E, the diagonal left out: from earlier tokens of the chunk
+    sent: Tensor  # over a column of E: to later ones
+    own: Tensor  # E's diagonal, which has no decay in it
+    arrived: Tensor  # from the chunk's entry state
+    left: Tensor  # to its exit state
+    skipped: Tensor  # dy · x, D's gradient
+
+    def at(self, part: Part, block: Block) -> "_Sums":
+        """Views of a block's tokens, [k, h, Q]"""
+        return _Sums(*(block.vectors(t[part.row, part.index]) for t in self))
+
+
+@torch.library.custom_op("transxssm::ssd_chunked_backward", mutates_args=())
+def _backward(
+    dy: Tensor | None, d_final: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor,
+    C: Tensor, cos: Tensor | None, sin: Tensor | None, dt_bias: Tensor, cu_seqlens: Tensor,
+    D: Tensor | None, states: Tensor, chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, dt, A, B, C, dt_bias, the initial state and D (empty without one)."""
+    walk = Walk(x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, D, chunk, states.shape[3])
+    dx, dB, dC, d_initial = _token_gradients(x, B, C)
+    if d_final is None:
+        d_initial.zero_()
+    else:
+        d_initial.copy_(d_final)
+    dy = torch.zeros_like(x) if dy is None else dy
+    all_sums = _Sums(*(torch.zeros_like(walk.decay.z) for _ in _Sums._fields))
+    through = torch.zeros_like(walk.decay.z[..., 0])  # [B, parts, K, h]
+    for part in walk.parts():
+        dys, dxs = (t[part.row, :, part.heads] for t in (dy, dx))
+        dBs, dCs = (t[part.row, :, part.groups] for t in (dB, dC))
+        d_state = d_initial[part.row, part.heads]
+        for block in reversed(walk.blocks):
+            at, buffers = walk.operands(part, block), walk.buffers(block)
+            sums = all_sums.at(part, block)
+            dyh = buffers.load("dy", block.per_token(dys))
 
             # between chunks
-            dc = torch.bmm(gated, entries, out=work.buffer("dc", c.shape))
-            from_state = work.dots(dc, c).view(gate.shape)
-            decayed = work.scaled("decayed", xh, w[:, -1])
-            db = torch.bmm(decayed, d_leave, out=work.buffer("db", b.shape))
-            to_state = work.dots(db, b).view(gate.shape)
-            dxh = torch.bmm(b, d_leave.mT, out=work.buffer("dx", xh.shape))
-            dxh.mul_(w[:, -1, :, None])
+            gated = buffers.scaled("gated", dyh, at.gate)
+            d_exits, d_state = _carry_back(buffers, block, at, gated, d_state)
+            entries = states[part.row, part.index, block.chunks].flatten(0, 1)
+            crossing = buffers.scaled("crossing", entries, d_exits).sum((-2, -1), dtype=walk.acc)
+            crossing = crossing.view(at.carried.shape)
+            torch.mul(crossing, at.carried, out=through[part.row, part.index, block.chunks])
+            dc = buffers.product("dc", gated, entries)
+            buffers.dots(dc, at.c, sums.arrived)
+            decayed = buffers.scaled("decayed", at.x, at.last)
+            db = buffers.product("db", decayed, d_exits)
+            buffers.dots(db, at.b, sums.left)
+            dxh = buffers.product("dx", at.b, d_exits.mT).mul_(at.last)
 
             # inside a chunk
-            scores = torch.bmm(c, b.mT, out=work.buffer("scores", w.shape)).mul_(w)
-            dw = torch.bmm(dyh, xh.mT, out=work.buffer("dw", w.shape))
-            e = torch.mul(dw, scores, out=work.buffer("e", w.shape))
-            if e.dtype != work.acc:  # rows and columns must cancel: sum them unrounded
-                e = work.buffer("e_acc", w.shape, work.acc).copy_(e)
-            e_diagonal = e.diagonal(dim1=-2, dim2=-1)
-            own = e_diagonal.reshape(gate.shape).clone()
-            e_diagonal.zero_()  # a token's path to itself has no decay in it
-            received, sent = e.sum(-1).view(gate.shape), e.sum(-2).view(gate.shape)
-            block.per_head(inflow).copy_(received - sent + from_state)
-            block.per_head(outflow).copy_(to_state)
-            block.per_head(d_log_delta).copy_(sent + own + to_state)
-            if D is not None:
-                on_diagonal = block.heads_view(dw).diagonal(dim1=-2, dim2=-1)  # [k, B, H, Q]
-                dD += on_diagonal.sum((0, 1, 3), dtype=work.acc)
-                block.heads_view(scores).diagonal(dim1=-2, dim2=-1).add_(D.to(x.dtype)[:, None])
-            dg = dw.mul_(w)
-            dc.baddbmm_(dg, b)
-            db.baddbmm_(dg.mT, c)
+            scores = buffers.product("scores", at.c, at.b.mT).mul_(at.w)
+            dw = buffers.product("dw", dyh, at.x.mT)
+            # rows and columns must cancel: they are summed unrounded
+            e = buffers.exact("e", buffers.scaled("e", dw, scores))
+            sums.own.copy_(buffers.diagonal(e))
+            buffers.diagonal(e).zero_()
+            torch.sum(buffers.by_head(e), -1, out=sums.received)
+            torch.sum(buffers.by_head(e), -2, out=sums.sent)
+            if part.D is not None:
+                sums.skipped.copy_(buffers.diagonal(dw))
+                buffers.diagonal(scores).add_(part.D)
+            dg = dw.mul_(at.w)
+            dc.baddbmm_(dg, at.b)
+            db.baddbmm_(dg.mT, at.c)
             dxh.baddbmm_(scores.mT, dyh)
-            block.tokens_view(dx).copy_(block.heads_view(dxh))
-            work.unrotate(dc, dC, block)
-            work.unrotate(db, dB, block)
+            block.per_token(dxs).copy_(buffers.by_head(dxh))
+            buffers.rotate_out(dc, dCs[block.tokens], at.tables, block)
+            buffers.rotate_out(db, dBs[block.tokens], at.tables, block)
+        d_initial[part.row, part.heads].copy_(d_state)
+    received, sent, own, arrived, left, skipped = all_sums
+    dz, dA = decay_gradients(
+        walk.decay, A, x.shape[1], received - sent + arrived, left, through.unsqueeze(-1),
+        sent + own + left,
+    )  # fmt: skip
+    dD = x.new_empty(0) if D is None else skipped.sum((0, 2, 4)).flatten().to(D.dtype)
+    d_bias = dz.sum((0, 1)).to(dt_bias.dtype)
+    return dx, dz.to(dt.dtype), dA.to(A.dtype), dB, dC, d_bias, d_initial, dD
 
-        dz, dA = decay_gradients(decay, A, chunk, inflow, outflow, through, d_log_delta)
-        return (
-            dx, dz.transpose(1, 2).to(dt.dtype), dA.to(A.dtype), dB, dC, None, None,
-            dz.sum((0, 2)).to(dt_bias.dtype), None, carried if ctx.has_initial_state else None,
-            None if D is None else dD.to(D.dtype), None,
-        )  # fmt: skip
+
+def _carry_back(
+    buffers: Buffers, block: Block, at: Operands, gated: Tensor, d_state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dS at the chunks' exits [n, P, N] in x's dtype, and at the block's entry [h, P, N]."""
+    running = buffers.named("states", block.count + 1, *d_state.shape, dtype=d_state.dtype)
+    borders = running.unbind(0)
+    borders[block.count].copy_(d_state)
+    buffers.state_product(running[:-1], gated.mT, at.c)
+    factors = at.carried[..., None, None].unbind(0)
+    for i in reversed(range(block.count)):
+        borders[i].addcmul_(borders[i + 1], factors[i])
+    return buffers.low("d_exits", running[1:]).flatten(0, 1), borders[0]
+
+
+def _token_gradients(x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dB, dC and the initial state's gradient, to be written"""
+    dx, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C))
+    acc = torch.promote_types(x.dtype, torch.float32)
+    return dx, dB, dC, x.new_empty(x.shape[0], *x.shape[2:], B.shape[-1], dtype=acc)
+
+
+@_backward.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    _, _, x, dt, A, B, C, _, _, dt_bias, _, D, _, _ = args
+    dx, dB, dC, d_initial = _token_gradients(x, B, C)
+    d_dt, dA, d_bias = (t.new_empty(t.shape) for t in (dt, A, dt_bias))
+    dD = x.new_empty(0) if D is None else D.new_empty(D.shape)
+    return dx, d_dt, dA, dB, dC, d_bias, d_initial, dD
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, initial_state, D, chunk, _ = inputs
+    ctx.save_for_backward(*tensors, D, output[2])
+    ctx.chunk, ctx.has_initial_state, ctx.has_D = chunk, initial_state is not None, D is not None
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, d_final: Tensor | None, _: None) -> tuple[Any, ...]:
+    gradients = _backward(dy, d_final, *ctx.saved_tensors, ctx.chunk)
+    dx, d_dt, dA, dB, dC, d_bias, d_initial, dD = gradients
+    return (
+        dx, d_dt, dA, dB, dC, None, None, d_bias, None,
+        d_initial if ctx.has_initial_state else None, dD if ctx.has_D else None, None, None,
+    )  # fmt: skip
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)

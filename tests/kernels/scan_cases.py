@@ -80,16 +80,14 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """RMS of every difference within `tolerance` of the RMS expected.
+    """Relative errors within `tolerance`, but for two sums of terms of both signs over all tokens.
 
-    d_A and d_dt_bias sum terms of both signs over all tokens; their floor is the norm of d_dt,
-    which holds the terms, because in these small cases a sum may be far smaller than its terms.
+    d_dt_bias is measured against the norm of d_dt, whose sum it is, where that is larger. d_A may
+    err 5 times as much: in these small cases it is up to 20 times smaller than its terms.
     """
-    errors = {}
-    for name, value in expected.items():
-        scale = value.double().norm()
-        if name in ("d_A", "d_dt_bias"):
-            scale = torch.maximum(scale, expected["d_dt"].double().norm())
-        difference = found[name].double() - value.double()
-        errors[name] = (difference.norm() / scale.clamp(min=1e-30)).item()
-    assert all(error <= tolerance for error in errors.values()), errors
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    if "d_dt_bias" in expected and "d_dt" in expected:
+        sums, terms = expected["d_dt_bias"].double().norm(), expected["d_dt"].double().norm()
+        errors["d_dt_bias"] *= (sums / torch.maximum(sums, terms)).item()
+    allowed = {name: tolerance * (5 if name == "d_A" else 1) for name in expected}
+    assert all(errors[name] <= allowed[name] for name in expected), errors
