@@ -85,7 +85,7 @@ def write(found: Entries, targets: Sequence[str], path: Path) -> None:
 def changes(found: Entries, targets: Sequence[str], path: Path) -> list[str]:
     """How `found` differs from the golden entries of the audited targets, in sentences."""
     said = []
-    if (by := _document(path)["versions"]) != versions():
+    if (by := recorded_versions(path)) != versions():
         said.append(f"golden numbers were made by {by}, these by {versions()}")
     recorded = {key: numbers for key, numbers in read(path).items() if _target(key) in targets}
     for state, keys in (("new", found.keys() - recorded), ("gone", recorded.keys() - found)):
@@ -102,6 +102,12 @@ def changes(found: Entries, targets: Sequence[str], path: Path) -> list[str]:
 def read(path: Path) -> Entries:
     """The golden entries; none where there is no file yet."""
     found: Entries = _document(path)["entries"]
+    return found
+
+
+def recorded_versions(path: Path) -> dict[str, str]:
+    """Of the compilers that the golden entries were made by."""
+    found: dict[str, str] = _document(path)["versions"]
     return found
 
 

@@ -100,14 +100,14 @@ def occupancy(
     if isinstance(arch, str):
         waves = 4 * min(8, 512 // _round_up(max(registers, 1), 8))
         limits = {
-            "registers": waves // num_warps,
             "warps": 32 // num_warps,
+            "registers": waves // num_warps,
             "shared": _SHARED_PER_SM[arch] // max(shared, 1),
         }
     else:
         limits = {
-            "registers": 65536 // _round_up(registers * 32, 256) // num_warps,
             "warps": 64 // num_warps,
+            "registers": 65536 // _round_up(registers * 32, 256) // num_warps,
             "programs": 32,
             "shared": _SHARED_PER_SM[arch] // _round_up(shared + 1024, 128),
             "tensor memory": 512 // max(tensor_columns, 1),

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from kernels.audit.cases import find
+from kernels.audit.cases import SMALL_TARGET, find
 from kernels.audit.compiling import TARGETS, Launch, compile_only
 from kernels.audit.resources import Resources, resources
 from kernels.audit.roofline import Traffic, Work
 from kernels.audit.rules import Violation, faults, traffic_faults
-from kernels.target import INTERPRETED
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def count(names: Sequence[str]) -> list[Count]:
         raise RuntimeError(f"counting traffic failed:\n{run.stderr}")
     counts = []
     for name, directions in json.loads(run.stdout).items():
-        formulas = find(name).small.work(INTERPRETED)
+        formulas = find(name).small.work(SMALL_TARGET)
         for direction, (loaded, stored, atomic) in directions.items():
             formula = formulas[direction].traffic
             counts.append(Count(name, direction, Traffic(loaded, stored), atomic, formula))

@@ -1,0 +1,169 @@
+"""What each operation with Triton kernels does at a given size: a run of it, and its work.
+
+A problem runs the operation's public function, forward and backward, and reports each pass once it
+is done. Formulas of traffic stand beside the kernels.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.audit.roofline import Traffic, Work
+from kernels.norm.norm import add_rms_norm, rms_norm, weighted_residual
+from kernels.rope.rope import rotate_qk
+from kernels.ssd import traffic
+from kernels.ssd.ssd import ssd
+from kernels.ssd.step import ssd_step
+from kernels.swiglu.swiglu import swiglu
+from kernels.target import Target
+
+
+@dataclass(frozen=True)
+class Problem:
+    run: Callable[[torch.device], Iterator[str]]  # yields "forward", then "backward", after each
+    work: Callable[[Target], dict[str, Work]]  # by pass
+
+
+def scan(size: traffic.Problem, *, bounded: bool = False) -> Problem:
+    """bounded: held to at most 2.0 times the least traffic forward, 1.6 times backward."""
+    batch, length, heads, dtype = size.batch, size.length, size.heads, size.dtype
+
+    def run(device: torch.device) -> Iterator[str]:
+        x = _random(batch, length, heads, size.head_dim, dtype=dtype, device=device)
+        B = _random(batch, length, heads, size.state_dim, dtype=dtype, device=device)
+        C = _random(batch, length, heads, size.state_dim, dtype=dtype, device=device)
+        dt = _random(batch, length, heads, dtype=dtype, device=device)
+        A, dt_bias = (torch.rand(heads, device=device) for _ in range(2))
+        cos, sin = (torch.rand(batch, length, size.state_dim // 2, device=device) for _ in range(2))
+        borders = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
+        y = ssd(
+            x, dt, (-1 - A).requires_grad_(), B, C,
+            cos=cos, sin=sin, dt_bias=dt_bias.requires_grad_(), cu_seqlens=borders,
+        )  # fmt: skip
+        assert isinstance(y, Tensor)
+        yield from _passes((x, dt, B, C), [y])
+
+    def work(target: Target) -> dict[str, Work]:
+        least = traffic.minimum(size)
+        limits = (2.0, 1.6) if bounded else (float("inf"), float("inf"))
+        found = {}
+        for n, (name, count) in enumerate(
+            {"forward": traffic.forward, "backward": traffic.backward}.items()
+        ):
+            loaded, stored, flops = count(size, target)
+            found[name] = Work(Traffic(loaded, stored), least[n], flops, limits[n])
+        return found
+
+    return Problem(run, work)
+
+
+def step(
+    dtype: torch.dtype, state_dtype: torch.dtype, *, batch: int, heads: int, head_dim: int,
+    state_dim: int,
+) -> Problem:  # fmt: skip
+    """One token, decoded: forward alone."""
+
+    def run(device: torch.device) -> Iterator[str]:
+        state = torch.rand(batch, heads, head_dim, state_dim, dtype=state_dtype, device=device)
+        x = torch.rand(batch, heads, head_dim, dtype=dtype, device=device)
+        dt = torch.rand(batch, heads, dtype=dtype, device=device)
+        B, C = (torch.rand(batch, heads, state_dim, dtype=dtype, device=device) for _ in range(2))
+        A, dt_bias = (torch.rand(heads, device=device) for _ in range(2))
+        cos, sin = (torch.rand(batch, state_dim // 2, device=device) for _ in range(2))
+        ssd_step(state, x, dt, -1 - A, B, C, cos=cos, sin=sin, dt_bias=dt_bias)
+        yield "forward"
+
+    def work(target: Target) -> dict[str, Work]:
+        from kernels.ssd.fused_step import traffic
+
+        sizes = (dtype.itemsize, state_dtype.itemsize)
+        moved = Traffic(*traffic(batch, heads, head_dim, state_dim, *sizes))
+        state = 2 * head_dim * state_dim * state_dtype.itemsize
+        vectors = (2 * head_dim + 2 * state_dim + 1) * dtype.itemsize
+        return {"forward": Work(moved, batch * heads * (state + vectors), flops=0)}
+
+    return Problem(run, work)
+
+
+def rope(
+    dtype: torch.dtype, *, batch: int, length: int, q_heads: int, k_heads: int, dim: int
+) -> Problem:
+    def run(device: torch.device) -> Iterator[str]:
+        q = _random(batch, length, q_heads, dim, dtype=dtype, device=device)
+        k = _random(batch, length, k_heads, dim, dtype=dtype, device=device)
+        cos, sin = (torch.rand(batch, length, dim // 2, device=device) for _ in range(2))
+        yield from _passes((q, k), rotate_qk(q, k, cos, sin))
+
+    def work(target: Target) -> dict[str, Work]:
+        from kernels.rope import fused
+
+        tokens, heads = batch * length, q_heads + k_heads
+        moved = Traffic(*fused.traffic(tokens, heads, dim, dtype.itemsize, target.num_sms))
+        minimum = tokens * (2 * heads * dim * dtype.itemsize + 4 * dim)
+        return dict.fromkeys(("forward", "backward"), Work(moved, minimum, flops=0))
+
+    return Problem(run, work)
+
+
+def norm(dtype: torch.dtype, *, rows: int, channels: int, add: bool, norm: bool) -> Problem:
+    """add: the weighted residual; norm: RMSNorm; both: in one pass."""
+
+    def run(device: torch.device) -> Iterator[str]:
+        h, update = (_random(rows, channels, dtype=dtype, device=device) for _ in range(2))
+        r, w = (_random(channels, dtype=dtype, device=device) for _ in range(2))
+        if add and norm:
+            yield from _passes((h, update, r, w), add_rms_norm(h, update, r, w, 1e-6))
+        elif add:
+            yield from _passes((h, update, r), [weighted_residual(h, update, r)])
+        else:
+            yield from _passes((h, w), [rms_norm(h, w, 1e-6)])
+
+    def work(target: Target) -> dict[str, Work]:
+        from kernels.norm import fused
+
+        size = (rows, channels, dtype.itemsize, target.num_sms)
+        forward = Traffic(*fused.forward_traffic(*size, add=add, norm=norm))
+        backward = Traffic(*fused.backward_traffic(*size, add=add, norm=norm))
+        array = rows * channels * dtype.itemsize
+        # read h (and update), write h' and u; read h, h', dh' and du, write dh (and d_update)
+        forward_arrays, backward_arrays = 1 + 2 * add + norm, 2 * (add + norm) + 1 + (add and norm)
+        return {
+            "forward": Work(forward, forward_arrays * array, flops=0),
+            "backward": Work(backward, backward_arrays * array, flops=0),
+        }
+
+    return Problem(run, work)
+
+
+def gate(dtype: torch.dtype, *, rows: int, channels: int) -> Problem:
+    """The SwiGLU product."""
+
+    def run(device: torch.device) -> Iterator[str]:
+        gate, up = (_random(rows, channels, dtype=dtype, device=device) for _ in range(2))
+        yield from _passes((gate, up), [swiglu(gate, up)])
+
+    def work(target: Target) -> dict[str, Work]:
+        from kernels.swiglu import fused
+
+        array = rows * channels * dtype.itemsize
+        forward = Traffic(*fused.forward_traffic(rows * channels, dtype.itemsize))
+        backward = Traffic(*fused.backward_traffic(rows * channels, dtype.itemsize))
+        return {
+            "forward": Work(forward, 3 * array, flops=0),
+            "backward": Work(backward, 5 * array, flops=0),
+        }
+
+    return Problem(run, work)
+
+
+def _passes(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Iterator[str]:
+    """Of an operation that has just run forward."""
+    yield "forward"
+    torch.autograd.grad(outputs, inputs, [torch.rand_like(y) for y in outputs])
+    yield "backward"
+
+
+def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.rand(shape, dtype=dtype, device=device).requires_grad_()
