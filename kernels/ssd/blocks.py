@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A thread's share of one [n, Q, max(Q, P, N)] buffer of float32. About ten are in use at a time:
-# smaller ones fit a 1 MiB second-level cache better, larger ones spare calls.
+# A thread's share of one [n, Q, max(Q, P, N)] buffer. About ten are in use at a time: smaller ones
+# fit a second-level cache of 1 MiB better, larger ones spare calls.
 _BLOCK_BYTES = 512 << 10
 
-Tables = tuple[Tensor, Tensor] | None  # cos and sin, [k, 1, Q, N/2]
+Pair = tuple[Tensor, Tensor]
+Tables = Pair | None  # cos and sin, [k, 1, Q, N/2]
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Block:
         return self.head_major(t[self.tokens])
 
     def head_major(self, t: Tensor) -> Tensor:
-        """[k·size, h, P] → [k, h, size, P]"""
-        return t.view(self.count, self.size, *t.shape[1:]).transpose(1, 2)
+        """[..., k·size, h, P] → [..., k, h, size, P]"""
+        return t.unflatten(-3, (self.count, self.size)).transpose(-3, -2)
 
 
 def blocks(length: int, chunk: int, most: int) -> list[Block]:
@@ -69,7 +70,7 @@ def chunks_at_once(x: Tensor, state_dim: int, chunk: int, heads: int) -> int:
 
 
 def _bytes_per_head(x: Tensor, state_dim: int, chunk: int) -> int:
-    return 4 * min(chunk, x.shape[1]) * max(chunk, x.shape[-1], state_dim)
+    return x.dtype.itemsize * min(chunk, x.shape[1]) * max(chunk, x.shape[-1], state_dim)
 
 
 class Buffers:
@@ -116,6 +117,7 @@ class Buffers:
         return t if t.dtype == self.acc else self.named(name, *t.shape, dtype=self.acc).copy_(t)
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """[n, Q, P] = a @ b"""
         return torch.bmm(a, b, out=self.named(name, a.shape[0], a.shape[1], b.shape[2]))
 
     def state_product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -141,36 +143,43 @@ class Buffers:
         w.add_(lo.unsqueeze(-1)).add_(sent.unsqueeze(-2)).add_(self._causal).exp2_()
         return self.low("decay", w).flatten(0, 1)
 
-    def rotate_in(self, name: str, source: Tensor, tables: Tables, block: Block) -> Tensor:
-        """RoPE(B or C): tokens [k·Q, G, N] → [n, Q, N], each group repeated for its heads."""
+    def rotate_in(self, B: Tensor, C: Tensor, tables: Tables, block: Block) -> Pair:
+        """RoPE(B), RoPE(C): tokens [k·Q, G, N] → [n, Q, N], each group repeated for its heads."""
         # Memory is read in its own order, then turned head-major in the cache.
-        staged = self.named("staged", *source.shape, dtype=self.acc).copy_(source)
-        t = block.head_major(staged)  # [k, G, Q, N]
-        k, groups, q, n = t.shape
-        out = self.named(name, k, groups, self.heads // groups, q, n)
+        staged = self.named("staged", 2, *B.shape, dtype=self.acc)
+        staged[0].copy_(B)
+        staged[1].copy_(C)
+        t = block.head_major(staged)  # [2, k, G, Q, N]
+        _, k, groups, q, n = t.shape
+        out = self.named("rotated", 2, k, groups, self.heads // groups, q, n)
         if tables is not None and groups == self.heads and self.dtype == self.acc:
-            _rotate(t, tables, out.squeeze(2), sign=1)
-            return out.view(-1, q, n)
-        if tables is not None:
-            t = _rotate(t, tables, self.named("turned", *t.shape, dtype=self.acc), sign=1)
-        return out.copy_(t.unsqueeze(2)).view(-1, q, n)
-
-    def rotate_out(self, grad: Tensor, target: Tensor, tables: Tables, block: Block) -> None:
-        """Gradient [n, Q, N] of what `rotate_in` returned into its tokens, [k·Q, G, N]."""
-        groups = target.shape[1]
-        grad = grad.view(self.chunks, groups, -1, *grad.shape[1:])
-        grad = grad.sum(2, dtype=self.acc) if groups < self.heads else grad.squeeze(2)
-        staged = self.named("staged", *target.shape, dtype=self.acc)
-        t = block.head_major(staged)  # [k, G, Q, N]
-        if tables is None:
-            t.copy_(grad)
+            _rotate(t, tables, out.squeeze(3), sign=1)
         else:
-            _rotate(self.exact("turned", grad), tables, t, sign=-1)
-        target.copy_(staged)
+            if tables is not None:
+                t = _rotate(t, tables, self.named("turned", *t.shape, dtype=self.acc), sign=1)
+            out.copy_(t.unsqueeze(3))
+        b, c = out.view(2, -1, q, n).unbind(0)
+        return b, c
+
+    def rotate_out(
+        self, grads: Tensor, dB: Tensor, dC: Tensor, tables: Tables, block: Block
+    ) -> None:
+        """Gradients [2, n, Q, N] of what `rotate_in` returned into their tokens, [k·Q, G, N]."""
+        groups = dB.shape[1]
+        grads = grads.view(2, self.chunks, groups, -1, *grads.shape[2:])
+        grads = grads.sum(3, dtype=self.acc) if groups < self.heads else grads.squeeze(3)
+        staged = self.named("staged", 2, *dB.shape, dtype=self.acc)
+        t = block.head_major(staged)  # [2, k, G, Q, N]
+        if tables is None:
+            t.copy_(grads)
+        else:
+            _rotate(self.exact("turned", grads), tables, t, sign=-1)
+        dB.copy_(staged[0])
+        dC.copy_(staged[1])
 
 
-def _rotate(source: Tensor, tables: tuple[Tensor, Tensor], out: Tensor, sign: int) -> Tensor:
-    """[k, G, Q, N] by the tables' angles, or back with sign -1"""
+def _rotate(source: Tensor, tables: Pair, out: Tensor, sign: int) -> Tensor:
+    """[..., k, G, Q, N] by the tables' angles, or back with sign -1"""
     cos, sin = tables
     half = cos.shape[-1]
     first, second = source[..., :half], source[..., half:]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels.ssd.blocks import Block, Buffers, heads_at_once
 from kernels.ssd.decay import decay_gradients
-from kernels.ssd.walk import Operands, Part, Walk
+from kernels.ssd.walk import Operands, Walk
 
 
 def pick_chunk_size(length: int, dtype: torch.dtype) -> int:
@@ -127,7 +127,7 @@ def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Sums(NamedTuple):
-    """What the decays' gradients are made of, [B, parts of a row, K, h, Q]."""
+    """What the decays' gradients are made of, each [..., h, Q]."""
 
     received: Tensor  # over a row of E, the diagonal left out: from earlier tokens of the chunk
     sent: Tensor  # over a column of E: to later ones
@@ -135,10 +135,6 @@ class _Sums(NamedTuple):
     arrived: Tensor  # from the chunk's entry state
     left: Tensor  # to its exit state
     skipped: Tensor  # dy · x, D's gradient
-
-    def at(self, part: Part, block: Block) -> "_Sums":
-        """Views of a block's tokens, [k, h, Q]"""
-        return _Sums(*(block.vectors(t[part.row, part.index]) for t in self))
 
 
 @torch.library.custom_op("transxssm::ssd_chunked_backward", mutates_args=())
@@ -155,15 +151,18 @@ def _backward(
     else:
         d_initial.copy_(d_final)
     dy = torch.zeros_like(x) if dy is None else dy
-    all_sums = _Sums(*(torch.zeros_like(walk.decay.z) for _ in _Sums._fields))
+    # [B, parts, K, 6, h, Q]
+    batch, parts, chunks, heads, q = walk.decay.z.shape
+    all_sums = walk.decay.z.new_zeros(batch, parts, chunks, len(_Sums._fields), heads, q)
     through = torch.zeros_like(walk.decay.z[..., 0])  # [B, parts, K, h]
     for part in walk.parts():
         dys, dxs = (t[part.row, :, part.heads] for t in (dy, dx))
         dBs, dCs = (t[part.row, :, part.groups] for t in (dB, dC))
         d_state = d_initial[part.row, part.heads]
+        part_sums = all_sums[part.row, part.index]
         for block in reversed(walk.blocks):
             at, buffers = walk.operands(part, block), walk.buffers(block)
-            sums = all_sums.at(part, block)
+            sums = _Sums(*part_sums[block.chunks, ..., : block.size].unbind(1))
             dyh = buffers.load("dy", block.per_token(dys))
 
             # between chunks
@@ -173,10 +172,12 @@ def _backward(
             crossing = buffers.scaled("crossing", entries, d_exits).sum((-2, -1), dtype=walk.acc)
             crossing = crossing.view(at.carried.shape)
             torch.mul(crossing, at.carried, out=through[part.row, part.index, block.chunks])
-            dc = buffers.product("dc", gated, entries)
+            d_rotated = buffers.named("d_rotated", 2, *at.b.shape)
+            db, dc = d_rotated.unbind(0)
+            torch.bmm(gated, entries, out=dc)
             buffers.dots(dc, at.c, sums.arrived)
             decayed = buffers.scaled("decayed", at.x, at.last)
-            db = buffers.product("db", decayed, d_exits)
+            torch.bmm(decayed, d_exits, out=db)
             buffers.dots(db, at.b, sums.left)
             dxh = buffers.product("dx", at.b, d_exits.mT).mul_(at.last)
 
@@ -197,10 +198,10 @@ def _backward(
             db.baddbmm_(dg.mT, at.c)
             dxh.baddbmm_(scores.mT, dyh)
             block.per_token(dxs).copy_(buffers.by_head(dxh))
-            buffers.rotate_out(dc, dCs[block.tokens], at.tables, block)
-            buffers.rotate_out(db, dBs[block.tokens], at.tables, block)
+            tokens = block.tokens
+            buffers.rotate_out(d_rotated, dBs[tokens], dCs[tokens], at.tables, block)
         d_initial[part.row, part.heads].copy_(d_state)
-    received, sent, own, arrived, left, skipped = all_sums
+    received, sent, own, arrived, left, skipped = all_sums.unbind(3)
     dz, dA = decay_gradients(
         walk.decay, A, x.shape[1], received - sent + arrived, left, through.unsqueeze(-1),
         sent + own + left,

@@ -90,8 +90,7 @@ class Walk:
         tables = None
         if part.tables is not None:
             tables = block.per_token(part.tables[0]), block.per_token(part.tables[1])
-        c = buffers.rotate_in("c", part.C[block.tokens], tables, block)
-        b = buffers.rotate_in("b", part.B[block.tokens], tables, block)
+        b, c = buffers.rotate_in(part.B[block.tokens], part.C[block.tokens], tables, block)
         x = buffers.load("x", block.per_token(part.x))
         w = buffers.decay_matrix(*(block.vectors(t) for t in (decay.hi, decay.lo, decay.sent)))
         gate = block.vectors(part.gate).reshape(-1, block.size, 1)
