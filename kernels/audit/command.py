@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from kernels.audit import golden
+from kernels.audit import document, golden
 from kernels.audit.allowed import ALLOWED
 from kernels.audit.cases import cases
 from kernels.audit.compiling import TARGETS, available_targets
@@ -24,7 +24,8 @@ PIPE_WIDTH = 4096  # nothing is abbreviated where no terminal sets a width
 def audit(targets: list[str], update: bool, json_file: Path | None) -> int:
     """Print the audit of `targets` (none: all that Triton has a backend for).
 
-    update: accept what was found as the golden numbers. json_file: also write the sheet there.
+    update: accept what was found as the golden numbers, and rewrite the page that shows them.
+    json_file: also write the sheet there.
 
     Returns the exit code, 1 when a violation is not among those accepted. Raises ValueError for an
     unknown target, and under TRITON_INTERPRET.
@@ -47,12 +48,14 @@ def audit(targets: list[str], update: bool, json_file: Path | None) -> int:
     for target in targets:
         console.print(resource_table(sheet.rows, target))
         console.print(traffic_table(sheet, target))
-    audited = {(row.case, row.kernel, row.target) for row in sheet.rows}
+    audited = {(row.case, row.kernel, row.target) for row in sheet.rows} | sheet.work.keys()
     verdict = judge(sheet.violations, audited, ALLOWED)
     found = golden.entries(sheet)
     changes = golden.changes(found, targets, golden.PATH)
     if update:
         golden.write(found, targets, golden.PATH)
+        recorded = golden.read(golden.PATH)
+        document.PATH.write_text(document.document(recorded, golden.versions()))
     if json_file is not None:
         json_file.write_text(json.dumps(_plain(sheet, verdict, changes), indent=1))
     for line in _findings(verdict, changes):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from rich.table import Column, Table
 
@@ -16,20 +17,23 @@ MIB = 2**20
 def resource_table(rows: Sequence[Row], target: str) -> Table:
     """What the compiler made of each kernel; counts are of instructions in the code."""
     names = (
-        "case, pass, kernel", "programs", "warps/stages", "registers", "spill B", "local",
+        "case; pass, kernel", "programs", "warps/stages", "registers", "spill B", "local",
         "shared B", "programs/SM", "warps/SM", "products", "loads", "stores", "async copies", "TMA",
         "atomics", "code KiB", "compile s",
     )  # fmt: skip
-    left = ("case, pass, kernel", "products")
+    left = ("case; pass, kernel", "products")
     columns = [Column(n, justify="left" if n in left else "right") for n in names]
     table = Table(
         *columns,
         title=f"{target}: {PEAKS[target].name}, {TARGETS[target].num_sms} multiprocessors",
         title_justify="left",
     )
-    for row in rows:
-        if row.target == target:
-            table.add_row(f"{row.case}, {row.direction}, {row.kernel}", *_cells(row))
+    of_target = [row for row in rows if row.target == target]
+    for case, kernels in groupby(of_target, key=lambda row: row.case):
+        table.add_section()
+        table.add_row(case)
+        for row in kernels:
+            table.add_row(f"  {row.direction}, {row.kernel}", *_cells(row))
     return table
 
 

@@ -6,16 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from kernels.audit import command, golden, sheet
-from kernels.audit.cases import Case, Problem, find
+from kernels.audit import command, document, golden, sheet
+from kernels.audit.cases import Case, cases, find
+from kernels.audit.compiling import TARGETS
+from kernels.audit.problems import Problem
 from kernels.audit.roofline import PEAKS, Traffic, Work, bound_seconds
 from kernels.audit.rules import traffic_faults
-from kernels.audit.sheet import Compiled, Count, Sheet, compile_case, count, disagreements
+from kernels.audit.sheet import Compiled, Count, Sheet, compile_case, disagreements
+from pretrain.cli import app
 from tests.compiled.toys import META, blocked_product, copied, product
 
 WORK = Work(Traffic(100, 20), minimum=60, flops=0, allowed=2.0)
-ROPE = "rope D64 bf16"
+ROPE = "rope B8 L4096 H16+4 D64 bf16"
 
 
 def compile_toy(monkeypatch: pytest.MonkeyPatch, *launches: object) -> Compiled:
@@ -73,14 +77,9 @@ def test_the_roofline_is_the_slower_of_bandwidth_and_products() -> None:
     assert bound_seconds(3_350_000, 1_978_000_000, h100) == pytest.approx(2e-6)
 
 
-def test_counted_traffic_agrees_with_the_formula() -> None:
-    counts = count([ROPE])
-    assert [found.direction for found in counts] == ["forward", "backward"]
-    elements = 2 * 33 * (4 + 1) * 64
-    for found in counts:
-        assert found.counted.stored == 2 * elements
-        assert list(disagreements(found)) == []
-    wrong = Count(ROPE, "forward", Traffic(5, 4), 0, Traffic(5, 3))
+def test_a_formula_that_disagrees_with_the_count_is_a_violation() -> None:
+    agreeing, wrong = (Count(ROPE, "forward", Traffic(5, 4), 0, Traffic(5, n)) for n in (4, 3))
+    assert list(disagreements(agreeing)) == []
     (violation,) = disagreements(wrong)
     assert "stores 4 bytes when interpreted; the formula says 5 and 3" in violation.sentence
 
@@ -116,11 +115,13 @@ def test_the_command_prints_compares_and_writes(
 ) -> None:
     monkeypatch.setattr(command, "cases", lambda: [find(ROPE)])
     monkeypatch.setattr(golden, "PATH", tmp_path / "golden.json")
+    monkeypatch.setattr(document, "PATH", tmp_path / "audit.md")
     monkeypatch.setattr(command, "ALLOWED", ())
     assert command.audit(["sm_90"], update=True, json_file=tmp_path / "sheet.json") == 0
     shown = capsys.readouterr().out
-    assert f"{ROPE}, backward, rope_kernel" in shown
-    assert "agrees" in shown
+    assert ROPE in shown
+    assert "backward, rope_kernel" in shown
+    assert shown.count("│  agrees │") == 2, "traffic was counted for both passes"
     assert f"changed: {ROPE} | forward | rope_kernel | sm_90: new" in shown
     assert shown.splitlines()[-1].startswith("2 kernels for sm_90: 0 violations")
     written = json.loads((tmp_path / "sheet.json").read_text())
@@ -132,6 +133,33 @@ def test_the_command_prints_compares_and_writes(
     }
 
 
+def test_the_page_shows_the_golden_numbers() -> None:
+    """When this fails: transxssm kernels audit --update."""
+    versions = golden.recorded_versions(golden.PATH)
+    shown = document.document(golden.read(golden.PATH), versions)
+    assert document.PATH.read_text() == shown
+
+
 def test_an_unknown_target_is_refused() -> None:
-    with pytest.raises(ValueError, match="target 'sm_70': expected one of sm_80"):
-        command.audit(["sm_70"], update=False, json_file=None)
+    run = CliRunner().invoke(app, ["kernels", "audit", "--target", "sm_70"])
+    assert run.exit_code == 2
+    assert "target 'sm_70': expected one of sm_80" in run.output
+
+
+def test_golden_numbers_cover_every_case_and_target() -> None:
+    recorded = {tuple(key.split(" | ")[::3]) for key in golden.read(golden.PATH)}
+    assert recorded == {(case.name, target) for case in cases() for target in TARGETS}
+
+
+@pytest.mark.parametrize(
+    "name", ["ssd B8 L4096 H16 P128 N128 bf16", "add_rms_norm T32768 N2048 bf16"]
+)
+def test_golden_numbers_are_those_of_the_kernels(name: str) -> None:
+    """When this fails: transxssm kernels audit --update, and read what changed."""
+    recorded = golden.read(golden.PATH)
+    if golden.recorded_versions(golden.PATH) != golden.versions():
+        pytest.skip("the golden numbers were made by other compilers")
+    compiled = compile_case(name, "sm_90")
+    work = {(name, direction, "sm_90"): work for direction, work in compiled.work.items()}
+    for key, numbers in golden.entries(Sheet(compiled.rows, work, [], [])).items():
+        assert numbers == recorded[key], key
