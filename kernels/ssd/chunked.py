@@ -26,10 +26,7 @@ from kernels.ssd.blocks import Block, Buffers, heads_at_once
 from kernels.ssd.decay import decay_gradients
 from kernels.ssd.walk import Operands, Walk
 
-
-def pick_chunk_size(length: int, dtype: torch.dtype) -> int:
-    """Q for `chunk_size=0`."""
-    return 64
+CHUNK_SIZE = 64  # Q where the caller leaves it open, for every length and dtype
 
 
 def ssd_chunked(
@@ -38,7 +35,7 @@ def ssd_chunked(
     D: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [B, L, H, P] and the final state [B, H, P, N]; arguments as `kernels.ssd.ssd.ssd`."""
-    chunk = chunk_size or pick_chunk_size(x.shape[1], x.dtype)
+    chunk = chunk_size or CHUNK_SIZE
     inputs = (x, dt, A, B, C, dt_bias, initial_state, D)
     backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y, final_state, _ = _forward(

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.ssd.blocks import blocks, chunks_at_once, heads_at_once
 from kernels.ssd.naive import ssd_naive
 from kernels.ssd.ssd import ssd
 from kernels.ssd.step import ssd_step
@@ -83,7 +84,19 @@ def test_any_packing(data):
     documents = data.draw(st.sets(st.integers(0, length - 1), max_size=8))
     batch, chunk = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([4, 16, 64]))
     inputs = make_inputs(batch, length, heads=2, head_dim=8, state_dim=4, documents=documents)
-    assert_close(run(ssd, inputs, chunk), run(ssd_naive, inputs), 2 * FLOAT32)
+    assert_close(run(ssd, inputs, chunk), run(ssd_naive, inputs), FLOAT32)
+
+
+def test_several_blocks_match_one(monkeypatch):
+    inputs = make_inputs(2, 150, documents=[40])
+    whole = run(ssd, inputs, 16)
+    monkeypatch.setattr("kernels.ssd.blocks._BLOCK_BYTES", 3 * 4 * 4 * 16 * 16)
+    heads = heads_at_once(inputs["x"], 16, 4, 16)
+    assert heads == 4
+    most = chunks_at_once(inputs["x"], 16, 16, heads)
+    found = [(b.chunks.start, b.count, b.size) for b in blocks(150, 16, most)]
+    assert found == [(0, 3, 16), (3, 3, 16), (6, 3, 16), (9, 1, 6)]
+    assert_close(run(ssd, inputs, 16), whole, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
