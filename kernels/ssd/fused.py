@@ -18,7 +18,7 @@ from kernels.ssd.fused_backward import (
 )
 from kernels.ssd.fused_forward import chunk_output_kernel, chunk_state_kernel, scan_kernel
 from kernels.ssd.fused_parts import state_passing_kernel
-from kernels.ssd.tiles import Tile, fills_gpu, tile
+from kernels.ssd.tiles import Tile, backward_is_fused, fills_gpu, tile
 from kernels.target import current_target
 
 _PASSING_BLOCK = 1024
@@ -103,15 +103,15 @@ class _FusedScan(torch.autograd.Function):
         dB, dC = (x.new_empty(batch, length, heads, state_dim, dtype=shared) for _ in range(2))
         d_initial = torch.empty_like(states[:, 0], dtype=torch.float32)
         constants = _constants(heads, groups, head_dim, state_dim, choice)
-        fused = fills_gpu(batch * heads, target.num_sms)
+        fused = backward_is_fused(x.dtype, batch * heads, target.num_sms)
         per_chunk = (batch * heads, chunks)
         dA, d_bias, through = (x.new_empty(per_chunk, dtype=torch.float32) for _ in range(3))
         dD = dA.new_empty(batch * heads, 1 if fused else chunks)
-        reached, sent, leaving = (x.new_empty(dt.shape, dtype=torch.float32) for _ in range(3))
+        sums = [x.new_empty(dt.shape, dtype=torch.float32) for _ in range(4)]
         if fused:
             scan_backward_kernel[(batch * heads,)](
                 x, dt, A, B, C, table, dt_bias, D, documents, states, dy, d_final,
-                dx, dB, dC, reached, sent, leaving, through, dD,
+                dx, dB, dC, *sums, through, dD,
                 d_initial if ctx.has_initial_state else None,
                 length, chunks, 0, **constants,
             )  # fmt: skip
@@ -125,11 +125,11 @@ class _FusedScan(torch.autograd.Function):
             _pass_states(d_states, carries, d_final, d_initial, reverse=True)
             chunk_backward_kernel[(chunks, batch * heads)](
                 x, dt, A, B, C, table, dt_bias, D, documents, states, d_states, dy,
-                dx, dB, dC, reached, sent, leaving, through, dD,
+                dx, dB, dC, *sums, through, dD,
                 length, chunks, 0, **constants,
             )  # fmt: skip
         decay_gradient_kernel[(chunks, batch * heads)](
-            dt, A, dt_bias, documents, reached, sent, leaving, through, ddt, dA, d_bias,
+            dt, A, dt_bias, documents, *sums, through, ddt, dA, d_bias,
             length, chunks, HEADS=heads, Q=choice.chunk,
         )  # fmt: skip
         if groups < heads:

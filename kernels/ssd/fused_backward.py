@@ -5,8 +5,10 @@ fused   one program for every row and head walks the chunks from the last to the
 split   gradients added by every chunk, a reverse pass over chunks, then all chunks at once
 
 Both read the states that the forward kept, and leave the decays' gradients to a kernel of their
-own, which needs three numbers a token: with r_t = c_t · dc_t and q_j = b_j · db_j, what reaches t
-minus what leaves it is r_t - q_t, apart from the part of q that goes on to the chunk's end.
+own, which needs four numbers a token: with r_t = c_t · dc_t and q_j = b_j · db_j, what reaches t
+minus what leaves it is r_t - q_t, apart from the part of q that goes on to the chunk's end. What a
+token writes and reads itself is in both and has no decay in it: it is kept out of r and q, because
+where decays are fast it is all there is, and would leave only its rounding behind.
 """
 
 import triton
@@ -15,14 +17,12 @@ import triton.language as tl
 from kernels.ssd.fused_parts import (
     LOG2E,
     TINY_STEP,
+    chunk_decay,
     chunk_documents,
     decay_matrix,
-    entry_gate,
-    exit_weights,
     load_rotated,
     load_rows,
     load_table,
-    running_sums,
     state_offsets,
     step_sizes,
     store_rows,
@@ -33,7 +33,7 @@ from kernels.ssd.fused_parts import (
 @triton.jit
 def scan_backward_kernel(
     x, dt, A, B, C, table, dt_bias, D, documents, states, dy, d_final,
-    dx, dB, dC, reached, sent, leaving, through, dD, d_initial,
+    dx, dB, dC, reached, sent, leaving, own, through, dD, d_initial,
     length, chunks, zero,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -55,7 +55,7 @@ def scan_backward_kernel(
         slot = states + (row_head * chunks + chunk) * P * N
         part_D, carry, crossing, dys, c_gated = chunk_gradients(
             x, dt, A_head, B, C, table, bias, D, skip, documents, slot, d_state, dy,
-            dx, dB, dC, reached, sent, leaving, row, head, chunk, length, zero,
+            dx, dB, dC, reached, sent, leaving, own, row, head, chunk, length, zero,
             HEADS, GROUPS, P, N, Q, PRECISION,
         )  # fmt: skip
         tl.store(through + row_head * chunks + chunk, carry * crossing)
@@ -70,7 +70,7 @@ def scan_backward_kernel(
 @triton.jit
 def chunk_backward_kernel(
     x, dt, A, B, C, table, dt_bias, D, documents, states, d_states, dy,
-    dx, dB, dC, reached, sent, leaving, through, dD,
+    dx, dB, dC, reached, sent, leaving, own, through, dD,
     length, chunks, zero,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -89,7 +89,7 @@ def chunk_backward_kernel(
     d_state = tl.load(d_states + slot + state_offsets(P, N)).to(tl.float32)
     part_D, carry, crossing, _, _ = chunk_gradients(
         x, dt, A_head, B, C, table, bias, D, skip, documents, states + slot, d_state, dy,
-        dx, dB, dC, reached, sent, leaving, row, head, chunk, length, zero,
+        dx, dB, dC, reached, sent, leaving, own, row, head, chunk, length, zero,
         HEADS, GROUPS, P, N, Q, PRECISION,
     )  # fmt: skip
     at = row_head * chunks + chunk
@@ -101,13 +101,14 @@ def chunk_backward_kernel(
 @triton.jit
 def chunk_gradients(
     x, dt, A_head, B, C, table, bias, D, skip, documents, state, d_state, dy,
-    dx, dB, dC, reached, sent, leaving, row, head, chunk, length, zero,
+    dx, dB, dC, reached, sent, leaving, own, row, head, chunk, length, zero,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stores a chunk's dx, dB and dC, and the sums reached = c · dc, sent = b · db and leaving, the
-    part of sent that goes on to the chunk's end, [B, L, H] float32 each. Returns its share of dD,
-    the decay across it, Σ S ⊙ dS, and dy and u ⊙ c, whose product it adds to the state's gradient.
+    """Stores a chunk's dx, dB and dC, and four sums [B, L, H] in float32: reached = c · dc and
+    sent = b · db without a token's own share, that share `own`, and leaving, the part of sent that
+    goes on to the chunk's end. Returns its share of dD, the decay across it, Σ S ⊙ dS, and dy and
+    u ⊙ c, whose product it adds to the state's gradient.
 
     state points to the state that enters, d_state [P, N] is the gradient of the one that leaves.
     Statements stand in the order in which tiles may leave the registers for shared memory.
@@ -115,71 +116,69 @@ def chunk_gradients(
     i = tl.arange(0, Q)
     t0 = chunk * Q
     token = row * length + t0
-    valid = i < length - t0
-    _, delta, log_delta = step_sizes(dt + token * HEADS + head, bias, valid, HEADS, Q)
-    document, before, end = chunk_documents(documents + token, t0, length, Q)
-    coarse, fine, coarse_end, fine_end = running_sums(delta, A_head * LOG2E, valid, Q)
-    gate = entry_gate(coarse, fine, document, before)
-    leave = exit_weights(coarse, fine, coarse_end, fine_end, log_delta, document, end)
-    carry = entry_gate(coarse_end, fine_end, end, before)
-
+    valid, log_delta, coarse, fine, document, gate, leave, carry = chunk_decay(
+        dt, documents, token, head, t0, length, bias, A_head * LOG2E, HEADS, Q
+    )
+    cos, sin = load_table(table, token, valid, N, Q)
     ROPE: tl.constexpr = table is not None
-    if ROPE:
-        cos, sin = load_table(table + token * N, valid, N, Q)
-    else:
-        cos, sin = 0.0, 0.0
     here = (token * GROUPS + head // (HEADS // GROUPS)) * N
-    b = load_rotated(B + here, cos, sin, valid, GROUPS * N, N, Q, ROPE)
-    c = load_rotated(C + here, cos, sin, valid, GROUPS * N, N, Q, ROPE)
-    c_gated = (c * gate[:, None]).to(c.dtype)
+    b, _ = load_rotated(B + here, cos, sin, leave, valid, GROUPS * N, N, Q, ROPE)
+    c, c_gated = load_rotated(C + here, cos, sin, gate, valid, GROUPS * N, N, Q, ROPE)
     at = (token * HEADS + head) * P
     xs = load_rows(x + at, valid, HEADS * P, P, Q)
     dys = load_rows(dy + at, valid, HEADS * P, P, Q)
+    per_token = token * HEADS + head + i * HEADS
     part_D = 0.0
     scores = tl.zeros([Q, Q], xs.dtype)
     dg = tl.zeros([Q, Q], xs.dtype)
+    dg_own = tl.zeros([Q, Q], xs.dtype)
     if t0 >= zero:  # always; a block of its own keeps its tiles from being spread over the others
         w = decay_matrix(coarse, fine, log_delta, document, Q)
         weighted = tl.dot(c, tl.trans(b), input_precision=PRECISION) * w
         dw = tl.dot(dys, tl.trans(xs), input_precision=PRECISION)
+        diagonal = i[:, None] == i[None, :]
+        tl.store(own + per_token, tl.sum(tl.where(diagonal, weighted * dw, 0.0), 1), mask=valid)
         if D is not None:
-            weighted += tl.where(i[:, None] == i[None, :], skip, 0.0)
-            part_D = tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], dw, 0.0), 1), 0)
+            part_D = tl.sum(tl.sum(tl.where(diagonal, dw, 0.0), 1), 0)
+            weighted += tl.where(diagonal, skip, 0.0)
         scores = weighted.to(xs.dtype)
-        dg = (dw * w).to(xs.dtype)
-    entry = tl.load(state + state_offsets(P, N))
-    crossing = tl.sum(tl.sum(entry * d_state, 1), 0)
+        dw *= w
+        dg = tl.where(diagonal, 0.0, dw).to(xs.dtype)
+        dg_own = tl.where(diagonal, dw, 0.0).to(xs.dtype)
 
-    per_token = token * HEADS + head + i * HEADS
-    per_head = (token * HEADS + head) * N
-    dc = tl.dot(tl.trans(entry), tl.trans(dys), input_precision=PRECISION) * gate[None, :]  # [N, Q]
-    dc = tl.trans(tl.dot(tl.trans(b), tl.trans(dg), dc, input_precision=PRECISION))
-    tl.store(reached + per_token, tl.sum(dc * c, 1), mask=valid)
-    if ROPE:  # once more, so that it need not stay in registers until now
-        cos, sin = load_table(table + token * N, valid, N, Q)
-    store_unrotated(dC + per_head, dc, cos, sin, valid, HEADS * N, N, Q, ROPE)
     low = d_state.to(xs.dtype)
-    db = tl.dot(tl.trans(low), tl.trans(xs), input_precision=PRECISION) * leave[None, :]  # [N, Q]
-    tl.store(leaving + per_token, tl.sum(tl.trans(db) * b, 1), mask=valid)
-    db = tl.trans(tl.dot(tl.trans(c), dg, db, input_precision=PRECISION))
-    tl.store(sent + per_token, tl.sum(db * b, 1), mask=valid)
-    store_unrotated(dB + per_head, db, cos, sin, valid, HEADS * N, N, Q, ROPE)
     dxs = tl.dot(low, tl.trans(b), input_precision=PRECISION) * leave[None, :]  # [P, Q]
     dxs = tl.dot(tl.trans(dys), scores, dxs, input_precision=PRECISION)
     store_rows(dx + at, dxs, valid, HEADS * P, P, Q)
+    per_head = (token * HEADS + head) * N
+    db = tl.dot(tl.trans(low), tl.trans(xs), input_precision=PRECISION) * leave[None, :]  # [N, Q]
+    tl.store(leaving + per_token, tl.sum(tl.trans(db) * b, 1), mask=valid)
+    db = tl.dot(tl.trans(c), dg, db, input_precision=PRECISION)
+    tl.store(sent + per_token, tl.sum(tl.trans(db) * b, 1), mask=valid)
+    db = tl.trans(tl.dot(tl.trans(c), dg_own, db, input_precision=PRECISION))
+    # the table once more, so that it need not stay in registers until now
+    cos, sin = load_table(table, token, valid, N, Q)
+    store_unrotated(dB + per_head, db, cos, sin, valid, HEADS * N, N, Q, ROPE)
+    entry = tl.load(state + state_offsets(P, N))
+    crossing = tl.sum(tl.sum(entry * d_state, 1), 0)
+    dc = tl.dot(tl.trans(entry), tl.trans(dys), input_precision=PRECISION) * gate[None, :]  # [N, Q]
+    dc = tl.dot(tl.trans(b), tl.trans(dg), dc, input_precision=PRECISION)
+    tl.store(reached + per_token, tl.sum(tl.trans(dc) * c, 1), mask=valid)
+    dc = tl.trans(tl.dot(tl.trans(b), dg_own, dc, input_precision=PRECISION))
+    store_unrotated(dC + per_head, dc, cos, sin, valid, HEADS * N, N, Q, ROPE)
     return part_D, carry, crossing, dys, c_gated
 
 
 @triton.jit
 def decay_gradient_kernel(
-    dt, A, dt_bias, documents, reached, sent, leaving, through, ddt, dA, d_bias,
+    dt, A, dt_bias, documents, reached, sent, leaving, own, through, ddt, dA, d_bias,
     length, chunks,
     HEADS: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """ddt [B, L, H] of one chunk and its share of dA and d_bias [B·H, chunks].
 
-    reached, sent, leaving [B, L, H] from `chunk_gradients`; through [B·H, chunks]: the gradient of
-    ln(decay) of a state carried across the whole chunk.
+    reached, sent, leaving, own [B, L, H] from `chunk_gradients`; through [B·H, chunks]: the
+    gradient of ln(decay) of a state carried across the whole chunk.
     """
     chunk = tl.program_id(0)
     row_head = tl.program_id(1).to(tl.int64)
@@ -203,7 +202,8 @@ def decay_gradient_kernel(
     d_a += tl.load(through + row_head * chunks + chunk)
     sigmoid = 1.0 / (1.0 + tl.exp2(-z * LOG2E))
     ratio = tl.where(z < TINY_STEP, 1.0, sigmoid / delta)  # d ln Δ / dz
-    dz = tl.where(valid, sent_here * ratio + d_a * rate * sigmoid, 0.0)
+    written = sent_here + tl.load(own + per_token, mask=valid, other=0.0)
+    dz = tl.where(valid, written * ratio + d_a * rate * sigmoid, 0.0)
     tl.store(ddt + per_token, dz.to(ddt.dtype.element_ty), mask=valid)
     tl.store(dA + row_head * chunks + chunk, tl.sum(tl.where(valid, d_a * delta, 0.0)))
     tl.store(d_bias + row_head * chunks + chunk, tl.sum(dz))

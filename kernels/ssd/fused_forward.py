@@ -12,16 +12,12 @@ import triton.language as tl
 
 from kernels.ssd.fused_parts import (
     LOG2E,
-    chunk_documents,
+    chunk_decay,
     decay_matrix,
-    entry_gate,
-    exit_weights,
     load_rotated,
     load_rows,
     load_table,
-    running_sums,
     state_offsets,
-    step_sizes,
     store_rows,
 )
 
@@ -49,23 +45,13 @@ def scan_kernel(
     for k in tl.range(0, chunks, disable_licm=True):
         t0 = (k ^ zero) * Q
         token = first + t0
-        valid = tl.arange(0, Q) < length - t0
-        _z, delta, log_delta = step_sizes(dt + token * HEADS + head, bias, valid, HEADS, Q)
-        document, before, end = chunk_documents(documents + token, t0, length, Q)
-        coarse, fine, coarse_end, fine_end = running_sums(delta, rate, valid, Q)
-        gate = entry_gate(coarse, fine, document, before)
-        leave = exit_weights(coarse, fine, coarse_end, fine_end, log_delta, document, end)
-        carry = entry_gate(coarse_end, fine_end, end, before)
-
-        if ROPE:
-            cos, sin = load_table(table + token * N, valid, N, Q)
-        else:
-            cos, sin = 0.0, 0.0
+        valid, log_delta, coarse, fine, document, gate, leave, carry = chunk_decay(
+            dt, documents, token, head, t0, length, bias, rate, HEADS, Q
+        )
+        cos, sin = load_table(table, token, valid, N, Q)
         here = (token * GROUPS + group) * N
-        c = load_rotated(C + here, cos, sin, valid, GROUPS * N, N, Q, ROPE)
-        b = load_rotated(B + here, cos, sin, valid, GROUPS * N, N, Q, ROPE)
-        c_gated = (c * gate[:, None]).to(c.dtype)
-        b_leaving = (b * leave[:, None]).to(b.dtype)
+        c, c_gated = load_rotated(C + here, cos, sin, gate, valid, GROUPS * N, N, Q, ROPE)
+        b, b_leaving = load_rotated(B + here, cos, sin, leave, valid, GROUPS * N, N, Q, ROPE)
         scores = tl.dot(c, tl.trans(b), input_precision=PRECISION)
         scores *= decay_matrix(coarse, fine, log_delta, document, Q)
         if D is not None:
@@ -102,26 +88,17 @@ def chunk_state_kernel(
     group = head // (HEADS // GROUPS)
     t0 = chunk * Q
     token = row * length + t0
-    valid = tl.arange(0, Q) < length - t0
     bias = tl.load(dt_bias + head).to(tl.float32)
     rate = tl.load(A + head) * LOG2E
-    _z, delta, log_delta = step_sizes(dt + token * HEADS + head, bias, valid, HEADS, Q)
-    document, before, end = chunk_documents(documents + token, t0, length, Q)
-    coarse, fine, coarse_end, fine_end = running_sums(delta, rate, valid, Q)
-    if GRADIENT:
-        weight = entry_gate(coarse, fine, document, before)
-    else:
-        weight = exit_weights(coarse, fine, coarse_end, fine_end, log_delta, document, end)
-    carry = entry_gate(coarse_end, fine_end, end, before)
+    valid, _log_delta, _coarse, _fine, _document, gate, leave, carry = chunk_decay(
+        dt, documents, token, head, t0, length, bias, rate, HEADS, Q
+    )
     tl.store(carries + row_head * chunks + chunk, carry)
+    cos, sin = load_table(table, token, valid, N, Q)
     ROPE: tl.constexpr = table is not None
-    if ROPE:
-        cos, sin = load_table(table + token * N, valid, N, Q)
-    else:
-        cos, sin = 0.0, 0.0
     here = (token * GROUPS + group) * N
-    b = load_rotated(B + here, cos, sin, valid, GROUPS * N, N, Q, ROPE)
-    b = (b * weight[:, None]).to(b.dtype)
+    weight = gate if GRADIENT else leave
+    _, b = load_rotated(B + here, cos, sin, weight, valid, GROUPS * N, N, Q, ROPE)
     xs = load_rows(x + (token * HEADS + head) * P, valid, HEADS * P, P, Q)
     added = tl.dot(tl.trans(xs), b, input_precision=PRECISION)  # [P, N]
     slot = states + (row_head * chunks + chunk) * P * N
@@ -142,28 +119,22 @@ def chunk_output_kernel(
     group = head // (HEADS // GROUPS)
     t0 = chunk * Q
     token = row * length + t0
-    valid = tl.arange(0, Q) < length - t0
     bias = tl.load(dt_bias + head).to(tl.float32)
     rate = tl.load(A + head) * LOG2E
-    _z, delta, log_delta = step_sizes(dt + token * HEADS + head, bias, valid, HEADS, Q)
-    document, before, _end = chunk_documents(documents + token, t0, length, Q)
-    coarse, fine, _coarse_end, _fine_end = running_sums(delta, rate, valid, Q)
-    gate = entry_gate(coarse, fine, document, before)
+    valid, log_delta, coarse, fine, document, gate, leave, _carry = chunk_decay(
+        dt, documents, token, head, t0, length, bias, rate, HEADS, Q
+    )
+    cos, sin = load_table(table, token, valid, N, Q)
     ROPE: tl.constexpr = table is not None
-    if ROPE:
-        cos, sin = load_table(table + token * N, valid, N, Q)
-    else:
-        cos, sin = 0.0, 0.0
     here = (token * GROUPS + group) * N
-    c = load_rotated(C + here, cos, sin, valid, GROUPS * N, N, Q, ROPE)
-    b = load_rotated(B + here, cos, sin, valid, GROUPS * N, N, Q, ROPE)
+    c, c_gated = load_rotated(C + here, cos, sin, gate, valid, GROUPS * N, N, Q, ROPE)
+    b, _ = load_rotated(B + here, cos, sin, leave, valid, GROUPS * N, N, Q, ROPE)
     scores = tl.dot(c, tl.trans(b), input_precision=PRECISION)
     scores *= decay_matrix(coarse, fine, log_delta, document, Q)
     if D is not None:
         i = tl.arange(0, Q)
         scores += tl.where(i[:, None] == i[None, :], tl.load(D + head).to(tl.float32), 0.0)
     scores = scores.to(c.dtype)
-    c_gated = (c * gate[:, None]).to(c.dtype)
     slot = states + (row_head * chunks + chunk) * P * N
     state = tl.load(slot + state_offsets(P, N))
     at = (token * HEADS + head) * P

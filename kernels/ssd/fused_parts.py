@@ -78,31 +78,58 @@ def entry_gate(coarse, fine, document, before):
 
 
 @triton.jit
-def exit_weights(coarse, fine, coarse_end, fine_end, log_delta, document, end):
-    """w_j = exp2(s_end - s_j + log2 Δ_j) where j's document goes on to the chunk's end, else 0."""
+def chunk_decay(
+    dt, documents, token, head, t0, length, dt_bias, rate, HEADS: tl.constexpr, Q: tl.constexpr
+):
+    """All that is one number a token, [Q] each, of the chunk whose first token is `token`.
+
+    Returns valid (before the row's end), log2 Δ, the running sums coarse and fine, document ids,
+    u, w (w_j = exp2(s_end - s_j + log2 Δ_j) where j's document goes on to the chunk's end, else 0)
+    and the decay across the chunk, a scalar.
+    """
+    valid = tl.arange(0, Q) < length - t0
+    _, delta, log_delta = step_sizes(dt + token * HEADS + head, dt_bias, valid, HEADS, Q)
+    document, before, end = chunk_documents(documents + token, t0, length, Q)
+    coarse, fine, coarse_end, fine_end = running_sums(delta, rate, valid, Q)
+    gate = entry_gate(coarse, fine, document, before)
     exponent = (coarse_end - coarse) + ((fine_end - fine) + log_delta)
-    return tl.exp2(tl.where(document == end, exponent, -float("inf")))
+    leave = tl.exp2(tl.where(document == end, exponent, -float("inf")))
+    carry = entry_gate(coarse_end, fine_end, end, before)
+    return valid, log_delta, coarse, fine, document, gate, leave, carry
 
 
 @triton.jit
-def load_table(table, valid, N: tl.constexpr, Q: tl.constexpr):
-    """cos and sin [Q, N/2] of a chunk, from rows [cos | sin]."""
-    offsets = tl.arange(0, Q)[:, None] * N + tl.arange(0, N // 2)[None, :]
-    cos = tl.load(table + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
-    sin = tl.load(table + N // 2 + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
+def load_table(table, token, valid, N: tl.constexpr, Q: tl.constexpr):
+    """cos and sin [Q, N/2] of a chunk, from rows [cos | sin]; without table, nothing of use."""
+    cos, sin = 0.0, 0.0
+    if table is not None:
+        offsets = token * N + tl.arange(0, Q)[:, None] * N + tl.arange(0, N // 2)[None, :]
+        cos = tl.load(table + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
+        sin = tl.load(table + N // 2 + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
     return cos, sin
 
 
 @triton.jit
-def load_rotated(b, cos, sin, valid, STRIDE: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-                 ROPE: tl.constexpr):  # fmt: skip
-    """RoPE(b) [Q, N] of rows STRIDE apart. Halves are loaded apart: rotation stays in a thread."""
+def load_rotated(b, cos, sin, weight, valid, STRIDE: tl.constexpr, N: tl.constexpr,
+                 Q: tl.constexpr, ROPE: tl.constexpr):  # fmt: skip
+    """RoPE(b) and weight ⊙ RoPE(b), [Q, N], of rows STRIDE apart; weight [Q] is one a row.
+
+    Halves are loaded apart, so that rotation stays in a thread; both results are rounded once.
+    """
     offsets = tl.arange(0, Q)[:, None] * STRIDE + tl.arange(0, N // 2)[None, :]
-    first = tl.load(b + offsets, mask=valid[:, None], other=0.0)
-    second = tl.load(b + N // 2 + offsets, mask=valid[:, None], other=0.0)
+    first = tl.load(b + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
+    second = tl.load(b + N // 2 + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
     if ROPE:
-        f, s = first.to(tl.float32), second.to(tl.float32)
-        first, second = (f * cos - s * sin).to(first.dtype), (s * cos + f * sin).to(first.dtype)
+        first, second = first * cos - second * sin, second * cos + first * sin
+    dtype = b.dtype.element_ty
+    rotated = join_halves(first.to(dtype), second.to(dtype), N, Q)
+    first, second = first * weight[:, None], second * weight[:, None]
+    return rotated, join_halves(first.to(dtype), second.to(dtype), N, Q)
+
+
+@triton.jit
+def join_halves(first, second, N: tl.constexpr, Q: tl.constexpr):
+    """[Q, N] of its halves of columns."""
     return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (Q, N))
 
 

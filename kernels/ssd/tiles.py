@@ -23,14 +23,18 @@ def tile(
 
     - 16 bits: chunks of 64, the smallest the Hopper tensor cores take whole.
     - float32 has no tensor-core product exact to its last bits: chunks of 16, small blocks.
-    - One stage: on sm_10x pipelined loops that carry a decayed accumulator are miscompiled (Triton
-      pull request 10993), elsewhere a second stage costs registers the state needs.
-    - sm_80: left alone, ptxas may settle for 32 registers and spill the rest.
+    - Two stages on sm_90 in 16 bits: a chunk is fetched while the one before is computed. Else one:
+      on sm_10x pipelined loops that carry a decayed accumulator are miscompiled (Triton pull
+      request 10993), and sm_80 and gfx942 have less shared memory.
+    - Registers are given out in full where ptxas, left alone, may settle for 32 and spill the rest:
+      on sm_80, and in float32.
     """
-    maxnreg = 255 if target.backend == "cuda" and target.arch == 80 else None
-    if dtype.itemsize == 4:
+    nvidia, exact = target.backend == "cuda", dtype.itemsize == 4
+    maxnreg = 255 if nvidia and (target.arch == 80 or exact) else None
+    if exact:
         return Tile(chunk_size or 16, min(head_dim, 32), 8, 1, maxnreg)
-    return Tile(chunk_size or 64, head_dim, 8, 1, maxnreg)
+    stages = 2 if nvidia and target.arch == 90 else 1
+    return Tile(chunk_size or 64, head_dim, 8, stages, maxnreg)
 
 
 def fills_gpu(programs: int, num_sms: int) -> bool:
@@ -40,3 +44,9 @@ def fills_gpu(programs: int, num_sms: int) -> bool:
     GPU of them, the split shape's second trip through the states costs less than idle processors.
     """
     return 2 * programs >= num_sms
+
+
+def backward_is_fused(dtype: torch.dtype, sequences: int, num_sms: int) -> bool:
+    """In float32 never: operands of its products are in registers too, which leaves no room for a
+    state's gradient."""
+    return dtype.itemsize == 2 and fills_gpu(sequences, num_sms)

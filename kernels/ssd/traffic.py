@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.ssd.tiles import fills_gpu, tile
+from kernels.ssd.tiles import backward_is_fused, fills_gpu, tile
 from kernels.target import Target
 
 
@@ -73,12 +73,12 @@ def backward(problem: Problem, target: Target) -> tuple[int, int, int]:
     rotation = length * N * _table_itemsize(problem.dtype)
     state = P * N
     loaded = decay + 2 * rotation + length * (2 * P + 2 * N) * s + chunks * state * s
-    stored = length * ((P + 2 * N) * s + 12) + 4 * chunks
-    # decay gradients: three sums a token, one a chunk
-    loaded += decay + 12 * length + chunks * (4 + 8)
+    stored = length * ((P + 2 * N) * s + 16) + 4 * chunks
+    # decay gradients: four sums a token, one a chunk
+    loaded += decay + 16 * length + chunks * (4 + 8)
     stored += length * s + 8 * chunks
-    flops = 2 * Q * Q * (3 * N + 2 * P) + 6 * Q * state
-    if fills_gpu(problem.sequences, target.num_sms):
+    flops = 2 * Q * Q * (5 * N + 2 * P) + 6 * Q * state
+    if backward_is_fused(problem.dtype, problem.sequences, target.num_sms):
         loaded += 8
     else:
         added = decay + rotation + length * (N + P) * s + 8 * chunks

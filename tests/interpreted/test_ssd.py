@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kernels.rope.naive import apply_rope_naive
 from kernels.ssd import fused, tiles
 from kernels.ssd.naive import ssd_naive
 from kernels.ssd.ssd import ssd
@@ -13,24 +14,11 @@ from tests.kernels.scan_cases import assert_close, make_inputs, run
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def assert_close_but_small_d_A(found, expected, tolerance):
-    """As `assert_close`, with ‖d_dt‖ as the floor of d_A's norm.
-
-    Known weakness: the kernels take d_A from differences of sums (c · dC less b · dB). Where decays
-    leave it far smaller than those, it is off by up to 9 % of itself in bfloat16 and by 2e-3 in
-    float32 at A = -50, more than in the torch scan.
-    """
-    d_A, wanted = found["d_A"].double(), expected["d_A"].double()
-    scale = torch.maximum(wanted.norm(), expected["d_dt"].double().norm())
-    assert (d_A - wanted).norm() <= tolerance * scale
-    rest = {name: value for name, value in expected.items() if name != "d_A"}
-    assert_close({name: found[name] for name in rest}, rest, tolerance)
-
-
 @pytest.fixture(params=["fused", "split"])
 def shape(request, monkeypatch):
     """Both shapes of the algorithm, whatever the size of the GPU."""
-    monkeypatch.setattr(fused, "fills_gpu", lambda programs, num_sms: request.param == "fused")
+    for choice in ("fills_gpu", "backward_is_fused"):
+        monkeypatch.setattr(fused, choice, lambda *_: request.param == "fused")
     return request.param
 
 
@@ -49,7 +37,16 @@ def test_matches_recurrence(size, dtype, shape):
 @pytest.mark.parametrize("size", [(1, 130, 1, 128, 128), (1, 70, 2, 128, 32), (1, 70, 2, 16, 128)])
 def test_wide_and_unequal(size, shape):
     inputs = make_inputs(*size, dtype=torch.bfloat16, documents=[40])
-    assert_close_but_small_d_A(run(ssd, inputs), run(ssd_naive, inputs), TOLERANCE[torch.bfloat16])
+    # d_A is small beside its terms here: rounding RoPE(B) and RoPE(C), as every 16-bit scan does,
+    # moves it by 8 % in one case, so it is compared with the recurrence over the rounded ones.
+    rotated = {
+        name: apply_rope_naive(inputs[name], inputs["cos"], inputs["sin"]).bfloat16()
+        for name in ("B", "C")
+    }
+    plain = {name: value for name, value in inputs.items() if name not in ("cos", "sin")}
+    rounded = run(lambda **a: ssd_naive(cos=None, sin=None, **a), plain | rotated)
+    expected = run(ssd_naive, inputs) | {"d_A": rounded["d_A"]}
+    assert_close(run(ssd, inputs), expected, TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -109,7 +106,7 @@ def test_extreme_decays(decay, steps, shape):
     inputs = make_inputs(1, 70, documents=[33])
     inputs["A"] = torch.full_like(inputs["A"], decay)
     inputs["dt"] = inputs["dt"] + steps
-    assert_close_but_small_d_A(run(ssd, inputs), run(ssd_naive, inputs), 1e-4)
+    assert_close(run(ssd, inputs), run(ssd_naive, inputs), 1e-4)
 
 
 @settings(
