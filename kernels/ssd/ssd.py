@@ -43,7 +43,8 @@ def ssd(
     dt_bias, D:    [H] float32 or x's dtype
     cu_seqlens:    [segments+1] int32 (or int64), borders over the flattened B·L tokens, 0 first,
                    B·L last, every row start among them
-    chunk_size:    a power of two; 0 picks by a fixed table (`kernels.ssd.chunked`, `tiles`)
+    chunk_size:    a power of two; 0 leaves it to the implementation, and Triton takes it as an upper
+                   bound (`kernels.ssd.tiles`)
     initial_state: [B, H, P, N] float32, enters the first segment of each row
 
     Returns y [B, L, H, P] in x's dtype, and with `output_final_state` the state at each row's end,
@@ -74,8 +75,8 @@ def _unsupported(x: Tensor, B: Tensor, chunk_size: int) -> str | None:
     for name, size in (("head_dim", x.shape[-1]), ("state_dim", B.shape[-1])):
         if size not in (16, 32, 64, 128):
             return f"{name}={size} is not 16, 32, 64 or 128"
-    if chunk_size not in (0, 16, 32, 64, 128):
-        return f"chunk_size={chunk_size} is not 16, 32, 64 or 128"
+    if 0 < chunk_size < 16:
+        return f"chunk_size={chunk_size} is less than 16"
     return None
 
 

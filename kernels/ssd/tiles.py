@@ -21,6 +21,8 @@ def tile(
 ) -> Tile:
     """By architecture, dtype and state size, from what the compiler makes of each choice.
 
+    - A longer chunk_size than these tiles have is taken as an upper bound: results do not depend on
+      it, and longer tiles fit neither registers nor shared memory.
     - 16 bits: chunks of 64, the smallest the Hopper tensor cores take whole.
     - float32 has no tensor-core product exact to its last bits: chunks of 16, small blocks.
     - Two stages on sm_90 in 16 bits: a chunk is fetched while the one before is computed. Else one:
@@ -32,9 +34,9 @@ def tile(
     nvidia, exact = target.backend == "cuda", dtype.itemsize == 4
     maxnreg = 255 if nvidia and (target.arch == 80 or exact) else None
     if exact:
-        return Tile(chunk_size or 16, min(head_dim, 32), 8, 1, maxnreg)
+        return Tile(min(chunk_size or 16, 16), min(head_dim, 32), 8, 1, maxnreg)
     stages = 2 if nvidia and target.arch == 90 else 1
-    return Tile(chunk_size or 64, head_dim, 8, stages, maxnreg)
+    return Tile(min(chunk_size or 64, 64), head_dim, 8, stages, maxnreg)
 
 
 def fills_gpu(programs: int, num_sms: int) -> bool:

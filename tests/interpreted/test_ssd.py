@@ -118,7 +118,16 @@ def test_any_packing(shape, data):
     documents = data.draw(st.sets(st.integers(0, length - 1), max_size=8))
     batch, chunk = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([16, 32, 64]))
     inputs = make_inputs(batch, length, heads=2, documents=documents)
-    assert_close(run(ssd, inputs, chunk), run(ssd_naive, inputs), TOLERANCE[torch.float32])
+    with pytest.MonkeyPatch.context() as patch:  # float32 tiles are of 16 tokens only
+        patch.setattr(fused, "tile", lambda *_: tiles.Tile(chunk, 16, 8, 1, None))
+        found = run(ssd, inputs)
+    assert_close(found, run(ssd_naive, inputs), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_longer_chunk_is_an_upper_bound(dtype):
+    inputs = make_inputs(1, 150, heads=1, dtype=dtype)
+    assert torch.equal(run(ssd, inputs, 256)["y"], run(ssd, inputs)["y"])
 
 
 def test_shape_follows_the_size_of_the_gpu():
