@@ -43,7 +43,7 @@ def ssd(
     dt_bias, D:    [H] float32 or x's dtype
     cu_seqlens:    [segments+1] int32 (or int64), borders over the flattened B·L tokens, 0 first,
                    B·L last, every row start among them
-    chunk_size:    a power of two; 0 leaves it to the implementation, and Triton takes it as an upper
+    chunk_size:    a power of two; 0 leaves it to the implementation, Triton takes it as an upper
                    bound (`kernels.ssd.tiles`)
     initial_state: [B, H, P, N] float32, enters the first segment of each row
 
