@@ -66,9 +66,7 @@ def test_groups_in_bf16():
 
 def test_documents_of_one_token():
     inputs = make_inputs(2, 40, documents=range(40))
-    found, expected = run(ssd, inputs, 16), run(ssd_naive, inputs)
-    # Almost no decay acts here (only the initial state's), so d_A is compared all the same.
-    assert_close(found, expected, FLOAT32)
+    assert_close(run(ssd, inputs, 16), run(ssd_naive, inputs), FLOAT32)
 
 
 @pytest.mark.parametrize("border", [1, 15, 16, 17, 31, 32, 47, 48, 49])
@@ -145,25 +143,21 @@ def test_gradient_through_one_output_alone(used):
 @pytest.mark.parametrize("split", [16, 37])
 def test_split_and_continue_equals_whole(split):
     inputs = make_inputs(2, 90, documents=[])
-    whole = run(ssd, inputs, 16)
-    leaves = {n: v.clone().requires_grad_() for n, v in inputs.items() if n != "cu_seqlens"}
-    pieces, state = [], leaves["initial_state"]
-    for start, stop in ((0, split), (split, 90)):
-        part = {
-            n: v[:, start:stop].contiguous() if n in ("x", "dt", "B", "C", "cos", "sin") else v
-            for n, v in leaves.items()
-        }
-        borders = torch.tensor([0, 1, 2]) * (stop - start)
-        part |= {"initial_state": state, "cu_seqlens": borders}
-        y, state = ssd(**part, chunk_size=16, output_final_state=True)
-        pieces.append(y)
-    y = torch.cat(pieces, dim=1)
-    generator = torch.Generator().manual_seed(1)
-    d_y, d_state = (torch.randn(t.shape, generator=generator) for t in (y, state))
-    names = [name.removeprefix("d_") for name in whole if name.startswith("d_")]
-    grads = torch.autograd.grad([y, state], [leaves[name] for name in names], [d_y, d_state])
-    found = {"y": y.detach(), "final_state": state.detach()}
-    assert_close(found | {f"d_{n}": g for n, g in zip(names, grads, strict=True)}, whole, 2e-6)
+
+    def in_two(cu_seqlens, initial_state, **whole):
+        pieces, state = [], initial_state
+        for start, stop in ((0, split), (split, 90)):
+            part = {
+                n: v[:, start:stop].contiguous() if n in ("x", "dt", "B", "C", "cos", "sin") else v
+                for n, v in whole.items()
+            }
+            y, state = ssd(
+                **part, cu_seqlens=torch.tensor([0, 1, 2]) * (stop - start), initial_state=state
+            )
+            pieces.append(y)
+        return torch.cat(pieces, dim=1), state
+
+    assert_close(run(in_two, inputs, 16), run(ssd, inputs, 16), 2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
