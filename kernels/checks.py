@@ -36,3 +36,20 @@ def check_rows(name: str, tensor: Tensor) -> None:
             f"{name} has strides {tensor.stride()}; its last dimension must be contiguous"
             f" (pass {name}.contiguous())"
         )
+
+
+def check_contiguous(name: str, tensor: Tensor) -> None:
+    """Raises ValueError for a tensor that is not contiguous."""
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} is not contiguous (strides {tensor.stride()}); pass {name}.contiguous()"
+        )
+
+
+def check_tables(cos: Tensor | None, sin: Tensor | None, state_dim: int) -> None:
+    """Raises ValueError unless both rotation tables are there or none, and B and C have pairs."""
+    if (cos is None) != (sin is None):
+        missing = "cos" if cos is None else "sin"
+        raise ValueError(f"{missing} is None; pass both cos and sin or none")
+    if cos is not None and state_dim % 2:
+        raise ValueError(f"B has N={state_dim}; RoPE rotates pairs and needs N even")

@@ -10,6 +10,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from kernels.checks import check_contiguous, check_tables, check_tensor
 from kernels.dispatch import choose, strict
 from kernels.ssd.chunked import ssd_chunked
 from kernels.ssd.naive import ssd_naive
@@ -101,8 +102,7 @@ def _check(
 ) -> None:  # fmt: skip
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, L, H, P], none of them 0")
-    if x.dtype not in _PRODUCT_DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}; expected one of {_names(_PRODUCT_DTYPES)}")
+    check_tensor("x", x, x.shape, _PRODUCT_DTYPES, x.device)
     batch, length, heads, head_dim = x.shape
     if B.ndim != 4 or B.shape[:2] != x.shape[:2] or heads % max(B.shape[2], 1) or 0 in B.shape:
         raise ValueError(
@@ -124,32 +124,18 @@ def _check(
         "initial_state": (initial_state, (batch, heads, head_dim, state_dim), (exact,)),
         "D": (D, (heads,), (exact, x.dtype)),
     }
-    if (cos is None) != (sin is None):
-        raise ValueError(
-            f"{'cos' if cos is None else 'sin'} is None; pass both cos and sin or none"
-        )
-    if cos is not None and state_dim % 2:
-        raise ValueError(f"B has N={state_dim}; RoPE rotates pairs and needs N even")
+    check_tables(cos, sin, state_dim)
     for name, (tensor, shape, dtypes) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
-        if tensor.dtype not in dtypes:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; expected {_names(dtypes)}")
-        _check_device(name, tensor, x)
-        if not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} is not contiguous (strides {tensor.stride()}); pass {name}.contiguous()"
-            )
+        if tensor is not None:
+            check_tensor(name, tensor, shape, dtypes, x.device)
+            check_contiguous(name, tensor)
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < batch + 1:
         raise ValueError(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected [segments+1]"
             f" with at least one segment for each of {batch} rows"
         )
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32")
-    _check_device("cu_seqlens", cu_seqlens, x)
+    check_tensor("cu_seqlens", cu_seqlens, cu_seqlens.shape, (torch.int32, torch.int64), x.device)
+    check_contiguous("cu_seqlens", cu_seqlens)
     if chunk_size < 0 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size={chunk_size}; expected a power of two, or 0 to choose one")
     if strict() and not x.is_meta:
@@ -168,12 +154,3 @@ def _check_values(A: Tensor, cu_seqlens: Tensor, batch: int, length: int) -> Non
             f"cu_seqlens {borders} does not cut {batch} rows of {length} tokens into documents:"
             f" expected rising borders from 0 to {batch * length} with every row start among them"
         )
-
-
-def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, where x is")
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from kernels.checks import check_rows, check_tensor
+from kernels.checks import check_contiguous, check_rows, check_tables, check_tensor
 from kernels.dispatch import choose
 from kernels.ssd.naive import ssd_naive
 
@@ -115,12 +115,8 @@ def _check(
         raise ValueError(
             f"B has shape {tuple(B.shape)}; expected [{batch}, G, N] with G dividing {heads} heads"
         )
-    if (cos is None) != (sin is None):
-        missing = "cos" if cos is None else "sin"
-        raise ValueError(f"{missing} is None; pass both cos and sin or none")
     state_dim = B.shape[2]
-    if cos is not None and state_dim % 2:
-        raise ValueError(f"B has N={state_dim}; RoPE rotates pairs and needs N even")
+    check_tables(cos, sin, state_dim)
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     held = (exact,) if x.dtype == torch.float64 else _DTYPES[:3]
     whole, table = (batch, heads, head_dim, state_dim), (batch, state_dim // 2)
@@ -142,5 +138,5 @@ def _check(
     for name, tensor in (("x", x), ("B", B), ("C", C)):
         check_rows(name, tensor)
     for name, held_state in (("state", state), ("out_state", out_state)):
-        if held_state is not None and not held_state.is_contiguous():
-            raise ValueError(f"{name} has strides {held_state.stride()}; it must be contiguous")
+        if held_state is not None:
+            check_contiguous(name, held_state)
