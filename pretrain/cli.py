@@ -284,6 +284,16 @@ def kernels_audit(
     raise typer.Exit(code)
 
 
+@kernels_app.command(
+    "bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def kernels_bench(context: typer.Context) -> None:
+    """Time the scan against its rivals: options of `python -m benchmarks.kernels`, see --quick."""
+    from benchmarks.kernels import main
+
+    raise typer.Exit(main(context.args))
+
+
 @app.command()
 def doctor() -> None:
     """Check this machine: versions, devices, name clashes, disk, memory, compilers, network."""

@@ -183,6 +183,12 @@ def test_two_runs_are_bitwise_equal():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_compiled_whole_it_is_the_same():
+    inputs = make_inputs(1, 100, heads=2, documents=[37])
+    found, expected = run(torch.compile(ssd, fullgraph=True), inputs, 16), run(ssd, inputs, 16)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_packed_equals_alone():
     inputs = make_inputs(1, 150, documents=[61]) | {"initial_state": None}
     packed = ssd(**inputs)
