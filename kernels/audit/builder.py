@@ -158,6 +158,10 @@ class Builder(stock.InterpreterBuilder):
 
     # Memory
 
+    # Inside a tl.load that has an `other`. Triton asks `if other` on the way to create_masked_load,
+    # which loses an `other` of one element that is 0: a tensor like any other when compiled.
+    other_given = False
+
     def create_masked_load(
         self,
         ptrs: Any,
@@ -169,7 +173,9 @@ class Builder(stock.InterpreterBuilder):
     ) -> Any:
         dtype = ptrs.get_element_ty()
         in_memory = np.dtype(np.uint16) if is_bfloat16(dtype) else _stock_np_dtype(dtype)
-        filler = None if other is None else to_memory(other.data, dtype)
+        filler = np.zeros((), in_memory) if self.other_given else None
+        if other is not None:
+            filler = to_memory(other.data, dtype)
         found = self._memory.load(ptrs.data, _lanes(mask), filler, in_memory)
         return Handle(from_memory(found, dtype), dtype)
 
@@ -202,3 +208,17 @@ class Builder(stock.InterpreterBuilder):
 def _lanes(mask: Any) -> np.ndarray:
     """A descriptor's mask is an array, any other a handle."""
     return mask if isinstance(mask, np.ndarray) else mask.data
+
+
+def remember_other(semantic: Any) -> Any:
+    """Its `load`, which tells the builder whether an `other` is given."""
+    stock_load = semantic.load
+
+    def load(ptr: Any, mask: Any, other: Any, *rest: Any) -> Any:
+        semantic.builder.other_given = other is not None
+        try:
+            return stock_load(ptr, mask, other, *rest)
+        finally:
+            semantic.builder.other_given = False
+
+    return load

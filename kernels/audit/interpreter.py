@@ -61,6 +61,7 @@ def _install() -> None:
     from kernels.audit import builder, launch, reductions
 
     stock.interpreter_builder = stock.interpreter_semantic.builder = builder.Builder()
+    stock.interpreter_semantic.load = builder.remember_other(stock.interpreter_semantic)
     stock.TensorHandle.__post_init__ = builder.finish_handle
     stock._get_np_dtype = builder.value_dtype
     stock._validate_np_data_size = builder.fits

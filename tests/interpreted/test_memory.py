@@ -89,6 +89,20 @@ def _copy_rows(X, OUT, x_row, x_column, out_row, out_column, N: tl.constexpr):
     tl.store(OUT + row * out_row + lane * out_column, x)
 
 
+@triton.jit
+def _load_or(X, OUT, n, OTHER: tl.constexpr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    tl.store(OUT + lane, tl.load(X + lane, lane < n, other=OTHER))
+
+
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("other", [0.0, 2.5])
+def test_a_masked_load_gives_other(other, block):
+    out = torch.full((block,), 7.0)
+    _load_or[(1,)](torch.ones(block), out, 0, OTHER=other, BLOCK=block)
+    assert out.tolist() == [other] * block
+
+
 def test_views_keep_their_strides_and_their_surroundings():
     x = torch.randn(16, 4)
     base = torch.full((6, 40), 7.0)
