@@ -1,8 +1,12 @@
 """The GPU that Triton compiles for, as the tile tables and the shape of an algorithm need it."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,3 +41,11 @@ def _num_sms(backend: str, arch: int | str) -> int:
 
     properties = driver.active.utils.get_device_properties(driver.active.get_current_device())
     return int(properties["multiprocessor_count"])
+
+
+def launch_on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's GPU the current one, where Triton looks for its target and launches.
+
+    For forward passes; autograd itself does so around backward ones.
+    """
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

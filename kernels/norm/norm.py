@@ -21,6 +21,7 @@ from kernels.checks import check_floating, check_tensor
 from kernels.dispatch import Choice, choose
 from kernels.norm import blocked
 from kernels.norm.naive import rms_norm_naive, weighted_residual_naive
+from kernels.target import launch_on
 
 # A row lives in the registers of one Triton program: 16 warps of 32 threads with 32 bytes each.
 _MAX_ROW_BYTES = 16 * 32 * 32
@@ -94,7 +95,8 @@ class _AddNorm(torch.autograd.Function):
         eps: float,
     ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.choice, ctx.eps = choice, eps
-        new_h, u = _implementation(choice).forward(h, update, residual_weight, norm_weight, eps)
+        with launch_on(h):
+            new_h, u = _implementation(choice).forward(h, update, residual_weight, norm_weight, eps)
         ctx.save_for_backward(
             None if update is None else h,
             None if norm_weight is None else new_h,

@@ -17,6 +17,7 @@ from kernels.checks import check_floating, check_rows, check_tensor
 from kernels.dispatch import choose
 from kernels.rope import blocked
 from kernels.rope.naive import apply_rope_naive
+from kernels.target import launch_on
 
 
 def rotate_qk(
@@ -92,7 +93,8 @@ def _run(
     if choice == "triton":
         from kernels.rope import fused
 
-        fused.rotate(tensors, out, cos, sin, conjugate)
+        with launch_on(cos):
+            fused.rotate(tensors, out, cos, sin, conjugate)
     else:
         blocked.rotate(tensors, out, cos, sin, conjugate)
 

@@ -14,6 +14,7 @@ from kernels.checks import check_contiguous, check_tables, check_tensor
 from kernels.dispatch import choose, strict
 from kernels.ssd.chunked import ssd_chunked
 from kernels.ssd.naive import ssd_naive
+from kernels.target import launch_on
 
 _PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -61,7 +62,8 @@ def ssd(
     if choice == "triton":
         from kernels.ssd.fused import ssd_fused
 
-        y, final_state = ssd_fused(*arguments)
+        with launch_on(x):
+            y, final_state = ssd_fused(*arguments)
     elif choice == "torch":
         y, final_state = ssd_chunked(*arguments)
     else:

@@ -11,6 +11,7 @@ from torch.nn.functional import softplus
 from kernels.checks import check_contiguous, check_rows, check_tables, check_tensor
 from kernels.dispatch import choose
 from kernels.ssd.naive import ssd_naive
+from kernels.target import launch_on
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -53,7 +54,8 @@ def ssd_step(
     if choice == "triton":
         from kernels.ssd.fused_step import step
 
-        return step(state, x, dt, A, B, C, cos, sin, dt_bias, D, new_state), new_state
+        with launch_on(x):
+            return step(state, x, dt, A, B, C, cos, sin, dt_bias, D, new_state), new_state
     run = _step_naive if choice == "naive" else _step
     y, after = run(state, x, dt, A, B, C, cos, sin, dt_bias, D)
     return y.to(x.dtype), new_state.copy_(after)

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from kernels.checks import check_floating, check_tensor
 from kernels.dispatch import choose
 from kernels.swiglu.naive import swiglu_naive
+from kernels.target import launch_on
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -46,7 +47,8 @@ class _FusedSwiGLU(torch.autograd.Function):
         from kernels.swiglu import fused
 
         ctx.save_for_backward(gate, up)
-        return fused.forward(gate, up)
+        with launch_on(gate):
+            return fused.forward(gate, up)
 
     @staticmethod
     @once_differentiable
