@@ -7,16 +7,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import train_tokenizer
 from kernels.target import interpreting
 
+# `make gpu-check`: what the tests of kernels allocate is on the GPU, which runs compiled kernels.
+ON_GPU = os.environ.get("TRANSXSSM_TEST_DEVICE", "cpu") == "cuda"
+if ON_GPU:
+    torch.set_default_device("cuda")
+
 # A process interprets Triton kernels or compiles them: interpreted/ is run by itself.
 collect_ignore = [
     str(path)
     for path in Path(__file__).parent.iterdir()
-    if (path.name == "interpreted") != interpreting()
+    if (path.name == "interpreted") != interpreting() and not ON_GPU
 ]
 
 SEQ_LEN = 64

@@ -26,7 +26,7 @@ def make_inputs(
     exact: torch.dtype = torch.float32,
 ) -> Inputs:
     """`documents` are borders inside a row, the same in every row; A defaults to -1 .. -16."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -64,7 +64,7 @@ def run(
         if value is not None
     }
     y, state = scan(**leaves, chunk_size=chunk_size, output_final_state=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     d_y = torch.randn(y.shape, generator=generator).to(inputs["x"].dtype).to(y.dtype)
     d_state = torch.randn(state.shape, generator=generator).to(state.dtype)
     wanted = [name for name in DIFFERENTIABLE if name in leaves]

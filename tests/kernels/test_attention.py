@@ -26,7 +26,7 @@ def naive(q, k, v, borders, scale=None):
 
 
 def make(kv_heads=4, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     return [
         torch.randn(2, 24, heads, 16, generator=generator).to(dtype).requires_grad_()
         for heads in (4, kv_heads, kv_heads)
@@ -41,7 +41,9 @@ def test_matches_naive(borders, kv_heads, dtype):
     found = attention(*tensors, torch.tensor(borders, dtype=torch.int32))
     expected = naive(*tensors, borders)
     assert found.dtype == dtype
-    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight = torch.randn(
+        found.shape, generator=torch.Generator(torch.get_default_device()).manual_seed(1)
+    ).to(dtype)
     tolerance = (
         {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
     )

