@@ -9,12 +9,12 @@ BIN := $(VENV)/bin
 .PHONY: help setup demo test gpu-check lint clean
 
 help:
-	@echo "make setup   create $(VENV) and install the project into it (demo and test do so too)"
-	@echo "make demo    train a small model on real text, export it, generate; minutes on two cores"
-	@echo "make test    run the tests"
+	@echo "make setup      create $(VENV) and install the project into it (demo and test do so too)"
+	@echo "make demo       train a small model on real text, export it, generate; minutes on two cores"
+	@echo "make test       run the tests"
 	@echo "make gpu-check  run the tests of kernels compiled, on this host's GPU"
-	@echo "make lint    check format, lint and types"
-	@echo "make clean   remove $(VENV), caches and build folders; data/ and runs/ stay"
+	@echo "make lint       check format, lint and types"
+	@echo "make clean      remove $(VENV), caches and build folders; data/ and runs/ stay"
 
 setup:
 	@if $(MAKE) --silent --question $(VENV)/.installed 2>/dev/null; then \

@@ -67,16 +67,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "transxssm kernels bench", description="Time the scan against its rivals."
     )
-    parser.add_argument("--lengths", default="4096,16384,65536", help="tokens, multiples of 64")
+    parser.add_argument("--lengths", default="4096,16384,65536", help="multiples of 64 tokens")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--quick", action="store_true", help="4,096 tokens, 3 repeats")
     given = parser.parse_args(arguments)
-    lengths = [4096] if given.quick else [int(length) for length in given.lengths.split(",")]
+    named = "4096" if given.quick else given.lengths
+    if not all(n.isdecimal() and int(n) and int(n) % PLAIN_CHUNK == 0 for n in named.split(",")):
+        parser.error(f"--lengths {named}: expected multiples of {PLAIN_CHUNK}, as 4096,16384")
+    lengths = [int(length) for length in named.split(",")]
     dtypes = given.dtypes.split(",")
-    if bad := [length for length in lengths if length <= 0 or length % PLAIN_CHUNK]:
-        parser.error(f"--lengths: {bad} are not positive multiples of {PLAIN_CHUNK}")
+    for option in ("repeats", "threads"):
+        if (value := getattr(given, option)) < 1:
+            parser.error(f"--{option} {value}: expected 1 or more")
     if bad_dtypes := sorted(set(dtypes) - DTYPES.keys()):
         parser.error(f"--dtypes: {bad_dtypes}; expected {' or '.join(DTYPES)}")
     return bench(lengths, dtypes, 3 if given.quick else given.repeats, given.threads)
@@ -85,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
 def bench(lengths: list[int], dtypes: list[str], repeats: int, threads: int) -> int:
     """Print the tables. Returns 1 when, on a CPU with one thread, a stated bound is missed."""
     torch.set_num_threads(threads)
+    torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     problems = [Problem(dtype, length) for dtype in dtypes for length in lengths]
     found: dict[tuple[Problem, str], Measured] = {}

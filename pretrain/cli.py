@@ -285,10 +285,12 @@ def kernels_audit(
 
 
 @kernels_app.command(
-    "bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+    "bench",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
 )
 def kernels_bench(context: typer.Context) -> None:
-    """Time the scan against its rivals: options of `python -m benchmarks.kernels`, see --quick."""
+    """Time the scan against attention and other scans; --help lists the options."""
     from benchmarks.kernels import main
 
     raise typer.Exit(main(context.args))

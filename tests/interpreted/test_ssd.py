@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kernels.rope.naive import apply_rope_naive
 from kernels.ssd import fused, tiles
 from kernels.ssd.naive import ssd_naive
 from kernels.ssd.ssd import ssd
@@ -36,7 +37,16 @@ def test_matches_recurrence(size, dtype, shape):
 @pytest.mark.parametrize("size", [(1, 130, 1, 128, 128), (1, 70, 2, 128, 32), (1, 70, 2, 16, 128)])
 def test_wide_and_unequal(size, shape):
     inputs = make_inputs(*size, dtype=torch.bfloat16, documents=[40])
-    assert_close(run(ssd, inputs), run(ssd_naive, inputs), TOLERANCE[torch.bfloat16])
+    # d_A_log is small beside its terms here: rounding RoPE(B) and RoPE(C), as every 16-bit scan
+    # does, moves it by 8 % in one case, so it is compared with a recurrence over the rounded ones.
+    rotated = {
+        name: apply_rope_naive(inputs[name], inputs["cos"], inputs["sin"]).bfloat16()
+        for name in ("B", "C")
+    }
+    plain = {name: value for name, value in inputs.items() if name not in ("cos", "sin")}
+    rounded = run(lambda **a: ssd_naive(cos=None, sin=None, **a), plain | rotated)
+    expected = run(ssd_naive, inputs) | {"d_A_log": rounded["d_A_log"]}
+    assert_close(run(ssd, inputs), expected, TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
