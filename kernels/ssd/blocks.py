@@ -134,7 +134,7 @@ class Buffers:
     def dots(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """Row-wise a · b of [n, Q, N] into out [k, h, Q]."""
         terms = torch.mul(a, b, out=self.named("terms", *a.shape))
-        torch.sum(self.by_head(terms), -1, dtype=self.acc, out=out)
+        torch.sum(self.by_head(terms), -1, dtype=out.dtype, out=out)
 
     def decay_matrix(self, hi: Tensor, lo: Tensor, sent: Tensor) -> Tensor:
         """W [n, Q, Q] in the product dtype from [k, h, Q]; its last row is w."""

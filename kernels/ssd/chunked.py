@@ -11,7 +11,8 @@ Backward saves the inputs and every S, nothing of size Q × Q. With dS the gradi
     dx = ((c bᵀ) ⊙ W)ᵀ dy + w ⊙ (b dSᵀ)      db = dGᵀ c + (w ⊙ x) dS      dc = dG b + (u ⊙ dy) S
     dS_in = u_Q dS + (u ⊙ dy)ᵀ c
 
-and the decays' gradients are row and column sums of E. Products run in x's dtype; exponents, sums
+and the decays' gradients are row and column sums of E, which all but cancel and are therefore kept
+in float64: in float32 their rounding is what would be left. Products run in x's dtype; exponents
 and running states in float32 (float64 for float64); the saved S are in x's dtype.
 
 Both passes are custom operators, which torch.compile calls as they are, forward and backward.
@@ -150,7 +151,8 @@ def _backward(
     dy = torch.zeros_like(x) if dy is None else dy
     # [B, parts, K, 6, h, Q]
     batch, parts, chunks, heads, q = walk.decay.z.shape
-    all_sums = walk.decay.z.new_zeros(batch, parts, chunks, len(_Sums._fields), heads, q)
+    sums_shape = batch, parts, chunks, len(_Sums._fields), heads, q
+    all_sums = walk.decay.z.new_zeros(sums_shape, dtype=torch.float64)
     through = torch.zeros_like(walk.decay.z[..., 0])  # [B, parts, K, h]
     for part in walk.parts():
         dys, dxs = (t[part.row, :, part.heads] for t in (dy, dx))
@@ -181,12 +183,12 @@ def _backward(
             # inside a chunk
             scores = buffers.product("scores", at.c, at.b.mT).mul_(at.w)
             dw = buffers.product("dw", dyh, at.x.mT)
-            # rows and columns must cancel: they are summed unrounded
+            # rows and columns must cancel: they are sums of the same numbers, in float64
             e = buffers.exact("e", buffers.scaled("e", dw, scores))
             sums.own.copy_(buffers.diagonal(e))
             buffers.diagonal(e).zero_()
-            torch.sum(buffers.by_head(e), -1, out=sums.received)
-            torch.sum(buffers.by_head(e), -2, out=sums.sent)
+            torch.sum(buffers.by_head(e), -1, dtype=torch.float64, out=sums.received)
+            torch.sum(buffers.by_head(e), -2, dtype=torch.float64, out=sums.sent)
             if part.D is not None:
                 sums.skipped.copy_(buffers.diagonal(dw))
                 buffers.diagonal(scores).add_(part.D)

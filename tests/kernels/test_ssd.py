@@ -85,6 +85,15 @@ def test_any_packing(data):
     assert_close(run(ssd, inputs, chunk), run(ssd_naive, inputs), FLOAT32)
 
 
+@pytest.mark.parametrize("chunk_size", [16, 32, 64])
+def test_decay_gradient_survives_cancellation(chunk_size):
+    """Here d_A_log is a twentieth of its terms, yet moving the inputs by half their last bit moves
+    it by 3e-6 at most."""
+    inputs = make_inputs(3, 33, heads=2, head_dim=8, state_dim=4, documents=[4, 13])
+    found, expected = run(ssd, inputs, chunk_size), run(ssd_naive, inputs)
+    assert relative_error(found["d_A_log"], expected["d_A_log"]) <= FLOAT32
+
+
 def test_several_blocks_match_one(monkeypatch):
     inputs = make_inputs(2, 150, documents=[40])
     whole = run(ssd, inputs, 16)
