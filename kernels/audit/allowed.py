@@ -2,32 +2,30 @@
 
 from kernels.audit.rules import Allowance
 
-_FLOAT32 = (
-    "exact float32 products run on FMA, which keeps tiles of both operands in registers; the"
-    " presets train in bf16"
-)
-
 ALLOWED: tuple[Allowance, ...] = (
     Allowance(
-        "ssd B*bf16", "*", "sm_80", "spill",
-        "tiles are chosen for sm_90; mma.sync reads both operands from registers, wgmma from shared"
-        " memory",
+        "ssd B*N128 bf16", "chunk_backward_kernel", "sm_80", "spill",
+        "at most 92 bytes: mma.sync takes both operands from registers; chunks of 16 spill nothing"
+        " but move twice as many states through memory",
     ),
-    Allowance("ssd B*fp32", "*", "sm_80", "spill", _FLOAT32),
     Allowance(
-        "ssd B*bf16", "*backward_kernel", "sm_100", "spill",
-        "tiles are chosen for sm_90; the backward uses all 255 registers and lacks a few dozen",
+        "ssd B*N128 fp32", "chunk_backward_kernel", "sm_80", "spill",
+        "at most 96 bytes: exact float32 products run on FMA, which keeps tiles of both operands in"
+        " registers; the presets train in bf16",
     ),
-    Allowance("ssd B*fp32", "*backward_kernel", "sm_100", "spill", _FLOAT32),
     Allowance(
-        "ssd B*bf16", "*", "gfx942", "spill",
-        "tiles are chosen for sm_90; eight waves leave each thread 256 registers, and what mfma"
-        " reads stays in them",
+        "ssd B*P128 N128 bf16", "scan_backward_kernel", "sm_100", "spill",
+        "at most 188 bytes, once a chunk of 64 tokens; the split shape spills nothing but moves the"
+        " states' gradients four times through memory",
     ),
-    Allowance("ssd B*fp32", "*", "gfx942", "spill", _FLOAT32),
+    Allowance(
+        "ssd B8 L4096 H16*", "*ward", "sm_80", "traffic",
+        "operands of products pass through registers: chunks of 32 keep twice the states of sm_90's"
+        " 64, four blocks of P read B and C each, and the backward is split",
+    ),
     Allowance(
         "ssd B8 L4096 H16*", "*ward", "gfx942", "traffic",
-        "128 sequences do not fill half of 304 compute units, so the split shape is taken, whose"
-        " programs share out each sequence for a second trip of the states through memory",
+        "operands of products pass through registers: chunks of 16 keep four times the states of"
+        " sm_90's 64, two blocks of P read B and C each, and the backward is split",
     ),
 )  # fmt: skip

@@ -67,7 +67,7 @@ class _FusedScan(torch.autograd.Function):
         if fused:
             scan_kernel[(batch * heads, blocks)](
                 x, dt, A, B, C, table, dt_bias, D, documents, initial_state, y, states, final,
-                length, chunks, 0, P_BLOCK=choice.p_block, **constants,
+                length, chunks, 0, **constants,
             )  # fmt: skip
         else:
             assert states is not None
@@ -103,7 +103,7 @@ class _FusedScan(torch.autograd.Function):
         dB, dC = (x.new_empty(batch, length, heads, state_dim, dtype=shared) for _ in range(2))
         d_initial = torch.empty_like(states[:, 0], dtype=torch.float32)
         constants = _constants(heads, groups, head_dim, state_dim, choice)
-        fused = backward_is_fused(x.dtype, batch * heads, target.num_sms)
+        fused = backward_is_fused(target, x.dtype, batch * heads)
         per_chunk = (batch * heads, chunks)
         dA, d_bias, through = (x.new_empty(per_chunk, dtype=torch.float32) for _ in range(3))
         dD = dA.new_empty(batch * heads, 1 if fused else chunks)
@@ -161,5 +161,5 @@ def _constants(
         launch["maxnreg"] = choice.maxnreg
     return {
         "HEADS": heads, "GROUPS": groups, "P": head_dim, "N": state_dim, "Q": choice.chunk,
-        "PRECISION": "ieee" if exact else "tf32", **launch,
+        "P_BLOCK": choice.p_block, "PRECISION": "ieee" if exact else "tf32", **launch,
     }  # fmt: skip

@@ -36,7 +36,7 @@ def scan_backward_kernel(
     dx, dB, dC, reached, sent, leaving, own, through, dD, d_initial,
     length, chunks, zero,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    PRECISION: tl.constexpr,
+    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The fused shape. dB, dC [B, L, H, N] are per head, dD [B·H] is per row; the other sums are
     explained in `chunk_gradients` and `decay_gradient_kernel`."""
@@ -54,9 +54,9 @@ def scan_backward_kernel(
         chunk = chunks - 1 - (k ^ zero)
         slot = states + (row_head * chunks + chunk) * P * N
         part_D, carry, crossing, dys, c_gated = chunk_gradients(
-            x, dt, A_head, B, C, table, bias, D, skip, documents, slot, d_state, dy,
+            x, dt, A_head, B, C, table, bias, D, skip, documents, slot, None, d_state, dy,
             dx, dB, dC, reached, sent, leaving, own, row, head, chunk, length, zero,
-            HEADS, GROUPS, P, N, Q, PRECISION,
+            HEADS, GROUPS, P, N, Q, P, PRECISION,
         )  # fmt: skip
         tl.store(through + row_head * chunks + chunk, carry * crossing)
         sum_D += part_D
@@ -73,7 +73,7 @@ def chunk_backward_kernel(
     dx, dB, dC, reached, sent, leaving, own, through, dD,
     length, chunks, zero,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    PRECISION: tl.constexpr,
+    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk from the state that enters it and the gradient of the one that leaves it,
     [B·H, chunks, P, N] both; through, dD [B·H, chunks]."""
@@ -85,14 +85,16 @@ def chunk_backward_kernel(
     skip = 0.0
     if D is not None:
         skip = tl.load(D + head).to(tl.float32)
-    slot = (row_head * chunks + chunk) * P * N
-    d_state = tl.load(d_states + slot + state_offsets(P, N)).to(tl.float32)
-    part_D, carry, crossing, _, _ = chunk_gradients(
-        x, dt, A_head, B, C, table, bias, D, skip, documents, states + slot, d_state, dy,
-        dx, dB, dC, reached, sent, leaving, own, row, head, chunk, length, zero,
-        HEADS, GROUPS, P, N, Q, PRECISION,
-    )  # fmt: skip
     at = row_head * chunks + chunk
+    d_state = None
+    if P_BLOCK == P:
+        d_state = tl.load(d_states + at * P * N + state_offsets(P, N)).to(tl.float32)
+    part_D, carry, crossing, _, _ = chunk_gradients(
+        x, dt, A_head, B, C, table, bias, D, skip, documents,
+        states + at * P * N, d_states + at * P * N, d_state, dy,
+        dx, dB, dC, reached, sent, leaving, own, row, head, chunk, length, zero,
+        HEADS, GROUPS, P, N, Q, P_BLOCK, PRECISION,
+    )  # fmt: skip
     tl.store(through + at, carry * crossing)
     if D is not None:
         tl.store(dD + at, part_D)
@@ -100,19 +102,22 @@ def chunk_backward_kernel(
 
 @triton.jit
 def chunk_gradients(
-    x, dt, A_head, B, C, table, bias, D, skip, documents, state, d_state, dy,
+    x, dt, A_head, B, C, table, bias, D, skip, documents, entry, leaver, d_state, dy,
     dx, dB, dC, reached, sent, leaving, own, row, head, chunk, length, zero,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    PRECISION: tl.constexpr,
+    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Stores a chunk's dx, dB and dC, and four sums [B, L, H] in float32: reached = c · dc and
     sent = b · db without a token's own share, that share `own`, and leaving, the part of sent that
     goes on to the chunk's end. Returns its share of dD, the decay across it, Σ S ⊙ dS, and dy and
-    u ⊙ c, whose product it adds to the state's gradient.
+    u ⊙ c of the last block of P, whose product is what a block adds to the state's gradient.
 
-    state points to the state that enters, d_state [P, N] is the gradient of the one that leaves.
+    entry points to the state that enters, leaver to the gradient of the one that leaves, [P, N]
+    each. One block of P at a time is in registers; where there are several, x, dy and leaver are
+    read again for every product. With one, d_state [P, N] is that gradient, loaded already.
     Statements stand in the order in which tiles may leave the registers for shared memory.
     """
+    SEVERAL: tl.constexpr = P_BLOCK < P
     i = tl.arange(0, Q)
     t0 = chunk * Q
     token = row * length + t0
@@ -125,8 +130,8 @@ def chunk_gradients(
     b, _ = load_rotated(B + here, cos, sin, leave, valid, GROUPS * N, N, Q, ROPE)
     c, c_gated = load_rotated(C + here, cos, sin, gate, valid, GROUPS * N, N, Q, ROPE)
     at = (token * HEADS + head) * P
-    xs = load_rows(x + at, valid, HEADS * P, P, Q)
-    dys = load_rows(dy + at, valid, HEADS * P, P, Q)
+    xs = load_rows(x + at, valid, HEADS * P, P_BLOCK, Q)
+    dys = load_rows(dy + at, valid, HEADS * P, P_BLOCK, Q)
     per_token = token * HEADS + head + i * HEADS
     part_D = 0.0
     scores = tl.zeros([Q, Q], xs.dtype)
@@ -136,6 +141,10 @@ def chunk_gradients(
         w = decay_matrix(coarse, fine, log_delta, document, Q)
         weighted = tl.dot(c, tl.trans(b), input_precision=PRECISION) * w
         dw = tl.dot(dys, tl.trans(xs), input_precision=PRECISION)
+        for p in tl.range(P_BLOCK, P, P_BLOCK, disable_licm=True):
+            more = load_rows(dy + at + p, valid, HEADS * P, P_BLOCK, Q)
+            x_more = load_rows(x + at + p, valid, HEADS * P, P_BLOCK, Q)
+            dw = tl.dot(more, tl.trans(x_more), dw, input_precision=PRECISION)
         diagonal = i[:, None] == i[None, :]
         tl.store(own + per_token, tl.sum(tl.where(diagonal, weighted * dw, 0.0), 1), mask=valid)
         if D is not None:
@@ -146,12 +155,20 @@ def chunk_gradients(
         dg = tl.where(diagonal, 0.0, dw).to(xs.dtype)
         dg_own = tl.where(diagonal, dw, 0.0).to(xs.dtype)
 
-    low = d_state.to(xs.dtype)
-    dxs = tl.dot(low, tl.trans(b), input_precision=PRECISION) * leave[None, :]  # [P, Q]
-    dxs = tl.dot(tl.trans(dys), scores, dxs, input_precision=PRECISION)
-    store_rows(dx + at, dxs, valid, HEADS * P, P, Q)
+    db = tl.zeros([N, Q], tl.float32)
+    for p in tl.range(0, P, P_BLOCK, disable_licm=True):
+        if SEVERAL:
+            xs = load_rows(x + at + p, valid, HEADS * P, P_BLOCK, Q)
+            dys = load_rows(dy + at + p, valid, HEADS * P, P_BLOCK, Q)
+            low = tl.load(leaver + p * N + state_offsets(P_BLOCK, N)).to(xs.dtype)
+        else:
+            low = d_state.to(xs.dtype)
+        dxs = tl.dot(low, tl.trans(b), input_precision=PRECISION) * leave[None, :]  # [P, Q]
+        dxs = tl.dot(tl.trans(dys), scores, dxs, input_precision=PRECISION)
+        store_rows(dx + at + p, dxs, valid, HEADS * P, P_BLOCK, Q)
+        db = tl.dot(tl.trans(low), tl.trans(xs), db, input_precision=PRECISION)
+    db *= leave[None, :]
     per_head = (token * HEADS + head) * N
-    db = tl.dot(tl.trans(low), tl.trans(xs), input_precision=PRECISION) * leave[None, :]  # [N, Q]
     tl.store(leaving + per_token, tl.sum(tl.trans(db) * b, 1), mask=valid)
     db = tl.dot(tl.trans(c), dg, db, input_precision=PRECISION)
     tl.store(sent + per_token, tl.sum(tl.trans(db) * b, 1), mask=valid)
@@ -159,9 +176,18 @@ def chunk_gradients(
     # the table once more, so that it need not stay in registers until now
     cos, sin = load_table(table, token, valid, N, Q)
     store_unrotated(dB + per_head, db, cos, sin, valid, HEADS * N, N, Q, ROPE)
-    entry = tl.load(state + state_offsets(P, N))
-    crossing = tl.sum(tl.sum(entry * d_state, 1), 0)
-    dc = tl.dot(tl.trans(entry), tl.trans(dys), input_precision=PRECISION) * gate[None, :]  # [N, Q]
+    crossing = 0.0
+    dc = tl.zeros([N, Q], tl.float32)
+    for p in tl.range(0, P, P_BLOCK, disable_licm=True):
+        if SEVERAL:
+            dys = load_rows(dy + at + p, valid, HEADS * P, P_BLOCK, Q)
+            d_block = tl.load(leaver + p * N + state_offsets(P_BLOCK, N)).to(tl.float32)
+        else:
+            d_block = d_state
+        state = tl.load(entry + p * N + state_offsets(P_BLOCK, N))
+        crossing += tl.sum(tl.sum(state * d_block, 1), 0)
+        dc = tl.dot(tl.trans(state), tl.trans(dys), dc, input_precision=PRECISION)
+    dc *= gate[None, :]
     dc = tl.dot(tl.trans(b), tl.trans(dg), dc, input_precision=PRECISION)
     tl.store(reached + per_token, tl.sum(tl.trans(dc) * c, 1), mask=valid)
     dc = tl.trans(tl.dot(tl.trans(b), dg_own, dc, input_precision=PRECISION))

@@ -78,7 +78,7 @@ def chunk_state_kernel(
     x, dt, A, B, table, dt_bias, documents, states, carries,
     length, chunks,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+    P_BLOCK: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What every chunk adds: (w ⊙ x)ᵀ b to the state; for GRADIENT, with dy and C as x and B,
     (u ⊙ dy)ᵀ c to the state's gradient. Also u of the chunk's last token, into `carries`."""
@@ -99,10 +99,12 @@ def chunk_state_kernel(
     here = (token * GROUPS + group) * N
     weight = gate if GRADIENT else leave
     _, b = load_rotated(B + here, cos, sin, weight, valid, GROUPS * N, N, Q, ROPE)
-    xs = load_rows(x + (token * HEADS + head) * P, valid, HEADS * P, P, Q)
-    added = tl.dot(tl.trans(xs), b, input_precision=PRECISION)  # [P, N]
+    at = (token * HEADS + head) * P
     slot = states + (row_head * chunks + chunk) * P * N
-    tl.store(slot + state_offsets(P, N), added.to(states.dtype.element_ty))
+    for p in tl.range(0, P, P_BLOCK, disable_licm=True):
+        xs = load_rows(x + at + p, valid, HEADS * P, P_BLOCK, Q)
+        added = tl.dot(tl.trans(xs), b, input_precision=PRECISION)  # [P, N]
+        tl.store(slot + p * N + state_offsets(P_BLOCK, N), added.to(states.dtype.element_ty))
 
 
 @triton.jit
@@ -110,7 +112,7 @@ def chunk_output_kernel(
     x, dt, A, B, C, table, dt_bias, D, documents, states, y,
     length, chunks,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    PRECISION: tl.constexpr,
+    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one chunk from the state that reaches it, [B·H, chunks, P, N]."""
     chunk = tl.program_id(0)
@@ -136,9 +138,10 @@ def chunk_output_kernel(
         scores += tl.where(i[:, None] == i[None, :], tl.load(D + head).to(tl.float32), 0.0)
     scores = scores.to(c.dtype)
     slot = states + (row_head * chunks + chunk) * P * N
-    state = tl.load(slot + state_offsets(P, N))
     at = (token * HEADS + head) * P
-    xs = load_rows(x + at, valid, HEADS * P, P, Q)
-    out = tl.dot(state, tl.trans(c_gated), input_precision=PRECISION)  # [P, Q]
-    out = tl.dot(tl.trans(xs), tl.trans(scores), out, input_precision=PRECISION)
-    store_rows(y + at, out, valid, HEADS * P, P, Q)
+    for p in tl.range(0, P, P_BLOCK, disable_licm=True):
+        state = tl.load(slot + p * N + state_offsets(P_BLOCK, N))
+        xs = load_rows(x + at + p, valid, HEADS * P, P_BLOCK, Q)
+        out = tl.dot(state, tl.trans(c_gated), input_precision=PRECISION)  # [P, Q]
+        out = tl.dot(tl.trans(xs), tl.trans(scores), out, input_precision=PRECISION)
+        store_rows(y + at + p, out, valid, HEADS * P, P_BLOCK, Q)

@@ -66,8 +66,8 @@ def forward(problem: Problem, target: Target) -> tuple[int, int, int]:
 def backward(problem: Problem, target: Target) -> tuple[int, int, int]:
     """Bytes loaded, bytes stored, FLOPs; without a gradient of the final state."""
     P, N, s = problem.head_dim, problem.state_dim, problem.dtype.itemsize
-    Q = tile(target, problem.dtype, P, N, 0).chunk
-    length = problem.length
+    choice = tile(target, problem.dtype, P, N, 0)
+    Q, length = choice.chunk, problem.length
     chunks = -(-length // Q)
     decay = length * s + chunks * (4 * Q + 8)
     rotation = length * N * _table_itemsize(problem.dtype)
@@ -78,12 +78,14 @@ def backward(problem: Problem, target: Target) -> tuple[int, int, int]:
     loaded += decay + 16 * length + chunks * (4 + 8)
     stored += length * s + 8 * chunks
     flops = 2 * Q * Q * (5 * N + 2 * P) + 6 * Q * state
-    if backward_is_fused(problem.dtype, problem.sequences, target.num_sms):
+    if backward_is_fused(target, problem.dtype, problem.sequences):
         loaded += 8
     else:
         added = decay + rotation + length * (N + P) * s + 8 * chunks
         passing = chunks * (state * s + 4 * _passing_programs(state))
         loaded += added + passing + chunks * (state * s + 8)
+        if choice.p_block < P:  # x once more, dy twice, the states' gradients once
+            loaded += length * 3 * P * s + chunks * state * s
         stored += chunks * (2 * state * s + 4) + state * 4
     flops += 2 * Q * state
     sequences = problem.sequences

@@ -9,6 +9,7 @@ from kernels.rope.naive import apply_rope_naive
 from kernels.ssd import fused, tiles
 from kernels.ssd.naive import ssd_naive
 from kernels.ssd.ssd import ssd
+from kernels.target import Target
 from tests.kernels.scan_cases import assert_close, make_inputs, run
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -130,9 +131,28 @@ def test_a_longer_chunk_is_an_upper_bound(dtype):
     assert torch.equal(run(ssd, inputs, 256)["y"], run(ssd, inputs)["y"])
 
 
+@pytest.mark.parametrize(
+    "target",
+    [Target("cuda", 80, 108), Target("cuda", 100, 148), Target("hip", "gfx942", 304)],
+    ids=lambda target: str(target.arch),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("head_dim", "state_dim"), [(128, 64), (64, 128)])
+def test_tiles_of_every_gpu(head_dim, state_dim, dtype, target, shape, monkeypatch):
+    """Blocks of P, which sm_90 has in float32 alone."""
+    choice = tiles.tile(target, dtype, head_dim, state_dim, 0)
+    monkeypatch.setattr(fused, "tile", lambda *_: choice)
+    inputs = make_inputs(1, 40, 2, head_dim, state_dim, dtype=dtype, documents=[21])
+    assert_close(run(ssd, inputs), run(ssd_naive, inputs), TOLERANCE[dtype])
+
+
 def test_shape_follows_the_size_of_the_gpu():
     assert tiles.fills_gpu(8 * 16, 132)
     assert not tiles.fills_gpu(8, 132)
+    h100, a100 = Target("cuda", 90, 132), Target("cuda", 80, 108)
+    assert tiles.backward_is_fused(h100, torch.bfloat16, 8 * 16)
+    assert not tiles.backward_is_fused(h100, torch.float32, 8 * 16)
+    assert not tiles.backward_is_fused(a100, torch.bfloat16, 8 * 16)
 
 
 @pytest.mark.parametrize(
