@@ -25,6 +25,15 @@ def strict() -> bool:
     return os.environ.get("TRANSXSSM_STRICT", "0") not in ("0", "")
 
 
+def check_environment() -> None:
+    """Raises ValueError where TRANSXSSM_KERNELS or TRANSXSSM_TILES is bad: before anything runs."""
+    _forced()
+    if os.environ.get("TRANSXSSM_TILES"):
+        from kernels.ssd.tiles import tuned_tiles  # imports Triton
+
+        tuned_tiles()
+
+
 def choose(op: str, device: torch.device, unsupported: str | None) -> Choice:
     """The implementation of `op` for tensors on `device`.
 
@@ -33,11 +42,7 @@ def choose(op: str, device: torch.device, unsupported: str | None) -> Choice:
     Raises ValueError for an unknown TRANSXSSM_KERNELS, for `triton` where no Triton kernel can run,
     and in strict mode for an unsupported call.
     """
-    forced = os.environ.get("TRANSXSSM_KERNELS", "")
-    if forced not in ("", "torch", "triton", "naive"):
-        raise ValueError(
-            f"TRANSXSSM_KERNELS={forced!r}; expected torch, triton or naive (or leave it unset)"
-        )
+    forced = _forced()
     if forced == "torch":
         return "torch"
     if forced == "naive":
@@ -59,3 +64,12 @@ def choose(op: str, device: torch.device, unsupported: str | None) -> Choice:
         _warned.add((op, unsupported))
         _logger.warning("%s: %s; torch runs it instead of Triton", op, unsupported)
     return "torch"
+
+
+def _forced() -> str:
+    forced = os.environ.get("TRANSXSSM_KERNELS", "")
+    if forced not in ("", "torch", "triton", "naive"):
+        raise ValueError(
+            f"TRANSXSSM_KERNELS={forced!r}; expected torch, triton or naive (or leave it unset)"
+        )
+    return forced

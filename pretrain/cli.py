@@ -29,7 +29,7 @@ tokenizer_app = typer.Typer(
 )
 data_app = typer.Typer(help="Look into prepared shards.", no_args_is_help=True)
 checkpoint_app = typer.Typer(help="List and export checkpoints.", no_args_is_help=True)
-kernels_app = typer.Typer(help="Audit and time the Triton kernels.", no_args_is_help=True)
+kernels_app = typer.Typer(help="Audit, time and tune the Triton kernels.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
@@ -103,7 +103,7 @@ def pretrain(
 
     One process by itself; the same command under torchrun or srun for many.
     """
-    from pretrain.config import load_config
+    from pretrain.config import ConfigError, load_config
 
     loaded = load_config(config, context.args)
     # Neither torch nor DeepSpeed is imported before the configuration is known to be good
@@ -114,6 +114,12 @@ def pretrain(
     from parallel.compat import prepare_host
 
     prepare_host(launch.local_rank)  # before DeepSpeed looks for an accelerator
+    from kernels.dispatch import check_environment
+
+    try:
+        check_environment()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     from pretrain.trainer import train
 
     train(loaded, launch)
@@ -292,6 +298,18 @@ def kernels_audit(
 def kernels_bench(context: typer.Context) -> None:
     """Time the scan against attention and other scans; --help lists the options."""
     from benchmarks.kernels import main
+
+    raise typer.Exit(main(context.args))
+
+
+@kernels_app.command(
+    "tune",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def kernels_tune(context: typer.Context) -> None:
+    """Find the scan's fastest tile on this GPU, for TRANSXSSM_TILES; --help lists the options."""
+    from kernels.ssd.tuning import main
 
     raise typer.Exit(main(context.args))
 

@@ -9,6 +9,8 @@ from kernels.rope.naive import apply_rope_naive
 from kernels.ssd import fused, tiles
 from kernels.ssd.naive import ssd_naive
 from kernels.ssd.ssd import ssd
+from kernels.ssd.tuning import fastest, run_scan
+from kernels.ssd.tuning import make_inputs as make_tuned
 from kernels.target import Target
 from tests.kernels.scan_cases import assert_close, make_inputs, run
 
@@ -144,6 +146,22 @@ def test_tiles_of_every_gpu(head_dim, state_dim, dtype, target, shape, monkeypat
     monkeypatch.setattr(fused, "tile", lambda *_: choice)
     inputs = make_inputs(1, 40, 2, head_dim, state_dim, dtype=dtype, documents=[21])
     assert_close(run(ssd, inputs), run(ssd_naive, inputs), TOLERANCE[dtype])
+
+
+def test_tuning_tries_tiles_through_the_scan_itself(shape):
+    inputs = make_tuned(1, 40, 2, 32, 16, torch.float32, torch.device("cpu"))
+    tried = [tiles.Tile(16, 32, 8, 1, None), tiles.Tile(32, 16, 8, 1, None)]
+    chunks = []
+
+    def trial(choice):
+        with tiles.forced_tile(choice), pytest.MonkeyPatch.context() as patch:
+            cdiv = fused.triton.cdiv
+            patch.setattr(fused.triton, "cdiv", lambda a, b: chunks.append(b) or cdiv(a, b))
+            return -float(choice.chunk), run_scan(inputs, torch.ones_like(inputs["x"]))
+
+    best, _ = fastest(tried, trial, TOLERANCE[torch.float32])
+    assert best == tried[1]
+    assert set(chunks) == {16, 32}
 
 
 def test_shape_follows_the_size_of_the_gpu():
