@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,30 @@ def test_bad_configuration_ends_with_2_before_torch_is_imported(
         assert process.returncode == 2, stderr
         assert torch_imported == "False", mistake
         assert mistakes[mistake] in paragraph("\n".join(lines))
+    assert not (tmp_path / "run").exists()
+
+
+def _name_missing_tiles() -> None:
+    os.environ["TRANSXSSM_TILES"] = "/nowhere/tiles.json"
+
+
+def _force_unknown_kernels() -> None:
+    os.environ["TRANSXSSM_KERNELS"] = "cuda"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        (_name_missing_tiles, "TRANSXSSM_TILES: cannot read /nowhere/tiles.json"),
+        (_force_unknown_kernels, "TRANSXSSM_KERNELS='cuda'; expected torch"),
+    ],
+)
+def test_bad_environment_ends_with_2_on_every_rank_before_the_run_begins(
+    mistake: Callable[[], None], says: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, tiny_data)
+    for error in errors_of(run_command("pretrain", config, ranks=2, before=mistake), 2):
+        assert says in error
     assert not (tmp_path / "run").exists()
 
 
