@@ -36,6 +36,7 @@ def megatron_config(
             num_attention_heads=model.num_heads,
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            context_parallel_size=parallel.context,
             sequence_parallel=parallel.sequence_parallel,
             params_dtype=dtype,
             pipeline_dtype=dtype,

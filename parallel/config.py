@@ -145,12 +145,15 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model is laid out over processes; data parallel = world / (tensor · pipeline)."""
+    """How the model is laid out over processes; data parallel = world / (tensor · pipeline ·
+    context)."""
 
     tensor: int = Field(1, ge=1)
     """Ranks that split heads, feed-forward columns and vocabulary."""
     pipeline: int = Field(1, ge=1)
     """Stages that split the layers."""
+    context: int = Field(1, ge=1)
+    """Ranks that split every sequence: attention exchanges heads, SSD passes states."""
     sequence: bool | Literal["auto"] = "auto"
     """Split activations between tensor-parallel regions over tokens; auto: when tensor > 1."""
     zero_stage: Literal[1, 2, 3] = 1

@@ -1,13 +1,14 @@
 """Process groups: joining the job and Megatron-core's groups.
 
-Rank order is Megatron's: tensor varies fastest, then data, then pipeline, so that tensor-parallel
-peers are neighbours on a node and pipeline stages are far apart.
+Rank order is Megatron's: tensor varies fastest, then context, data and pipeline, so that
+tensor-parallel peers are neighbours on a node and pipeline stages are far apart.
 """
 
 import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -64,6 +65,7 @@ def init_groups(config: ParallelConfig) -> None:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,
             pipeline_model_parallel_size=config.pipeline,
+            context_parallel_size=config.context,
             create_gloo_process_groups=False,
         )
 
@@ -79,12 +81,19 @@ class MpuAdapter:
     """Megatron-core's parallel state under the names that DeepSpeed calls.
 
     DeepSpeed takes "model parallel" as everything that is not data parallel and "tensor model
-    parallel" as the tensor axis.
+    parallel" as the tensor axis. Its data-parallel ranks are those that hold the same parameters:
+    data × context.
     """
 
-    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
-    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
-    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_data_parallel_group = staticmethod(
+        partial(parallel_state.get_data_parallel_group, with_context_parallel=True)
+    )
+    get_data_parallel_rank = staticmethod(
+        partial(parallel_state.get_data_parallel_rank, with_context_parallel=True)
+    )
+    get_data_parallel_world_size = staticmethod(
+        partial(parallel_state.get_data_parallel_world_size, with_context_parallel=True)
+    )
     get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
     get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
     get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)

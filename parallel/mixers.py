@@ -18,6 +18,7 @@ from kernels.attention import attention
 from kernels.rope.rope import rotate_qk
 from kernels.ssd.ssd import ssd
 from parallel.config import ModelConfig
+from parallel.context import add_earlier_ranks, context_attention
 from parallel.layers import column_linear, enter_tensor_parallel, head_parameter, row_linear
 
 
@@ -25,13 +26,17 @@ from parallel.layers import column_linear, enter_tensor_parallel, head_parameter
 class Positions:
     """What the mixers know of the micro-batch: its shape, document borders and rotations.
 
-    cu_seqlens: int32 [num_segments + 1]. attention_rope, ssd_rope: (cos, sin), each float32
-    [B, L, dim/2], or None where nothing is rotated.
+    With context parallelism this rank has seq_len = L / context tokens of each row. cu_seqlens:
+    int32 [num_segments + 1] borders of whole rows, local_cu_seqlens of what this rank has;
+    position_ids [B, seq_len]. attention_rope, ssd_rope: (cos, sin), each float32
+    [B, seq_len, dim/2], or None where nothing is rotated.
     """
 
     batch_size: int
     seq_len: int
     cu_seqlens: Tensor
+    local_cu_seqlens: Tensor
+    position_ids: Tensor
     attention_rope: tuple[Tensor, Tensor] | None
     ssd_rope: tuple[Tensor, Tensor] | None
 
@@ -58,7 +63,10 @@ class AttentionMixer(nn.Module):
         v = self.v_proj(u)[0].view(shape)
         if positions.attention_rope is not None:
             q, k = rotate_qk(q, k, *positions.attention_rope)
-        out = attention(q, k, v, positions.cu_seqlens)  # [B, L, heads / tp, head_dim]
+        if self.config.context_parallel_size > 1:
+            out = context_attention(q, k, v, positions.cu_seqlens, positions.position_ids)
+        else:
+            out = attention(q, k, v, positions.cu_seqlens)  # [B, L, heads / tp, head_dim]
         return self.o_proj(out.reshape(u.shape[0], 1, -1))[0]
 
 
@@ -130,18 +138,24 @@ class SSDMixer(nn.Module):
             x, b, c = (part.contiguous() for part in xbc.split(widths, dim=-1))
         rows = (positions.batch_size, positions.seq_len)
         cos, sin = positions.ssd_rope or (None, None)
-        y = ssd(
+        dt, A = dt.view(*rows, -1), -torch.exp(self.A_log.float())
+        c = c.reshape(*rows, -1, self.state_dim)  # [B, L, groups / tp, N]
+        y, final_state = ssd(
             x.reshape(*rows, -1, self.head_dim),  # [B, L, heads / tp, P]
-            dt.view(*rows, -1),
-            -torch.exp(self.A_log.float()),
-            b.reshape(*rows, -1, self.state_dim),  # [B, L, groups / tp, N]
-            c.reshape(*rows, -1, self.state_dim),
+            dt,
+            A,
+            b.reshape(*rows, -1, self.state_dim),
+            c,
             cos=cos,
             sin=sin,
             dt_bias=self.dt_bias,
-            cu_seqlens=positions.cu_seqlens,
+            cu_seqlens=positions.local_cu_seqlens,
             chunk_size=self.chunk_size,
+            output_final_state=True,
             D=self.D,
         )
-        assert isinstance(y, Tensor)  # no final state was asked for
+        if self.config.context_parallel_size > 1:
+            y = add_earlier_ranks(
+                y, final_state, dt, A, c, cos, sin, self.dt_bias, positions.position_ids
+            )
         return self.out_proj(y.reshape(u.shape[0], 1, -1))[0]

@@ -140,7 +140,9 @@ class PipelineStage(nn.Module):
         """Called by the schedule: hidden states from the previous stage."""
         self._input = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def positions(self, position_ids: Tensor, cu_seqlens: Tensor) -> Positions:
+    def positions(
+        self, position_ids: Tensor, cu_seqlens: Tensor, local_cu_seqlens: Tensor | None
+    ) -> Positions:
         """Gather this micro-batch's rotations. position_ids [B, L]."""
         model = self.model_config
         attention = ssd = None
@@ -152,7 +154,8 @@ class PipelineStage(nn.Module):
             same = model.state_dim == model.head_dim
             ssd = attention if same else (cos[position_ids], sin[position_ids])
         batch_size, seq_len = position_ids.shape
-        return Positions(batch_size, seq_len, cu_seqlens, attention, ssd)
+        local = cu_seqlens if local_cu_seqlens is None else local_cu_seqlens
+        return Positions(batch_size, seq_len, cu_seqlens, local, position_ids, attention, ssd)
 
     def forward(
         self,
@@ -161,22 +164,29 @@ class PipelineStage(nn.Module):
         loss_mask: Tensor,
         position_ids: Tensor,
         cu_seqlens: Tensor,
+        local_cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """tokens, labels, position_ids int64, loss_mask float32, all [B, L]; cu_seqlens int32.
+        """Of a `parallel.context.LocalBatch`; without context parallelism cu_seqlens is enough.
 
         Returns hidden states [T or T/tp, 1, hidden]; on the last stage the summed loss, a float32
         scalar.
         """
-        h = self.hidden(tokens, position_ids, cu_seqlens)
+        h = self.hidden(tokens, position_ids, cu_seqlens, local_cu_seqlens)
         if not self.last:
             return h
         u = enter_tensor_parallel(h, self.config).squeeze(1)  # [T, hidden]
         weight, valid = self._head()
         return head_loss(u, weight, labels.reshape(-1), loss_mask.reshape(-1), valid)
 
-    def hidden(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        local_cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Through this stage's layers (and the final norm, on the last): [T or T/tp, 1, hidden]."""
-        positions = self.positions(position_ids, cu_seqlens)
+        positions = self.positions(position_ids, cu_seqlens, local_cu_seqlens)
         if self.first:
             h = self.model.word_embed(tokens.reshape(1, -1))  # [1, T, hidden] or [T/tp, 1, hidden]
             h = h if self.config.sequence_parallel else h.transpose(0, 1)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,39 +12,26 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from parallel.compat import cuda_calls_on_cpu
+from parallel.context import LocalBatch
 from parallel.zero import ZeroOptimizer
 
 
-class MicroBatch(Protocol):
-    """The fields of a batch that the model reads (shapes as in DESIGN: [B, L], cu_seqlens flat)."""
-
-    @property
-    def tokens(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
-    @property
-    def loss_mask(self) -> Tensor: ...
-    @property
-    def position_ids(self) -> Tensor: ...
-    @property
-    def cu_seqlens(self) -> Tensor: ...
-
-
-def count_tokens(batches: Sequence[MicroBatch], device: torch.device) -> Tensor:
+def count_tokens(batches: Sequence[LocalBatch], device: torch.device) -> Tensor:
     """Tokens with a loss in the global batch: float64 scalar, the same on every rank."""
     count = torch.stack([b.loss_mask.sum(dtype=torch.float64) for b in batches]).sum().to(device)
-    dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(count, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return count
 
 
-def forward_backward(zero: ZeroOptimizer, batches: Sequence[MicroBatch], tokens: Tensor) -> Tensor:
+def forward_backward(zero: ZeroOptimizer, batches: Sequence[LocalBatch], tokens: Tensor) -> Tensor:
     """Accumulate the gradients of the mean loss per token over the global batch.
 
     batches: this rank's micro-batches; tokens: count_tokens of them. Returns the mean loss in nats,
     float64 scalar, the same on every rank. Gradients are reduced when this returns.
     """
-    # ZeRO averages over data-parallel ranks; the loss is to be a mean over all tokens
-    scale = parallel_state.get_data_parallel_world_size() / tokens
+    # ZeRO averages over data- and context-parallel ranks; the loss is to be a mean over all tokens
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    scale = replicas / tokens
     zero.stage.config.no_sync_func = zero.no_sync
     losses = _run(zero.scheduled_module, batches, scale.float(), forward_only=False)
     zero.reduce_gradients()
@@ -52,8 +39,8 @@ def forward_backward(zero: ZeroOptimizer, batches: Sequence[MicroBatch], tokens:
 
 
 @torch.no_grad()
-def evaluate_loss(zero: ZeroOptimizer, batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
-    """Σ loss and Σ tokens over all data-parallel ranks' micro-batches (as many on every rank)."""
+def evaluate_loss(zero: ZeroOptimizer, batches: Sequence[LocalBatch]) -> tuple[Tensor, Tensor]:
+    """Σ loss and Σ tokens over data- and context-parallel ranks' micro-batches, as many on each."""
     tokens = count_tokens(batches, batches[0].tokens.device)
     zero.stage.config.no_sync_func = None
     losses = _run(zero.scheduled_module, batches, torch.ones_like(tokens).float(), True)
@@ -61,39 +48,46 @@ def evaluate_loss(zero: ZeroOptimizer, batches: Sequence[MicroBatch]) -> tuple[T
 
 
 def _run(
-    module: Any, batches: Sequence[MicroBatch], scale: Tensor, forward_only: bool
+    module: Any, batches: Sequence[LocalBatch], scale: Tensor, forward_only: bool
 ) -> list[Tensor]:
     """Summed loss of every micro-batch, on the last stage; an empty list elsewhere."""
 
-    def scaled(batch: MicroBatch, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def scaled(batch: LocalBatch, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return loss * scale, batch.loss_mask.sum().int(), loss.detach()
 
-    def forward_step(iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+    def forward_step(iterator: Iterator[LocalBatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(iterator)
         output = model(
-            batch.tokens, batch.labels, batch.loss_mask, batch.position_ids, batch.cu_seqlens
+            batch.tokens,
+            batch.labels,
+            batch.loss_mask,
+            batch.position_ids,
+            batch.cu_seqlens,
+            batch.local_cu_seqlens,
         )
         return output, partial(scaled, batch)
 
     run = get_forward_backward_func()
+    context = parallel_state.get_context_parallel_world_size()
     with nullcontext() if torch.cuda.is_available() else cuda_calls_on_cpu():
         return run(
             forward_step_func=forward_step,
             data_iterator=iter(batches),
             model=module,
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.numel(),
+            # of whole rows: the schedule itself divides by the context-parallel size
+            seq_length=batches[0].tokens.numel() * context,
             micro_batch_size=1,
             forward_only=forward_only,
         )
 
 
 def _sum_everywhere(losses: list[Tensor], device: torch.device) -> Tensor:
-    """Sum over micro-batches and data-parallel ranks, from the last stage to every stage."""
+    """Sum over micro-batches, data- and context-parallel ranks; from the last stage to all."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     if losses:
         total = torch.stack(losses).sum(dtype=torch.float64)
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     return total

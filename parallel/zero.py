@@ -223,7 +223,8 @@ class ZeroOptimizer:
         if self.zero_stage == 3:
             group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
             share = parameter.ds_tensor.ds_numel
-            start = share * parallel_state.get_data_parallel_rank()
+            rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+            start = share * rank
             numel = min(share, parameter.ds_numel - start)
             if numel <= 0:
                 return None

@@ -314,9 +314,27 @@ def kernels_tune(context: typer.Context) -> None:
     raise typer.Exit(main(context.args))
 
 
-@app.command()
-def doctor() -> None:
-    """Check this machine: versions, devices, name clashes, disk, memory, compilers, network."""
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def doctor(
+    context: typer.Context,
+    layout: Annotated[
+        Path | None, typer.Option(help="Instead, show which rank does what under this TOML file.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Of the job, with --layout.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Ranks a node, with --layout.")] = 8,
+) -> None:
+    """Check this machine: versions, devices, name clashes, disk, memory, compilers, network.
+
+    With --layout, fields are overridden by --section.field VALUE.
+    """
+    if layout is not None:
+        from pretrain.config import load_config
+        from pretrain.layout import print_layout
+
+        print_layout(load_config(layout, context.args), nodes, gpus_per_node)
+        return
+    if context.args:
+        raise typer.BadParameter(f"{' '.join(context.args)}: overrides go with --layout")
     from pretrain.doctor import doctor as run
 
     raise typer.Exit(run())

@@ -134,13 +134,14 @@ class Config(Section):
 
         Raises ConfigError when the layout does not fit the processes or the batch.
         """
-        model_ranks = self.parallel.tensor * self.parallel.pipeline
+        parallel = self.parallel
+        model_ranks = parallel.tensor * parallel.pipeline * parallel.context
         if world_size % model_ranks:
             raise ConfigError(
-                f"parallel.tensor={self.parallel.tensor} × parallel.pipeline="
-                f"{self.parallel.pipeline} = {model_ranks} does not divide the {world_size} "
-                f"processes of this job; start a multiple of {model_ranks} processes or use a "
-                "smaller layout"
+                f"parallel.tensor={parallel.tensor} × parallel.pipeline={parallel.pipeline} × "
+                f"parallel.context={parallel.context} = {model_ranks} does not divide the "
+                f"{world_size} processes of this job; start a multiple of {model_ranks} "
+                "processes or use a smaller layout"
             )
         data_parallel = world_size // model_ranks
         share = self.training.micro_batch_size * data_parallel
@@ -216,12 +217,31 @@ def _check_model_against_layout(model: ModelConfig, parallel: ParallelConfig) ->
         )
 
 
+def _check_context(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -> None:
+    context = parallel.context
+    if context == 1:
+        return
+    if seq_len % context:
+        raise ValueError(
+            f"parallel.context={context} does not divide data.seq_len={seq_len}; use one of "
+            f"{_divisors(seq_len)[:8]}"
+        )
+    if model.ssd_conv_width:
+        raise ValueError(
+            f"parallel.context={context} with model.ssd_conv_width={model.ssd_conv_width}: the "
+            "convolution would reach into tokens of another rank; use parallel.context=1 or "
+            "model.ssd_conv_width=0"
+        )
+
+
 def _check_sequence(config: Config) -> None:
     parallel = config.parallel
-    tokens = config.training.micro_batch_size * config.data.seq_len
+    _check_context(config.model, parallel, config.data.seq_len)
+    tokens = config.training.micro_batch_size * config.data.seq_len // parallel.context
     if parallel.sequence_parallel and tokens % parallel.tensor:
         raise ValueError(
-            f"training.micro_batch_size × data.seq_len = {tokens} tokens cannot be split over "
+            f"training.micro_batch_size × data.seq_len / parallel.context = {tokens} tokens cannot "
+            "be split over "
             f"parallel.tensor={parallel.tensor} ranks; choose sizes it divides, or set "
             "parallel.sequence=false"
         )

@@ -22,6 +22,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.loader import BatchLoader, sequential_batches
 from parallel.build import DTYPES, build_stage
 from parallel.compat import prepare_host
+from parallel.context import local_batch
 from parallel.flops import training_flops_per_token
 from parallel.groups import destroy_groups, from_rank_0, init_distributed, init_groups
 from parallel.launch import Launch
@@ -58,12 +59,13 @@ def train(config: Config, launch: Launch) -> None:
     from_rank_0(lambda: record_start(config, launch.world_size))
     trainer = Trainer(config, data, validation, device)
     log.info(
-        "%s parameters, %d ranks: tensor %d × pipeline %d × data %d, ZeRO %d, %s on %s",
+        "%s parameters, %d ranks: tensor %d × context %d × data %d × pipeline %d, ZeRO %d, %s, %s",
         f"{config.model.num_params()['total']:,}",
         launch.world_size,
         config.parallel.tensor,
-        config.parallel.pipeline,
+        config.parallel.context,
         data_parallel,
+        config.parallel.pipeline,
         config.parallel.zero_stage,
         config.training.dtype,
         device.type,
@@ -289,7 +291,7 @@ class Trainer:
         watch = Stopwatch()
         begin = time.perf_counter()
         with watch.phase("data", self.device):
-            batches = [batch.to(self.device) for batch in loader.next_step()]
+            batches = [local_batch(batch, self.device) for batch in loader.next_step()]
         with watch.phase("forward_backward", self.device):
             loss = forward_backward(self.zero, batches, count_tokens(batches, self.device))
         tokens = (self.step + 1) * config.tokens_per_step
@@ -325,7 +327,7 @@ class Trainer:
         """
         training = self.config.training
         batches = [
-            batch.to(self.device)
+            local_batch(batch, self.device)
             for batch in sequential_batches(
                 dataset,
                 training.micro_batch_size,

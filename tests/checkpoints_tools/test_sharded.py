@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.ranks import run_ranks
 from checkpoints_tools.export import export_checkpoint
 from checkpoints_tools.single_gpu import load_model
 from pretrain.config import Config
 from tests.oracle import model_logits
-from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 
 # written by one, read and written again by the next, ...
@@ -21,7 +21,7 @@ CHAIN: list[tuple[int, dict[str, Any]]] = [
     (2, {"tensor": 2}),
     (2, {"zero_stage": 3}),
     (4, {"tensor": 2, "pipeline": 2}),
-    (2, {"zero_stage": 2}),
+    (4, {"zero_stage": 2, "context": 2}),
     (2, {"pipeline": 2, "pipeline_split": [3, 1]}),
     (3, {}),
     (4, {"tensor": 2, "zero_stage": 3}),

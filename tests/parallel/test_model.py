@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.ranks import run_ranks
 from checkpoints_tools.export import single_gpu_config
 from checkpoints_tools.single_gpu import TransXSSM
 from parallel.config import ModelConfig
 from tests.oracle import model_logits
-from tests.ranks import run_ranks
 from tests.tiny import MODEL
 
 VARIANTS: list[dict[str, Any]] = [
@@ -98,6 +98,7 @@ def losses_beside_plain_torch(steps: int) -> tuple[list[float], list[float]]:
     """The same training by this system, and by the single-GPU model with torch's own AdamW."""
     from data_pipeline.batch import Batch
     from parallel.build import BuiltStage
+    from parallel.context import local_batch
     from parallel.params import describe_parameters
     from parallel.schedule import count_tokens, forward_backward
     from parallel.zero import ZeroOptimizer
@@ -131,6 +132,7 @@ def losses_beside_plain_torch(steps: int) -> tuple[list[float], list[float]]:
                   cu_seqlens)
             for r in (rows[:2], rows[2:])
         ]  # fmt: skip
+        batches = [local_batch(batch, text.device) for batch in batches]
         ours.append(float(forward_backward(zero, batches, count_tokens(batches, text.device))))
         zero.step(lr)
         loss = F.cross_entropy(plain(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())

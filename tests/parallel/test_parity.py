@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.ranks import run_ranks
 from parallel.params import ParamInfo
 from pretrain.config import Config
-from tests.ranks import run_ranks
 from tests.tiny import tiny_config
 
 STEPS = 20
@@ -20,6 +20,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data2-zero3": (2, {"zero_stage": 3}),
     "pipeline2": (2, {"pipeline": 2}),
     "pipeline2-recompute": (2, {"pipeline": 2, "recompute": "full", "pipeline_split": [1, 3]}),
+    "context2": (2, {"context": 2}),
+    "context4-zero3": (4, {"context": 4, "zero_stage": 3}),
+    # two heads on each tensor-parallel rank, which four ranks cannot share out: a ring
+    "tensor2-context4-recompute": (8, {"tensor": 2, "context": 4, "recompute": "full"}),
+    "context2-pipeline2": (4, {"context": 2, "pipeline": 2}),
+    "context2-data2-zero2": (4, {"context": 2, "zero_stage": 2}),
     "tensor2-pipeline2": (4, {"tensor": 2, "pipeline": 2}),
     "tensor2-data2-zero3": (4, {"tensor": 2, "zero_stage": 3}),
 }
@@ -29,6 +35,7 @@ Trace = tuple[list[float], list[float], dict[str, tuple[ParamInfo, torch.Tensor]
 def train_trace(config: Config, steps: int) -> Trace:
     """Losses and gradient norms of some steps, and this rank's gradients of the first."""
     from parallel.compat import prepare_host
+    from parallel.context import local_batch
     from parallel.groups import init_distributed, init_groups
     from parallel.launch import launch_from_environment
     from parallel.schedule import count_tokens, forward_backward
@@ -42,7 +49,7 @@ def train_trace(config: Config, steps: int) -> Trace:
     loader = trainer.loader()
     losses, norms, gradients = [], [], {}
     for step in range(steps):
-        batches = loader.next_step()
+        batches = [local_batch(batch, device) for batch in loader.next_step()]
         losses.append(float(forward_backward(trainer.zero, batches, count_tokens(batches, device))))
         if step == 0:
             for name, gradient in trainer.zero.full_gradients().items():

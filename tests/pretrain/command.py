@@ -1,4 +1,4 @@
-"""Run the `transxssm` command as ranks forked from the server of tests.ranks."""
+"""Run the `transxssm` command as ranks forked from the server of benchmarks.ranks."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ranks import _context
 from pretrain.config import dump_config
-from tests.ranks import _context
 from tests.tiny import tiny_config
 
 LIMIT_SECONDS = 60.0

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.ranks import run_ranks
 from tests.pretrain.command import paragraph, run_command
-from tests.ranks import run_ranks
 
 SOURCES = Path(__file__).parents[2] / "data_pipeline"
 

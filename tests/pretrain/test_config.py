@@ -235,8 +235,11 @@ CROSS_FIELD: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"parallel": {"pipeline": 2, "pipeline_split": [8, 0]}}, ["parallel.pipeline_split=[8, 0]"]),
     ({"parallel": {"pipeline_split": []}}, ["parallel.pipeline_split=[]"]),
     ({"parallel": {"tensor": 2}, "data": {"seq_len": 1023}, "training": {"micro_batch_size": 1}},
-     ["training.micro_batch_size × data.seq_len = 1023", "parallel.tensor=2",
+     ["training.micro_batch_size × data.seq_len / parallel.context = 1023", "parallel.tensor=2",
       "parallel.sequence=false"]),
+    ({"parallel": {"context": 3}}, ["parallel.context=3", "data.seq_len=1024", "[1, 2, 4, 8"]),
+    ({"parallel": {"context": 2}, "model": {"ssd_conv_width": 4}},
+     ["parallel.context=2", "model.ssd_conv_width=4", "model.ssd_conv_width=0"]),
 ]  # fmt: skip
 
 

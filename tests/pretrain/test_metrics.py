@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.ranks import run_ranks
 from pretrain.config import load_config
 from tests.pretrain.command import read_metrics, run_command, write_config
-from tests.ranks import run_ranks
 
 FIELDS = {
     "step", "tokens", "samples", "loss", "perplexity", "grad_norm", "lr",

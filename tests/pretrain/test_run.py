@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.ranks import run_ranks
 from checkpoints_tools import folder as folders
 from tests.pretrain.command import read_metrics, run_command, succeed, write_config
-from tests.ranks import run_ranks
 
 STEPS = 6
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 TIMEOUT_SECONDS = 240
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.ranks_preload"])
+_context.set_forkserver_preload(["benchmarks.ranks_preload"])
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

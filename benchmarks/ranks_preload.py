@@ -1,4 +1,4 @@
-"""Imported once by the fork server of tests.ranks: everything that is slow to import."""
+"""Imported once by the fork server of benchmarks.ranks: everything that is slow to import."""
 
 from parallel.compat import prepare_host
 

@@ -1,0 +1,69 @@
+"""`transxssm doctor --layout`: which rank does what on which node."""
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from parallel.split import stage_layers
+from parallel.topology import AXES, Topology, topology
+from pretrain.config import Config
+
+PIPE_WIDTH = 4096  # nothing is abbreviated where no terminal sets a width
+
+
+def print_layout(config: Config, nodes: int, gpus_per_node: int) -> None:
+    """The rank map of a job, its stages, and what each axis' groups reach over.
+
+    Raises ConfigError where the layout does not fit the job.
+    """
+    world_size = nodes * gpus_per_node
+    top = topology(config.parallel, config.data_parallel(world_size), gpus_per_node)
+    sizes = " × ".join(f"{axis} {getattr(top, axis)}" for axis in AXES)
+    console = Console(
+        highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH
+    )
+    console.print(f"{world_size} ranks on {nodes} nodes: {sizes}, tensor fastest")
+    console.print(_rank_map(top))
+    for stage, layers in enumerate(
+        stage_layers(config.model, config.parallel, config.data.seq_len)
+    ):
+        held = "".join("A" if config.model.is_attention(layer) else "S" for layer in layers)
+        console.print(f"stage {stage}: layers {layers.start} to {layers.stop - 1}  {held}")
+    for line in axis_lines(top):
+        console.print(line)
+
+
+def axis_lines(top: Topology) -> list[str]:
+    """One line an axis: its groups, and how many nodes one reaches over."""
+    lines = []
+    for axis in AXES:
+        size, reach = getattr(top, axis), top.nodes_of_a_group(axis)
+        where = "within a node" if reach == 1 else f"each over up to {reach} nodes"
+        line = f"{axis}: {top.world_size // size} groups of {size}"
+        if size > 1:
+            line += f", {where}; the first: {_ranks(top.groups(axis)[0])}"
+        if axis == "tensor" and reach > 1:
+            line += (
+                f"  WARNING: every layer waits for the network; use a parallel.tensor that divides "
+                f"{top.ranks_per_node}"
+            )
+        lines.append(line)
+    return lines
+
+
+def _rank_map(top: Topology) -> Table:
+    """A row a rank: t, c, d, p of rank r on node n."""
+    table = Table("node", *(f"gpu {gpu}" for gpu in range(top.ranks_per_node)))
+    for first in range(0, top.world_size, top.ranks_per_node):
+        cells = []
+        for rank in range(first, first + top.ranks_per_node):
+            place = top.coordinates(rank)
+            cells.append(f"{rank}: " + " ".join(f"{axis[0]}{place[axis]}" for axis in AXES))
+        table.add_row(str(top.node(first)), *cells)
+    return table
+
+
+def _ranks(group: list[int]) -> str:
+    shown = ", ".join(map(str, group[:8]))
+    return f"{shown}, ..." if len(group) > 8 else shown
