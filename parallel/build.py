@@ -71,7 +71,7 @@ def build_stage(
         layers,
         first=pipeline_rank == 0,
         last=pipeline_rank == parallel.pipeline - 1,
-        recompute=parallel.recompute == "full",
+        recompute=parallel.recompute,
         seq_len=seq_len,
         device=device,
     )

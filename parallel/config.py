@@ -158,8 +158,9 @@ class ParallelConfig(Section):
     """Split activations between tensor-parallel regions over tokens; auto: when tensor > 1."""
     zero_stage: Literal[1, 2, 3] = 1
     """ZeRO: shard optimizer state (1), gradients (2), parameters (3); 1 when pipelined."""
-    recompute: Literal["none", "full"] = "none"
-    """Recompute every layer's activations in backward (full), or keep them (none)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward recomputes: nothing, what mixers keep between their projections (rotations,
+    scan states, attention), or all of every layer."""
     pipeline_split: Literal["balanced"] | list[int] = "balanced"
     """Layers per stage: chosen by cost, or an explicit list that sums to model.num_layers."""
 

@@ -24,10 +24,10 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
 from kernels.rope.rope import apply_rope
+from parallel.layers import recomputed
 from parallel.ring import ring_attention
 
 
@@ -138,11 +138,7 @@ def add_earlier_ranks(
         earlier = states[-1].flatten(2) * decay_across + added
         states.append(earlier.view_as(final_state))
     state = torch.stack(states)[group.rank()]
-    read = checkpoint(
-        _read_state, state, dt, A, C, cos, sin, dt_bias, entered,
-        use_reentrant=False, preserve_rng_state=False,
-    )  # fmt: skip
-    return y + read
+    return y + recomputed(_read_state, state, dt, A, C, cos, sin, dt_bias, entered)
 
 
 def _decay_since_start(dt: Tensor, A: Tensor, dt_bias: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ nothing is ever transposed.
     SwiGLU(u)  = W_down(silu(W_gate u) ⊙ W_up u)
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -20,6 +22,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.norm.norm import add_rms_norm, rms_norm, weighted_residual
 from kernels.swiglu.swiglu import swiglu
@@ -74,6 +77,14 @@ def head_parameter(size: int, dtype: torch.dtype, device: torch.device) -> nn.Pa
     parameter = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
     set_tensor_model_parallel_attributes(parameter, True, 0, 1)
     return parameter
+
+
+def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args), of which backward keeps the arguments alone and computes the rest again."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    result: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 class ReplicatedScale(nn.Module):

@@ -19,7 +19,13 @@ from kernels.rope.rope import rotate_qk
 from kernels.ssd.ssd import ssd
 from parallel.config import ModelConfig
 from parallel.context import add_earlier_ranks, context_attention
-from parallel.layers import column_linear, enter_tensor_parallel, head_parameter, row_linear
+from parallel.layers import (
+    column_linear,
+    enter_tensor_parallel,
+    head_parameter,
+    recomputed,
+    row_linear,
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,9 @@ class Positions:
 class AttentionMixer(nn.Module):
     """Causal grouped-query attention within documents."""
 
-    def __init__(self, model: ModelConfig, config: ModelParallelConfig) -> None:
+    def __init__(self, model: ModelConfig, config: ModelParallelConfig, recompute: bool) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, recompute
         self.head_dim = model.head_dim
         width, kv_width = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         self.q_proj = column_linear(model.hidden_size, width, config)
@@ -57,17 +63,25 @@ class AttentionMixer(nn.Module):
     def forward(self, h: Tensor, positions: Positions) -> Tensor:
         """[T or T/tp, 1, hidden] → the same."""
         u = enter_tensor_parallel(h, self.config)  # [T, 1, hidden]
+        q, k, v = self.q_proj(u)[0], self.k_proj(u)[0], self.v_proj(u)[0]
+        out = (
+            recomputed(self.attend, q, k, v, positions)
+            if self.recompute
+            else self.attend(q, k, v, positions)
+        )
+        return self.o_proj(out)[0]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
+        """What is between the projections: [T, 1, heads or kv_heads / tp · head_dim] → of heads."""
         shape = (positions.batch_size, positions.seq_len, -1, self.head_dim)
-        q = self.q_proj(u)[0].view(shape)  # [B, L, heads / tp, head_dim]
-        k = self.k_proj(u)[0].view(shape)  # [B, L, kv_heads / tp, head_dim]
-        v = self.v_proj(u)[0].view(shape)
+        q, k, v = q.view(shape), k.view(shape), v.view(shape)  # [B, L, heads / tp, head_dim]
         if positions.attention_rope is not None:
             q, k = rotate_qk(q, k, *positions.attention_rope)
         if self.config.context_parallel_size > 1:
             out = context_attention(q, k, v, positions.cu_seqlens, positions.position_ids)
         else:
             out = attention(q, k, v, positions.cu_seqlens)  # [B, L, heads / tp, head_dim]
-        return self.o_proj(out.reshape(u.shape[0], 1, -1))[0]
+        return out.flatten(2).view(-1, 1, q.shape[2] * self.head_dim)
 
 
 class CausalConv(nn.Module):
@@ -103,10 +117,14 @@ class SSDMixer(nn.Module):
     """State-space-duality scan with rotated B and C."""
 
     def __init__(
-        self, model: ModelConfig, config: ModelParallelConfig, device: torch.device
+        self,
+        model: ModelConfig,
+        config: ModelParallelConfig,
+        device: torch.device,
+        recompute: bool,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, recompute
         self.head_dim, self.state_dim = model.head_dim, model.state_dim
         self.chunk_size = model.chunk_size
         tensor = config.tensor_model_parallel_size
@@ -132,10 +150,19 @@ class SSDMixer(nn.Module):
         u = enter_tensor_parallel(h, self.config)  # [T, 1, hidden]
         x, b, c = self.x_proj(u)[0], self.b_proj(u)[0], self.c_proj(u)[0]  # [T, 1, channels / tp]
         dt = self.dt_proj(u)[0]  # [T, 1, heads / tp]
+        y = (
+            recomputed(self.scan, x, b, c, dt, positions)
+            if self.recompute
+            else self.scan(x, b, c, dt, positions)
+        )
+        return self.out_proj(y)[0]
+
+    def scan(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, positions: Positions) -> Tensor:
+        """What is between the projections: [T, 1, channels / tp] each → [T, 1, x's]."""
         if self.conv is not None:
             xbc = self.conv(torch.cat((x, b, c), dim=-1).squeeze(1), positions.cu_seqlens)
             widths = [x.shape[-1], b.shape[-1], c.shape[-1]]
-            x, b, c = (part.contiguous() for part in xbc.split(widths, dim=-1))
+            x, b, c = (t.contiguous().unsqueeze(1) for t in xbc.split(widths, dim=-1))
         rows = (positions.batch_size, positions.seq_len)
         cos, sin = positions.ssd_rope or (None, None)
         dt, A = dt.view(*rows, -1), -torch.exp(self.A_log.float())
@@ -158,4 +185,4 @@ class SSDMixer(nn.Module):
             y = add_earlier_ranks(
                 y, final_state, dt, A, c, cos, sin, self.dt_bias, positions.position_ids
             )
-        return self.out_proj(y.reshape(u.shape[0], 1, -1))[0]
+        return y.view(x.shape[0], 1, -1)

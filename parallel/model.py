@@ -8,6 +8,7 @@ normalises and predicts. Parameter names are those of the single-GPU model.
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Literal
 
 import torch
 from megatron.core.enums import ModelType
@@ -17,7 +18,6 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kernels.rope.table import rotary_cos_sin
 from parallel.config import ModelConfig
@@ -27,6 +27,7 @@ from parallel.layers import (
     SwiGLU,
     WeightedResidual,
     enter_tensor_parallel,
+    recomputed,
 )
 from parallel.loss import head_logits, head_loss
 from parallel.mixers import AttentionMixer, Positions, SSDMixer
@@ -42,12 +43,14 @@ class DecoderLayer(nn.Module):
         model: ModelConfig,
         config: ModelParallelConfig,
         device: torch.device,
+        recompute_mixer: bool,
     ) -> None:
         super().__init__()
         norm = partial(RMSNorm, model.hidden_size, model.rms_norm_eps, config, device)
         self.pre_sequence_layernorm = norm()
-        self.attn = AttentionMixer(model, config) if model.is_attention(layer) else None
-        self.ssd = None if model.is_attention(layer) else SSDMixer(model, config, device)
+        attends = model.is_attention(layer)
+        self.attn = AttentionMixer(model, config, recompute_mixer) if attends else None
+        self.ssd = None if attends else SSDMixer(model, config, device, recompute_mixer)
         self.post_sequence_residual = NormedResidual(model.hidden_size, config, device)
         self.pre_state_layernorm = norm()
         self.feed_forward = SwiGLU(model.hidden_size, model.intermediate_size, config)
@@ -74,12 +77,13 @@ class Decoder(nn.Module):
         *,
         embeds: bool,
         last: bool,
+        recompute_mixers: bool,
     ) -> None:
         super().__init__()
         if embeds:
             self.word_embed = vocab_embedding(model, config)
         self.layers = nn.ModuleDict(
-            {str(i): DecoderLayer(i, model, config, device) for i in layers}
+            {str(i): DecoderLayer(i, model, config, device, recompute_mixers) for i in layers}
         )
         if last:
             self.final_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, config, device)
@@ -111,16 +115,25 @@ class PipelineStage(nn.Module):
         *,
         first: bool,
         last: bool,
-        recompute: bool,
+        recompute: Literal["none", "selective", "full"],
         seq_len: int,
         device: torch.device,
     ) -> None:
         super().__init__()
         self.config, self.model_config = config, model
-        self.first, self.last, self.recompute = first, last, recompute
+        self.first, self.last = first, last
+        self.recompute_layers = recompute == "full"
         self.tied_head = last and model.tie_word_embeddings
         embeds = first or self.tied_head
-        self.model = Decoder(model, config, device, layers, embeds=embeds, last=last)
+        self.model = Decoder(
+            model,
+            config,
+            device,
+            layers,
+            embeds=embeds,
+            last=last,
+            recompute_mixers=recompute == "selective",
+        )
         if last and not model.tie_word_embeddings:
             self.lm_head = vocab_embedding(model, config)  # same shape and split as the embedding
         self.duplicate_parameters = (
@@ -194,10 +207,7 @@ class PipelineStage(nn.Module):
             assert self._input is not None
             h = self._input
         for layer in self.model.layers.values():
-            if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(layer, h, positions, use_reentrant=False, preserve_rng_state=False)
-            else:
-                h = layer(h, positions)
+            h = recomputed(layer, h, positions) if self.recompute_layers else layer(h, positions)
         return self.model.final_layernorm(h) if self.last else h.contiguous()
 
     def logits(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:

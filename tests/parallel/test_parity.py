@@ -20,7 +20,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data2-zero3": (2, {"zero_stage": 3}),
     "pipeline2": (2, {"pipeline": 2}),
     "pipeline2-recompute": (2, {"pipeline": 2, "recompute": "full", "pipeline_split": [1, 3]}),
-    "context2": (2, {"context": 2}),
+    "data2-zero3-selective": (2, {"zero_stage": 3, "recompute": "selective"}),
+    "context2-selective": (2, {"context": 2, "recompute": "selective"}),
     "context4-zero3": (4, {"context": 4, "zero_stage": 3}),
     # two heads on each tensor-parallel rank, which four ranks cannot share out: a ring
     "tensor2-context4-recompute": (8, {"tensor": 2, "context": 4, "recompute": "full"}),
