@@ -171,6 +171,14 @@ class ZeroOptimizer:
             for name, p in self.stage.named_parameters()
         }
 
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Float32 masters of this rank's parameters [local shape]. A collective over the
+        data-parallel group; for comparisons."""
+        return {
+            name: safe_get_full_fp32_param(p).detach().reshape(self.infos[name].local_shape).clone()
+            for name, p in self.stage.named_parameters()
+        }
+
     def _accumulated_gradient(self, parameter: Tensor) -> Tensor:
         """The stage-1 accumulation buffer of a parameter."""
         if isinstance(self.optimizer, BF16_Optimizer):
