@@ -128,8 +128,8 @@ def add_earlier_ranks(
     group = parallel_state.get_context_parallel_group()
     token = torch.arange(y.shape[1], device=y.device)
     entered = position_ids > token  # [B, L]: the document began on an earlier rank
-    decay = _decay_since_start(dt, A, dt_bias)
-    total = torch.where(entered[:, -1:], decay[:, -1], 0.0)  # [B, H]
+    total = torch.exp(_step_sizes(dt, dt_bias).sum(1) * A)  # [B, H]
+    total = torch.where(entered[:, -1:], total, 0.0)
     message = torch.cat((total.unsqueeze(-1), final_state.flatten(2)), dim=-1)
     messages = gather_from_sequence_parallel_region(message.unsqueeze(0), group=group)
     # every rank goes through all of them: the sum of gradients is a collective too
@@ -141,9 +141,9 @@ def add_earlier_ranks(
     return y + recomputed(_read_state, state, dt, A, C, cos, sin, dt_bias, entered)
 
 
-def _decay_since_start(dt: Tensor, A: Tensor, dt_bias: Tensor) -> Tensor:
-    """exp(Σ_{j≤t} Δ_j A), float32 [B, L, H]."""
-    return torch.exp(F.softplus(dt.float() + dt_bias.float()).cumsum(1) * A)
+def _step_sizes(dt: Tensor, dt_bias: Tensor) -> Tensor:
+    """Δ, float32 [B, L, H]."""
+    return F.softplus(dt.float() + dt_bias.float())
 
 
 def _read_state(
@@ -157,5 +157,6 @@ def _read_state(
     by_group = state.to(c.dtype).view(batch, groups, heads // groups * head_dim, -1)
     read = c.transpose(1, 2) @ by_group.transpose(2, 3)  # [B, G, L, H/G · P]
     read = read.transpose(1, 2).unflatten(3, (-1, head_dim)).flatten(2, 3)  # [B, L, H, P]
-    gate = torch.where(entered.unsqueeze(-1), _decay_since_start(dt, A, dt_bias), 0.0)
+    decay = torch.exp(_step_sizes(dt, dt_bias).cumsum(1) * A)  # [B, L, H]
+    gate = torch.where(entered.unsqueeze(-1), decay, 0.0)
     return (read * gate.unsqueeze(-1)).to(c.dtype)

@@ -80,7 +80,8 @@ class _Ring(torch.autograd.Function):
                 d_passing[1, ..., keys, :] += (weights.to(q.dtype).transpose(-1, -2) @ d_tile).sum(
                     2
                 )
-            passing = _pass_on(passing, group)
+            if step + 1 < group.size():
+                passing = _pass_on(passing, group)
             d_passing = _pass_on(d_passing, group)  # after the last step they are home
         d_k, d_v = d_passing.to(k.dtype)
         return d_q.to(q.dtype), d_k, d_v, None, None

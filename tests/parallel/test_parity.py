@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.parity import assemble
 from benchmarks.ranks import run_ranks
 from parallel.params import ParamInfo
 from pretrain.config import Config
@@ -60,19 +61,6 @@ def train_trace(config: Config, steps: int) -> Trace:
     return losses, norms, gradients
 
 
-def assemble(traces: list[Trace]) -> dict[str, torch.Tensor]:
-    """Whole gradients from the ranks' parts."""
-    whole: dict[str, torch.Tensor] = {}
-    for _, _, gradients in traces:
-        for name, (info, local) in gradients.items():
-            target = whole.setdefault(name, torch.full(info.global_shape, torch.nan))
-            for part in info.ranges:
-                target.narrow(info.dim, part.start, part.length).copy_(
-                    local.narrow(info.dim, part.local, part.length)
-                )
-    return whole
-
-
 @pytest.fixture(scope="module")
 def single(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trace:
     config = tiny_config(tiny_data, tmp_path_factory.mktemp("single"))
@@ -89,7 +77,7 @@ def test_layout_reproduces_single_process(
     for losses, norms, _ in traces:  # known on every rank
         assert losses == pytest.approx(single[0], rel=1e-4)
         assert norms == pytest.approx(single[1], rel=1e-4)
-    expected, found = assemble([single]), assemble(traces)
+    expected, found = (assemble([trace[2] for trace in t]) for t in ([single], traces))
     assert found.keys() == expected.keys()
     for parameter, gradient in expected.items():
         error = (found[parameter] - gradient).norm() / gradient.norm()
@@ -114,6 +102,6 @@ def test_model_variants_split(fields: dict[str, Any], tiny_data: Path, tmp_path:
     traces = run_ranks(4, train_trace, config, 3)
     assert traces[0][0] == pytest.approx(one[0][0], rel=1e-4)
     assert traces[0][1] == pytest.approx(one[0][1], rel=1e-4)
-    expected, found = assemble(one), assemble(traces)
+    expected, found = (assemble([trace[2] for trace in t]) for t in (one, traces))
     for parameter, gradient in expected.items():
         assert (found[parameter] - gradient).norm() < 1e-4 * gradient.norm(), parameter
