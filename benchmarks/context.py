@@ -78,7 +78,7 @@ def train_step(length: int, context: int) -> Step:
     stage = build_stage(
         model, layout, seq_len=length, dtype=torch.float32, seed=1, deterministic=False,
         device=device,
-    ).stage  # fmt: skip
+    ).chunks[0]  # fmt: skip
     text = torch.randint(0, 256, (1, length + 1), generator=torch.Generator().manual_seed(0))
     batch = local_batch(
         Batch(

@@ -83,6 +83,15 @@ def _layouts() -> list[Layout]:
         (8, {"tensor": 2, "context": 2, "zero_stage": 3}),
         (8, {"pipeline": 4, "context": 2}),
         (8, {"zero_stage": 3}),
+        (2, {"zero_stage": 0}),
+        (4, {"tensor": 2, "context": 2, "zero_stage": 0}),
+        (2, {"zero_stage": 1, "offload": "optimizer"}),
+        (4, {"tensor": 2, "zero_stage": 2, "offload": "optimizer"}),
+        (4, {"context": 2, "zero_stage": 3, "offload": "optimizer"}),
+        (2, {"pipeline": 2, "virtual_pipeline": 2}),
+        (8, {"pipeline": 2, "virtual_pipeline": 2, "tensor": 2, "recompute": "full"}),
+        (8, {"pipeline": 2, "virtual_pipeline": 2, "context": 2, "recompute": "selective"}),
+        (2, {"recompute": "full", "recompute_layers": 3}),
     ]
     found = [Layout(*layout) for layout in fp32]
     found += [
@@ -92,15 +101,18 @@ def _layouts() -> list[Layout]:
             (4, {"tensor": 2, "pipeline": 2}),
         ]
     ]
-    found += [
-        Layout(size, parallel, dtype="bf16")
-        for size, parallel in [
-            (1, {}),
-            (2, {"zero_stage": 3}),
-            (4, {"tensor": 2, "context": 2}),
-            (4, {"pipeline": 2, "context": 2}),
-        ]
+    bf16: list[tuple[int, dict[str, Any]]] = [
+        (1, {}),
+        (2, {"zero_stage": 3}),
+        (4, {"tensor": 2, "context": 2}),
+        (4, {"pipeline": 2, "context": 2}),
+        (2, {"pipeline": 2, "virtual_pipeline": 2}),
+        (2, {"zero_stage": 0}),
+        (2, {"zero_stage": 1, "offload": "optimizer"}),
+        (2, {"zero_stage": 2, "offload": "optimizer"}),
+        (2, {"zero_stage": 3, "offload": "optimizer"}),
     ]
+    found += [Layout(*layout, dtype="bf16") for layout in bf16]
     return found
 
 
@@ -139,7 +151,7 @@ def train(layout: Layout, steps: int) -> Trace:
         deterministic=False, device=device,
     )  # fmt: skip
     zero = ZeroOptimizer(
-        built, zero_stage=parallel.zero_stage, lr=LR, betas=(0.9, 0.95), eps=1e-5,
+        built, parallel, lr=LR, betas=(0.9, 0.95), eps=1e-5,
         weight_decay=0.01, clip_grad_norm=1.0,
     )  # fmt: skip
     rank = parallel_state.get_data_parallel_rank()

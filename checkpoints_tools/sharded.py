@@ -27,7 +27,7 @@ from checkpoints_tools.global_tensors import (
     SavePlanner,
     global_parts,
 )
-from parallel.groups import from_rank_0
+from parallel.groups import from_rank_0, replicas_group
 from parallel.zero import ZeroOptimizer
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -114,6 +114,8 @@ def _owned_tensors(zero: ZeroOptimizer, *, for_saving: bool) -> dict[str, Global
     Names with no part here are present too when loading, so that names can be compared.
     """
     first_tensor_rank = parallel_state.get_tensor_model_parallel_rank() == 0
+    if for_saving and zero.zero_stage == 0 and replicas_group().rank() > 0:
+        return {}  # every rank of the group holds everything
     parts: dict[str, list[Part]] = defaultdict(list)
     for fragment in zero.fragments():
         info = fragment.info

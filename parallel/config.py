@@ -152,19 +152,33 @@ class ParallelConfig(Section):
     """Ranks that split heads, feed-forward columns and vocabulary."""
     pipeline: int = Field(1, ge=1)
     """Stages that split the layers."""
+    virtual_pipeline: int = Field(1, ge=1)
+    """Chunks of layers on each stage, taken in turns (interleaved 1F1B): a smaller bubble for more
+    sends."""
     context: int = Field(1, ge=1)
     """Ranks that split every sequence: attention exchanges heads, SSD passes states."""
     sequence: bool | Literal["auto"] = "auto"
     """Split activations between tensor-parallel regions over tokens; auto: when tensor > 1."""
-    zero_stage: Literal[1, 2, 3] = 1
-    """ZeRO: shard optimizer state (1), gradients (2), parameters (3); 1 when pipelined."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO: shard nothing (0), optimizer state (1), gradients (2), parameters (3); 1 when
+    pipelined."""
+    offload: Literal["none", "optimizer"] = "none"
+    """Keep master weights and Adam's moments, and make the update, on the host's CPU."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward recomputes: nothing, what mixers keep between their projections (rotations,
     scan states, attention), or all of every layer."""
+    recompute_layers: int = Field(0, ge=0)
+    """Layers that do so, the first of every chunk; 0: all."""
     pipeline_split: Literal["balanced"] | list[int] = "balanced"
-    """Layers per stage: chosen by cost, or an explicit list that sums to model.num_layers."""
+    """Layers per chunk (pipeline · virtual_pipeline chunks, in the model's order): chosen by cost,
+    or an explicit list that sums to model.num_layers."""
 
     @property
     def sequence_parallel(self) -> bool:
         """Whether activations are split over tokens inside the tensor-parallel group."""
         return self.tensor > 1 and self.sequence in ("auto", True)
+
+    @property
+    def num_chunks(self) -> int:
+        """Runs of consecutive layers; chunk i is on stage i mod pipeline."""
+        return self.pipeline * self.virtual_pipeline

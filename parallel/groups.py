@@ -8,7 +8,6 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -65,9 +64,15 @@ def init_groups(config: ParallelConfig) -> None:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,
             pipeline_model_parallel_size=config.pipeline,
+            virtual_pipeline_model_parallel_size=virtual_pipeline_size(config),
             context_parallel_size=config.context,
             create_gloo_process_groups=False,
         )
+
+
+def virtual_pipeline_size(config: ParallelConfig) -> int | None:
+    """Chunks a stage, or None: any number makes Megatron-core interleave."""
+    return config.virtual_pipeline if config.virtual_pipeline > 1 else None
 
 
 def destroy_groups() -> None:
@@ -77,23 +82,40 @@ def destroy_groups() -> None:
         dist.destroy_process_group()
 
 
+def replicas_group() -> dist.ProcessGroup:
+    """The ranks that hold the same parameters: data × context."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def group_of_this_rank() -> dist.ProcessGroup:
+    """A group of one."""
+    group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 class MpuAdapter:
     """Megatron-core's parallel state under the names that DeepSpeed calls.
 
     DeepSpeed takes "model parallel" as everything that is not data parallel and "tensor model
-    parallel" as the tensor axis. Its data-parallel ranks are those that hold the same parameters:
-    data × context.
+    parallel" as the tensor axis. `shards`: the group that ZeRO shards over.
     """
 
-    get_data_parallel_group = staticmethod(
-        partial(parallel_state.get_data_parallel_group, with_context_parallel=True)
-    )
-    get_data_parallel_rank = staticmethod(
-        partial(parallel_state.get_data_parallel_rank, with_context_parallel=True)
-    )
-    get_data_parallel_world_size = staticmethod(
-        partial(parallel_state.get_data_parallel_world_size, with_context_parallel=True)
-    )
+    def __init__(self, shards: dist.ProcessGroup) -> None:
+        self.shards = shards
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the same parameters, as far as DeepSpeed is to know."""
+        return self.shards
+
+    def get_data_parallel_rank(self) -> int:
+        """Rank inside that group."""
+        return self.shards.rank()
+
+    def get_data_parallel_world_size(self) -> int:
+        """Size of that group."""
+        return self.shards.size()
+
     get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
     get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
     get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)

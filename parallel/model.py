@@ -6,7 +6,7 @@ A stage holds some of the layers under their global numbers; the first also embe
 normalises and predicts. Parameter names are those of the single-GPU model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -73,17 +73,20 @@ class Decoder(nn.Module):
         model: ModelConfig,
         config: ModelParallelConfig,
         device: torch.device,
-        layers: Iterable[int],
+        layers: Sequence[int],
         *,
         embeds: bool,
         last: bool,
-        recompute_mixers: bool,
+        recompute_mixers: int,
     ) -> None:
         super().__init__()
         if embeds:
             self.word_embed = vocab_embedding(model, config)
         self.layers = nn.ModuleDict(
-            {str(i): DecoderLayer(i, model, config, device, recompute_mixers) for i in layers}
+            {
+                str(i): DecoderLayer(i, model, config, device, recompute_mixer=n < recompute_mixers)
+                for n, i in enumerate(layers)
+            }
         )
         if last:
             self.final_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, config, device)
@@ -103,7 +106,10 @@ def vocab_embedding(model: ModelConfig, config: ModelParallelConfig) -> VocabPar
 
 
 class PipelineStage(nn.Module):
-    """The layers of one stage, with what Megatron-core's schedules ask of a module."""
+    """Consecutive layers of one stage, with what Megatron-core's schedules ask of a module.
+
+    `recompute` holds for the first `recompute_layers` of them.
+    """
 
     model_type = ModelType.encoder_or_decoder
 
@@ -111,18 +117,19 @@ class PipelineStage(nn.Module):
         self,
         model: ModelConfig,
         config: ModelParallelConfig,
-        layers: Iterable[int],
+        layers: Sequence[int],
         *,
         first: bool,
         last: bool,
         recompute: Literal["none", "selective", "full"],
+        recompute_layers: int,
         seq_len: int,
         device: torch.device,
     ) -> None:
         super().__init__()
         self.config, self.model_config = config, model
         self.first, self.last = first, last
-        self.recompute_layers = recompute == "full"
+        self.recompute_layers = recompute_layers if recompute == "full" else 0
         self.tied_head = last and model.tie_word_embeddings
         embeds = first or self.tied_head
         self.model = Decoder(
@@ -132,7 +139,7 @@ class PipelineStage(nn.Module):
             layers,
             embeds=embeds,
             last=last,
-            recompute_mixers=recompute == "selective",
+            recompute_mixers=recompute_layers if recompute == "selective" else 0,
         )
         if last and not model.tie_word_embeddings:
             self.lm_head = vocab_embedding(model, config)  # same shape and split as the embedding
@@ -206,8 +213,12 @@ class PipelineStage(nn.Module):
         else:
             assert self._input is not None
             h = self._input
-        for layer in self.model.layers.values():
-            h = recomputed(layer, h, positions) if self.recompute_layers else layer(h, positions)
+        for n, layer in enumerate(self.model.layers.values()):
+            h = (
+                recomputed(layer, h, positions)
+                if n < self.recompute_layers
+                else layer(h, positions)
+            )
         return self.model.final_layernorm(h) if self.last else h.contiguous()
 
     def logits(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,8 +33,8 @@ def forward_backward(zero: ZeroOptimizer, batches: Sequence[LocalBatch], tokens:
     # ZeRO averages over data- and context-parallel ranks; the loss is to be a mean over all tokens
     replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     scale = replicas / tokens
-    zero.stage.config.no_sync_func = zero.no_sync
-    losses = _run(zero.scheduled_module, batches, scale.float(), forward_only=False)
+    zero.set_no_sync(True)
+    losses = _run(zero.scheduled_modules, batches, scale.float(), forward_only=False)
     zero.reduce_gradients()
     return _sum_everywhere(losses, tokens.device) / tokens
 
@@ -42,13 +43,18 @@ def forward_backward(zero: ZeroOptimizer, batches: Sequence[LocalBatch], tokens:
 def evaluate_loss(zero: ZeroOptimizer, batches: Sequence[LocalBatch]) -> tuple[Tensor, Tensor]:
     """Σ loss and Σ tokens over data- and context-parallel ranks' micro-batches, as many on each."""
     tokens = count_tokens(batches, batches[0].tokens.device)
-    zero.stage.config.no_sync_func = None
-    losses = _run(zero.scheduled_module, batches, torch.ones_like(tokens).float(), True)
+    zero.set_no_sync(False)
+    modules = zero.scheduled_modules
+    if len(modules) > 1:  # interleaved stages take micro-batches by as many as there are stages
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        blank = replace(batches[0], loss_mask=torch.zeros_like(batches[0].loss_mask))
+        batches = [*batches, *[blank] * (-len(batches) % stages)]
+    losses = _run(modules, batches, torch.ones_like(tokens).float(), True)
     return _sum_everywhere(losses, tokens.device), tokens
 
 
 def _run(
-    module: Any, batches: Sequence[LocalBatch], scale: Tensor, forward_only: bool
+    modules: list[Any], batches: Sequence[LocalBatch], scale: Tensor, forward_only: bool
 ) -> list[Tensor]:
     """Summed loss of every micro-batch, on the last stage; an empty list elsewhere."""
 
@@ -68,12 +74,13 @@ def _run(
         return output, partial(scaled, batch)
 
     run = get_forward_backward_func()
+    interleaved = len(modules) > 1
     context = parallel_state.get_context_parallel_world_size()
     with nullcontext() if torch.cuda.is_available() else cuda_calls_on_cpu():
         return run(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=module,
+            data_iterator=[iter(batches) for _ in modules] if interleaved else iter(batches),
+            model=modules if interleaved else modules[0],
             num_microbatches=len(batches),
             # of whole rows: the schedule itself divides by the context-parallel size
             seq_length=batches[0].tokens.numel() * context,

@@ -4,25 +4,20 @@ from parallel.config import ModelConfig, ParallelConfig
 from parallel.flops import head_flops, layer_flops
 
 
-def stage_layers(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -> list[range]:
-    """Global layer numbers of every stage.
+def layer_chunks(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -> list[range]:
+    """Global layer numbers of every chunk; chunk i is on stage i mod pipeline.
 
-    "balanced" minimises the cost of the slowest stage, counting matrix products and mixers by their
-    FLOPs and the output head on the last stage; among equals it prefers the most even split.
-    Raises ValueError when there are fewer layers than stages.
+    "balanced" minimises the cost of the slowest chunk, counting matrix products and mixers by their
+    FLOPs and the output head on the last; among equals it prefers the most even split.
+    There must be at least as many layers as chunks.
     """
-    stages = parallel.pipeline
-    if model.num_layers < stages:
-        raise ValueError(
-            f"parallel.pipeline={stages} is more stages than model.num_layers={model.num_layers}; "
-            f"use at most {model.num_layers}"
-        )
+    chunks = parallel.num_chunks
     if parallel.pipeline_split != "balanced":
         counts = list(parallel.pipeline_split)
     else:
         costs = [layer_flops(model, i, seq_len) for i in range(model.num_layers)]
-        counts = balanced_counts(costs, stages, head_flops(model))
-    ends = [sum(counts[: i + 1]) for i in range(stages)]
+        counts = balanced_counts(costs, chunks, head_flops(model))
+    ends = [sum(counts[: i + 1]) for i in range(chunks)]
     return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 

@@ -4,9 +4,11 @@ Megatron's schedule drives the micro-batches, so DeepSpeed sees one accumulation
 
 - stage 1 (the only one with pipeline stages): the schedule runs the bare module; gradients
   accumulate in float32 (in the parameters' gradients, or in BF16_Optimizer's buffers, which its
-  hooks fill during backward) and are reduced once, after the schedule.
-- stages 2 and 3: the schedule runs the engine, whose hooks reduce and partition every micro-batch's
-  gradients during backward; only the last one is an accumulation boundary.
+  hooks fill during backward) and are reduced once, after the schedule. Stage 0 is the same with
+  nothing sharded: DeepSpeed is told that every rank is alone, and gradients are averaged here.
+- stages 2 and 3, and every stage with an offloaded optimizer: the schedule runs the engine, whose
+  hooks reduce and partition every micro-batch's gradients during backward; only the last one is an
+  accumulation boundary.
 
 This is the one file that knows DeepSpeed's inner layout of master weights and optimizer state.
 """
@@ -23,10 +25,11 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from megatron.core import parallel_state
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.build import BuiltStage
-from parallel.groups import MpuAdapter
+from parallel.config import ParallelConfig
+from parallel.groups import MpuAdapter, group_of_this_rank, replicas_group
 from parallel.params import EMBEDDING, ParamInfo
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it reports memory at every start
@@ -54,16 +57,19 @@ class ZeroOptimizer:
     def __init__(
         self,
         built: BuiltStage,
+        parallel: ParallelConfig,
         *,
-        zero_stage: int,
         lr: float,
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
         clip_grad_norm: float,
     ) -> None:
-        self.stage, self.infos, self.zero_stage = built.stage, built.infos, zero_stage
-        parameters = dict(built.stage.named_parameters())
+        self.built, self.infos = built, built.infos
+        self.zero_stage = parallel.zero_stage
+        self.offload = parallel.offload == "optimizer"
+        self.reduces_in_backward = self.zero_stage > 1 or self.offload
+        parameters = dict(built.named_parameters())
         for name, parameter in parameters.items():
             # DeepSpeed's gradient norm counts each parameter once by these
             parameter.tensor_model_parallel = self.infos[name].tensor_parallel  # type: ignore[attr-defined]
@@ -74,43 +80,46 @@ class ZeroOptimizer:
             {"params": decays, "weight_decay": weight_decay},
             {"params": rest, "weight_decay": 0.0},
         ]
-        on_gpu = next(iter(parameters.values())).is_cuda
+        fused = next(iter(parameters.values())).is_cuda or self.offload
         adam = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=on_gpu
+            [g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=fused
         )
         self.tied_weight = parameters.get(EMBEDDING) if self._embedding_is_shared() else None
-        config = self._deepspeed_config(built.stage.config.params_dtype, clip_grad_norm)
+        first = built.chunks[0]
+        config = self._deepspeed_config(first.config.params_dtype, clip_grad_norm)
         with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory tables
             self.engine = deepspeed.initialize(
-                model=built.stage,
+                model=first if len(built.chunks) == 1 else nn.ModuleList(built.chunks),
                 optimizer=adam,
-                mpu=MpuAdapter(),
+                mpu=MpuAdapter(replicas_group() if self.zero_stage else group_of_this_rank()),
                 config=config,
                 dist_init_required=False,
             )[0]
         self.optimizer: Any = self.engine.optimizer
         self.adam = adam
-        if zero_stage == 3 and built.stage.tied_head:
-            deepspeed.zero.register_external_parameter(
-                built.stage, built.stage.model.word_embed.weight
-            )
+        if self.zero_stage == 3 and first.tied_head:
+            deepspeed.zero.register_external_parameter(first, first.model.word_embed.weight)
         self._create_adam_state()
 
     def _deepspeed_config(self, dtype: torch.dtype, clip_grad_norm: float) -> dict[str, Any]:
-        hooks = self.zero_stage > 1
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": clip_grad_norm,
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
-                "stage": self.zero_stage,
+                "stage": max(1, self.zero_stage),
                 # with either of these ZeRO-1 would reduce in backward hooks, which know nothing of
                 # several micro-batches in flight
-                "contiguous_gradients": hooks,
-                "overlap_comm": hooks and torch.cuda.is_available(),
+                "contiguous_gradients": self.reduces_in_backward,
+                "overlap_comm": self.reduces_in_backward and torch.cuda.is_available(),
             },
         }
+        if self.offload:
+            pinned = torch.cuda.is_available()
+            offload = {"device": "cpu", "pin_memory": pinned}
+            config["zero_optimization"]["offload_optimizer"] = offload
+            config["zero_force_ds_cpu_optimizer"] = False  # its own Adam is compiled at start
         if self.zero_stage == 3:
             # every parameter is partitioned, also small ones: one rule for owning its state
             config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -123,16 +132,22 @@ class ZeroOptimizer:
     def _embedding_is_shared(self) -> bool:
         """Whether first and last stage each hold a copy of the tied embedding."""
         return (
-            self.stage.model_config.tie_word_embeddings
+            self.built.chunks[0].model_config.tie_word_embeddings
             and parallel_state.get_pipeline_model_parallel_world_size() > 1
         )
 
     # -- training -----------------------------------------------------------------------------
 
     @property
-    def scheduled_module(self) -> Any:
-        """What Megatron's schedule runs."""
-        return self.stage if self.zero_stage == 1 else _ScheduledEngine(self.engine, self.stage)
+    def scheduled_modules(self) -> list[Any]:
+        """What Megatron's schedule runs: the chunks, first to last."""
+        if not self.reduces_in_backward:
+            return list(self.built.chunks)
+        return [_ScheduledEngine(self.engine, chunk) for chunk in self.built.chunks]
+
+    def set_no_sync(self, wanted: bool) -> None:
+        """Whether the schedule is to hold back gradient sums until the last micro-batch."""
+        self.built.chunks[0].config.no_sync_func = self.no_sync if wanted else None
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -149,8 +164,19 @@ class ZeroOptimizer:
                 group=parallel_state.get_embedding_group(),
             )
         self.engine.set_gradient_accumulation_boundary(True)
-        if self.zero_stage == 1:
+        if self.zero_stage == 0:
+            self._average_gradients()
+        if not self.reduces_in_backward:
             self.engine.allreduce_gradients()
+
+    def _average_gradients(self) -> None:
+        """Over the ranks that hold the same parameters, each of which makes the whole update."""
+        group = replicas_group()
+        gradients = [self._accumulated_gradient(p) for _, p in self.built.named_parameters()]
+        sums = [torch.distributed.all_reduce(g, group=group, async_op=True) for g in gradients]
+        for work in sums:
+            work.wait()
+        torch._foreach_div_(gradients, group.size())
 
     def step(self, lr: float) -> float:
         """Clip by the global norm, update, zero gradients. Returns the norm before clipping."""
@@ -168,7 +194,7 @@ class ZeroOptimizer:
             .float()
             .reshape(self.infos[name].local_shape)
             .clone()
-            for name, p in self.stage.named_parameters()
+            for name, p in self.built.named_parameters()
         }
 
     def full_parameters(self) -> dict[str, Tensor]:
@@ -176,7 +202,7 @@ class ZeroOptimizer:
         data-parallel group; for comparisons."""
         return {
             name: safe_get_full_fp32_param(p).detach().reshape(self.infos[name].local_shape).clone()
-            for name, p in self.stage.named_parameters()
+            for name, p in self.built.named_parameters()
         }
 
     def _accumulated_gradient(self, parameter: Tensor) -> Tensor:
@@ -210,8 +236,9 @@ class ZeroOptimizer:
             state["step"].fill_(step)
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's fragments; over all data-parallel ranks they cover every parameter once."""
-        for name, parameter in self.stage.named_parameters():
+        """This rank's fragments; over all ranks with the same parameters they cover every one once
+        (at ZeRO 0: on each of these ranks)."""
+        for name, parameter in self.built.named_parameters():
             located = self._locate(parameter)
             if located is None:
                 continue
@@ -231,8 +258,7 @@ class ZeroOptimizer:
         if self.zero_stage == 3:
             group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
             share = parameter.ds_tensor.ds_numel
-            rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-            start = share * rank
+            start = share * replicas_group().rank()
             numel = min(share, parameter.ds_numel - start)
             if numel <= 0:
                 return None
@@ -253,7 +279,7 @@ class ZeroOptimizer:
     def refresh_parameters(self) -> None:
         """Set the module's parameters from the master weights (after loading those)."""
         parameter: Any  # ZeRO-3 adds attributes
-        for parameter in self.stage.parameters():
+        for _, parameter in self.built.named_parameters():
             if self.zero_stage == 3:
                 located = self._locate(parameter)
                 if located is not None:

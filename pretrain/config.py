@@ -144,6 +144,11 @@ class Config(Section):
                 "processes or use a smaller layout"
             )
         data_parallel = world_size // model_ranks
+        self._check_batch(data_parallel)
+        return data_parallel
+
+    def _check_batch(self, data_parallel: int) -> None:
+        parallel = self.parallel
         share = self.training.micro_batch_size * data_parallel
         if self.training.global_batch_size % share:
             raise ConfigError(
@@ -152,7 +157,17 @@ class Config(Section):
                 f"{data_parallel} = {share}; use "
                 f"{_nearest_multiple(self.training.global_batch_size, share)}"
             )
-        return data_parallel
+        micro_batches = self.training.global_batch_size // share
+        if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
+            block = share * parallel.pipeline
+            raise ConfigError(
+                f"parallel.virtual_pipeline={parallel.virtual_pipeline} takes micro-batches by "
+                f"parallel.pipeline={parallel.pipeline}, and training.global_batch_size="
+                f"{self.training.global_batch_size} gives each rank {micro_batches} of them; use "
+                f"training.global_batch_size="
+                f"{_nearest_multiple(self.training.global_batch_size, block)}, or "
+                "parallel.virtual_pipeline=1"
+            )
 
 
 def _check_training(config: Config) -> None:
@@ -196,24 +211,72 @@ def _check_model_against_layout(model: ModelConfig, parallel: ParallelConfig) ->
                 f"parallel.tensor={tensor} does not divide model.{field}={value}; "
                 f"use one of {_divisors(common)}"
             )
+    _check_pipeline(model, parallel)
+    _check_zero(parallel)
+    if parallel.recompute_layers and parallel.recompute == "none":
+        raise ValueError(
+            f"parallel.recompute_layers={parallel.recompute_layers} with parallel.recompute='none' "
+            "recomputes nothing; use parallel.recompute='selective' or 'full', or "
+            "parallel.recompute_layers=0"
+        )
+
+
+def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
     if parallel.pipeline > model.num_layers:
         raise ValueError(
             f"parallel.pipeline={parallel.pipeline} is more stages than model.num_layers="
             f"{model.num_layers}; use at most {model.num_layers}"
         )
-    if parallel.pipeline > 1 and parallel.zero_stage > 1:
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         raise ValueError(
-            f"parallel.zero_stage={parallel.zero_stage} with parallel.pipeline={parallel.pipeline}"
-            ": ZeRO 2 and 3 reduce gradients in backward hooks, which cannot follow several "
-            "micro-batches in flight; use parallel.zero_stage=1, or parallel.pipeline=1"
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} divides stages, and "
+            "parallel.pipeline=1 has none; use parallel.virtual_pipeline=1, or parallel.pipeline=2 "
+            "or more"
+        )
+    if parallel.num_chunks > model.num_layers:
+        raise ValueError(
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} × parallel.pipeline="
+            f"{parallel.pipeline} = {parallel.num_chunks} is more chunks than model.num_layers="
+            f"{model.num_layers}; use parallel.virtual_pipeline="
+            f"{model.num_layers // parallel.pipeline} at most"
         )
     counts = parallel.pipeline_split
     if counts != "balanced" and (
-        len(counts) != parallel.pipeline or sum(counts) != model.num_layers or min(counts) < 1
+        len(counts) != parallel.num_chunks or sum(counts) != model.num_layers or min(counts) < 1
     ):
         raise ValueError(
-            f"parallel.pipeline_split={counts} must list parallel.pipeline={parallel.pipeline} "
-            f"numbers ≥ 1 that sum to model.num_layers={model.num_layers}; or use 'balanced'"
+            f"parallel.pipeline_split={counts} must list {parallel.num_chunks} numbers ≥ 1 "
+            "(parallel.pipeline × parallel.virtual_pipeline) that sum to model.num_layers="
+            f"{model.num_layers}; or use 'balanced'"
+        )
+
+
+def _check_zero(parallel: ParallelConfig) -> None:
+    """What DeepSpeed does together: any stage without pipeline stages, stage 1 with them; the
+    optimizer offloaded from any sharded stage without pipeline stages."""
+    stage, pipeline = parallel.zero_stage, parallel.pipeline
+    if pipeline > 1 and stage > 1:
+        raise ValueError(
+            f"parallel.zero_stage={stage} with parallel.pipeline={pipeline}: ZeRO 2 and 3 reduce "
+            "gradients in backward hooks, which cannot follow several micro-batches in flight; use "
+            "parallel.zero_stage=1, or parallel.pipeline=1"
+        )
+    if pipeline > 1 and stage == 0:
+        raise ValueError(
+            f"parallel.zero_stage=0 with parallel.pipeline={pipeline}: stage 1 sends as much and "
+            "keeps less; use parallel.zero_stage=1, or parallel.pipeline=1"
+        )
+    if parallel.offload == "optimizer" and pipeline > 1:
+        raise ValueError(
+            f"parallel.offload='optimizer' with parallel.pipeline={pipeline}: gradients move to "
+            "the host in backward hooks, which cannot follow several micro-batches in flight; use "
+            "parallel.offload='none', or parallel.pipeline=1"
+        )
+    if parallel.offload == "optimizer" and stage == 0:
+        raise ValueError(
+            "parallel.offload='optimizer' with parallel.zero_stage=0: every rank of a node would "
+            "keep a whole copy on the host; use parallel.zero_stage=1, 2 or 3, or "
+            "parallel.offload='none'"
         )
 
 

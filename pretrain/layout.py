@@ -5,7 +5,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from parallel.split import stage_layers
+from parallel.split import layer_chunks
 from parallel.topology import AXES, Topology, topology
 from pretrain.config import Config
 
@@ -25,11 +25,14 @@ def print_layout(config: Config, nodes: int, gpus_per_node: int) -> None:
     )
     console.print(f"{world_size} ranks on {nodes} nodes: {sizes}, tensor fastest")
     console.print(_rank_map(top))
-    for stage, layers in enumerate(
-        stage_layers(config.model, config.parallel, config.data.seq_len)
-    ):
-        held = "".join("A" if config.model.is_attention(layer) else "S" for layer in layers)
-        console.print(f"stage {stage}: layers {layers.start} to {layers.stop - 1}  {held}")
+    chunks = layer_chunks(config.model, config.parallel, config.data.seq_len)
+    for stage in range(top.pipeline):
+        parts = [
+            f"{layers.start} to {layers.stop - 1}  "
+            + "".join("A" if config.model.is_attention(layer) else "S" for layer in layers)
+            for layers in chunks[stage :: top.pipeline]
+        ]
+        console.print(f"stage {stage}: layers {', then '.join(parts)}")
     for line in axis_lines(top):
         console.print(line)
 

@@ -218,7 +218,7 @@ class Trainer:
         )
         self.zero = ZeroOptimizer(
             built,
-            zero_stage=config.parallel.zero_stage,
+            config.parallel,
             lr=optimizer.lr,
             betas=(optimizer.betas[0], optimizer.betas[1]),
             eps=optimizer.eps,

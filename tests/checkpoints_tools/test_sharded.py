@@ -23,7 +23,9 @@ CHAIN: list[tuple[int, dict[str, Any]]] = [
     (4, {"tensor": 2, "pipeline": 2}),
     (4, {"zero_stage": 2, "context": 2}),
     (2, {"pipeline": 2, "pipeline_split": [3, 1]}),
-    (3, {}),
+    (3, {"zero_stage": 0}),
+    (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    (2, {"zero_stage": 1, "offload": "optimizer"}),
     (4, {"tensor": 2, "zero_stage": 3}),
     (1, {}),
 ]
@@ -70,7 +72,7 @@ def stored_tensors(step_dir: Path) -> dict[str, torch.Tensor]:
 
 def test_state_survives_a_chain_of_layouts_bit_for_bit(tiny_data: Path, tmp_path: Path) -> None:
     def config(parallel: dict[str, Any]) -> Config:
-        training = {"global_batch_size": 12, "micro_batch_size": 2}
+        training = {"global_batch_size": 24, "micro_batch_size": 2}
         return tiny_config(tiny_data, tmp_path / "run", parallel=parallel, training=training)
 
     run_ranks(1, through, config({}), None, tmp_path / "0", 3)
@@ -105,7 +107,9 @@ def training_logits(config: Config, step_dir: Path, ids: torch.Tensor) -> torch.
     positions = torch.arange(ids.shape[1])[None]
     cu_seqlens = torch.tensor([0, ids.shape[1]], dtype=torch.int32)
     with torch.no_grad():
-        return trainer.zero.stage.logits(ids, positions, cu_seqlens)[:, : config.model.vocab_size]
+        return trainer.zero.built.chunks[0].logits(ids, positions, cu_seqlens)[
+            :, : config.model.vocab_size
+        ]
 
 
 @pytest.mark.parametrize(

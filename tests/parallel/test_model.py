@@ -41,7 +41,7 @@ def build(
     built = build_stage(
         model, layout, seq_len=64, dtype=torch.float32, seed=3, deterministic=False, device=device
     )
-    return built.stage, model
+    return built.chunks[0], model
 
 
 def packed(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,6 +98,7 @@ def losses_beside_plain_torch(steps: int) -> tuple[list[float], list[float]]:
     """The same training by this system, and by the single-GPU model with torch's own AdamW."""
     from data_pipeline.batch import Batch
     from parallel.build import BuiltStage
+    from parallel.config import ParallelConfig
     from parallel.context import local_batch
     from parallel.params import describe_parameters
     from parallel.schedule import count_tokens, forward_backward
@@ -111,8 +112,8 @@ def losses_beside_plain_torch(steps: int) -> tuple[list[float], list[float]]:
         {n: p.detach()[:300] if "embed" in n else p.detach() for n, p in stage.named_parameters()}
     )
     zero = ZeroOptimizer(
-        BuiltStage(stage, describe_parameters(stage, model, 0, 1)),
-        zero_stage=1, lr=lr, betas=betas, eps=eps, weight_decay=decay, clip_grad_norm=1.0,
+        BuiltStage([stage], describe_parameters(stage, model, 0, 1)), ParallelConfig(),
+        lr=lr, betas=betas, eps=eps, weight_decay=decay, clip_grad_norm=1.0,
     )  # fmt: skip
     named = list(plain.named_parameters())
     adam = torch.optim.AdamW(

@@ -28,6 +28,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor2-context4-recompute": (8, {"tensor": 2, "context": 4, "recompute": "full"}),
     "context2-pipeline2": (4, {"context": 2, "pipeline": 2}),
     "context2-data2-zero2": (4, {"context": 2, "zero_stage": 2}),
+    "data2-zero0": (2, {"zero_stage": 0}),
+    "data2-offload": (2, {"zero_stage": 2, "offload": "optimizer"}),
+    "pipeline2-virtual2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "tensor2-pipeline2": (4, {"tensor": 2, "pipeline": 2}),
     "tensor2-data2-zero3": (4, {"tensor": 2, "zero_stage": 3}),
 }

@@ -29,11 +29,9 @@ def forget_tied_embedding() -> None:
 def forget_context_ranks() -> None:
     from megatron.core import parallel_state
 
-    from parallel.groups import MpuAdapter
+    from parallel import zero
 
-    for name in ("group", "rank", "world_size"):
-        function = f"get_data_parallel_{name}"
-        setattr(MpuAdapter, function, staticmethod(getattr(parallel_state, function)))
+    zero.replicas_group = parallel_state.get_data_parallel_group
 
 
 def forget_passed_states() -> None:

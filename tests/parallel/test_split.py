@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.flops import head_flops, layer_flops, training_flops_per_token
-from parallel.split import balanced_counts, stage_layers
+from parallel.split import balanced_counts, layer_chunks
 
 
 @given(
@@ -33,12 +33,12 @@ def test_slowest_stage_is_minimal(costs: list[float], stages: int, extra: float)
 
 def test_explicit_split_is_kept() -> None:
     parallel = ParallelConfig(pipeline=2, pipeline_split=[3, 5])
-    assert stage_layers(ModelConfig(), parallel, 64) == [range(0, 3), range(3, 8)]
+    assert layer_chunks(ModelConfig(), parallel, 64) == [range(0, 3), range(3, 8)]
 
 
 def test_heavy_head_takes_layers_off_the_last_stage() -> None:
     model = ModelConfig(vocab_size=50_000)
-    first, last = stage_layers(model, ParallelConfig(pipeline=2), 1024)
+    first, last = layer_chunks(model, ParallelConfig(pipeline=2), 1024)
     assert len(first) > len(last)
     assert len(first) + len(last) == model.num_layers
 

@@ -153,7 +153,7 @@ def error_of(path: Path, *words: str) -> str:
         (["--optimizer.lr=0"], "optimizer.lr=0: input should be greater than 0"),
         (["--training.dtype=fp16"], "training.dtype='fp16': input should be 'bf16' or 'fp32'"),
         (["--parallel.sequence=x"], "parallel.sequence='x': input should be a valid boolean"),
-        (["--parallel.zero_stage=4"], "parallel.zero_stage=4: input should be 1, 2 or 3"),
+        (["--parallel.zero_stage=4"], "parallel.zero_stage=4: input should be 0, 1, 2 or 3"),
         (["--training.steps"], "the override --training.steps lacks a value"),
         (["--training.steps", "--training.seed=3"], "the override --training.steps lacks a value"),
         (["--steps=3"], "unexpected argument '--steps=3'"),

@@ -22,7 +22,10 @@ STEPS = 6
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single-fp32": (1, {}),
     "data2-zero3-fp32": (2, {"parallel": {"zero_stage": 3}}),
-    "pipeline2-bf16": (2, {"parallel": {"pipeline": 2}, "training": {"dtype": "bf16"}}),
+    "interleaved-bf16": (
+        2,
+        {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "training": {"dtype": "bf16"}},
+    ),
 }
 EXACT = ("step", "tokens", "samples", "loss", "perplexity", "grad_norm", "lr")
 
