@@ -48,8 +48,7 @@ def column_linear(in_size: int, out_size: int, config: ModelParallelConfig) -> C
         bias=False,
         disable_grad_reduce=True,
     )
-    # Megatron marks the split only when it initialises the weight itself
-    set_tensor_model_parallel_attributes(linear.weight, True, 0, 1)
+    mark_split(linear.weight, 0)
     return linear
 
 
@@ -64,8 +63,17 @@ def row_linear(in_size: int, out_size: int, config: ModelParallelConfig) -> RowP
         input_is_parallel=True,
         skip_bias_add=False,
     )
-    set_tensor_model_parallel_attributes(linear.weight, True, 1, 1)
+    mark_split(linear.weight, 1)
     return linear
+
+
+def mark_split(weight: Tensor, dim: int) -> None:
+    """Say that tensor-parallel ranks hold parts of `weight` along `dim`.
+
+    Megatron-core before 0.19 says so only of weights that it initialises itself.
+    """
+    if not hasattr(weight, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 def _left_to_init(weight: Tensor) -> None:
@@ -75,7 +83,7 @@ def _left_to_init(weight: Tensor) -> None:
 def head_parameter(size: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """A per-head vector [heads / tp], split like the heads."""
     parameter = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
-    set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+    mark_split(parameter, 0)
     return parameter
 
 

@@ -13,10 +13,7 @@ from typing import Literal
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel import (
-    VocabParallelEmbedding,
-)
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
 
 from kernels.rope.table import rotary_cos_sin
@@ -27,6 +24,7 @@ from parallel.layers import (
     SwiGLU,
     WeightedResidual,
     enter_tensor_parallel,
+    mark_split,
     recomputed,
 )
 from parallel.loss import head_logits, head_loss
@@ -101,7 +99,7 @@ def vocab_embedding(model: ModelConfig, config: ModelParallelConfig) -> VocabPar
         reduce_scatter_embeddings=config.sequence_parallel,
         config=config,
     )
-    set_tensor_model_parallel_attributes(embedding.weight, True, 0, 1)
+    mark_split(embedding.weight, 0)
     return embedding
 
 
