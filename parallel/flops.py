@@ -5,9 +5,7 @@ Matrix products are counted exactly; elementwise work is not. Backward is twice 
 
 from parallel.config import ModelConfig
 
-SSD_COUNTED_CHUNK = (
-    64  # chunk length the SSD count assumes when the configuration leaves it to the table
-)
+SSD_COUNTED_CHUNK = 64  # Q where the configuration leaves it to the table
 
 
 def layer_flops(model: ModelConfig, layer: int, seq_len: int) -> float:

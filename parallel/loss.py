@@ -27,12 +27,16 @@ def head_loss(h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, vali
     return _HeadLoss.apply(h, weight, labels, loss_mask, valid)
 
 
+def block_tokens(rows: int, on_gpu: bool) -> int:
+    """Tokens of a block, for a head weight of so many rows."""
+    return max(GPU_BLOCK_TOKENS if on_gpu else 1, BLOCK_ELEMENTS // rows)
+
+
 def head_logits(h: Tensor, weight: Tensor, valid: int) -> Tensor:
     """W h [T, V], with -inf in the columns of vocabulary padding."""
     logits = F.linear(h, weight)
-    if valid < logits.shape[-1]:
-        column = torch.arange(logits.shape[-1], device=logits.device)
-        logits = logits.masked_fill(column >= valid, float("-inf"))
+    # not for autograd to see: a column of -inf has no gradient, and the mask's would be a copy
+    logits.detach()[:, max(0, valid) :] = float("-inf")
     return logits
 
 
@@ -46,7 +50,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int
     ) -> Tensor:
-        block = max(GPU_BLOCK_TOKENS if h.is_cuda else 1, BLOCK_ELEMENTS // weight.shape[0])
+        block = block_tokens(weight.shape[0], h.is_cuda)
         total = torch.zeros((), dtype=torch.float32, device=h.device)
         with_grad = ctx.needs_input_grad[0]
         if with_grad:

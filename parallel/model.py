@@ -210,7 +210,7 @@ class PipelineStage(nn.Module):
             h = h if self.config.sequence_parallel else h.transpose(0, 1)
         else:
             assert self._input is not None
-            h = self._input
+            h, self._input = self._input, None  # the schedule decides how long it lives
         for n, layer in enumerate(self.model.layers.values()):
             h = (
                 recomputed(layer, h, positions)

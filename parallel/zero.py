@@ -32,7 +32,15 @@ from parallel.config import ParallelConfig
 from parallel.groups import MpuAdapter, group_of_this_rank, replicas_group
 from parallel.params import EMBEDDING, ParamInfo
 
+BUCKET_ELEMENTS = 50_000_000  # of gradients reduced, or updated parameters gathered, at once
+GATHERED_ELEMENTS = 1_000_000_000  # of parameters that ZeRO 3 keeps gathered for their next use
+
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it reports memory at every start
+
+
+def reduces_in_backward(parallel: ParallelConfig) -> bool:
+    """Whether DeepSpeed's hooks sum gradients during backward, or one call does after it."""
+    return parallel.zero_stage > 1 or parallel.offload == "optimizer"
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class ZeroOptimizer:
         self.built, self.infos = built, built.infos
         self.zero_stage = parallel.zero_stage
         self.offload = parallel.offload == "optimizer"
-        self.reduces_in_backward = self.zero_stage > 1 or self.offload
+        self.reduces_in_backward = reduces_in_backward(parallel)
         parameters = dict(built.named_parameters())
         for name, parameter in parameters.items():
             # DeepSpeed's gradient norm counts each parameter once by these
@@ -102,6 +110,8 @@ class ZeroOptimizer:
         self._create_adam_state()
 
     def _deepspeed_config(self, dtype: torch.dtype, clip_grad_norm: float) -> dict[str, Any]:
+        numel = sum(p.numel() for _, p in self.built.named_parameters())
+        bucket = min(BUCKET_ELEMENTS, numel)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -109,6 +119,8 @@ class ZeroOptimizer:
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": max(1, self.zero_stage),
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
                 # with either of these ZeRO-1 would reduce in backward hooks, which know nothing of
                 # several micro-batches in flight
                 "contiguous_gradients": self.reduces_in_backward,
@@ -122,7 +134,11 @@ class ZeroOptimizer:
             config["zero_force_ds_cpu_optimizer"] = False  # its own Adam is compiled at start
         if self.zero_stage == 3:
             # every parameter is partitioned, also small ones: one rule for owning its state
-            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            config["zero_optimization"] |= {
+                "stage3_param_persistence_threshold": 0,
+                "stage3_max_live_parameters": GATHERED_ELEMENTS,
+                "stage3_max_reuse_distance": GATHERED_ELEMENTS,
+            }
         if dtype == torch.bfloat16:
             config["bf16"] = {"enabled": True, "immediate_grad_update": True}
             config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -167,7 +183,7 @@ class ZeroOptimizer:
         if self.zero_stage == 0:
             self._average_gradients()
         if not self.reduces_in_backward:
-            self.engine.allreduce_gradients()
+            self.engine.allreduce_gradients(bucket_size=BUCKET_ELEMENTS)
 
     def _average_gradients(self) -> None:
         """Over the ranks that hold the same parameters, each of which makes the whole update."""
