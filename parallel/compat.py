@@ -8,7 +8,8 @@ over gloo unchanged.
 import importlib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +57,17 @@ def prepare_host(local_rank: int = 0) -> torch.device:
     # by name: the attribute `torch` of deepspeed.comm is the real torch
     setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
     return cpu
+
+
+@contextmanager
+def factory_device(device: torch.device) -> Iterator[None]:
+    """Megatron-core's communication buffers on `device`, for shapes without memory."""
+    before = torch.cuda.current_device
+    torch.cuda.current_device = lambda: device  # type: ignore[assignment,return-value]
+    try:
+        yield
+    finally:
+        torch.cuda.current_device = before
 
 
 def cuda_calls_on_cpu() -> TorchFunctionMode:

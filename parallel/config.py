@@ -179,6 +179,11 @@ class ParallelConfig(Section):
         return self.tensor > 1 and self.sequence in ("auto", True)
 
     @property
+    def reduces_in_backward(self) -> bool:
+        """Whether DeepSpeed's hooks sum gradients during backward, or one call does after it."""
+        return self.zero_stage > 1 or self.offload == "optimizer"
+
+    @property
     def num_chunks(self) -> int:
         """Runs of consecutive layers; chunk i is on stage i mod pipeline."""
         return self.pipeline * self.virtual_pipeline

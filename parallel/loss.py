@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 22  # logits of a block: 16 MiB in float32, about a CPU's cache
-GPU_BLOCK_TOKENS = 2048  # on a GPU blocks must be tall enough for their products to fill it
+from parallel.sizes import head_block_tokens
 
 
 def head_loss(h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int) -> Tensor:
@@ -25,11 +24,6 @@ def head_loss(h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, vali
     weight that are tokens, the rest being padding of the vocabulary.
     """
     return _HeadLoss.apply(h, weight, labels, loss_mask, valid)
-
-
-def block_tokens(rows: int, on_gpu: bool) -> int:
-    """Tokens of a block, for a head weight of so many rows."""
-    return max(GPU_BLOCK_TOKENS if on_gpu else 1, BLOCK_ELEMENTS // rows)
 
 
 def head_logits(h: Tensor, weight: Tensor, valid: int) -> Tensor:
@@ -50,7 +44,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int
     ) -> Tensor:
-        block = block_tokens(weight.shape[0], h.is_cuda)
+        block = head_block_tokens(weight.shape[0], h.is_cuda)
         total = torch.zeros((), dtype=torch.float32, device=h.device)
         with_grad = ctx.needs_input_grad[0]
         if with_grad:

@@ -21,9 +21,8 @@ and what the allocator loses to fragments.
 from dataclasses import dataclass, fields
 
 from parallel.config import ModelConfig, ParallelConfig
-from parallel.loss import block_tokens
+from parallel.sizes import BUCKET_ELEMENTS, GATHERED_ELEMENTS, head_block_tokens
 from parallel.split import layer_chunks
-from parallel.zero import BUCKET_ELEMENTS, GATHERED_ELEMENTS, reduces_in_backward
 
 CPU_CHUNK = 64  # of the CPU's scan, which keeps a state at each border (kernels/ssd/chunked.py)
 GPU_CHUNK = {
@@ -99,7 +98,7 @@ def _rank_memory(
 ) -> RankMemory:
     numel = stage_parameters(model, parallel, stage, chunks)
     shards = work.data * parallel.context if parallel.zero_stage else 1
-    in_backward = reduces_in_backward(parallel)
+    in_backward = parallel.reduces_in_backward
     on_device = parallel.offload == "none"
     gradients = 4 * numel // (shards if parallel.zero_stage > 1 else 1)
     bucket = min(numel, BUCKET_ELEMENTS)
@@ -279,7 +278,7 @@ def head_bytes(model: ModelConfig, parallel: ParallelConfig, work: Workload) -> 
     gradient), and its gradients; those of the rank's rows are summed in float32."""
     vocab, hidden = model.padded_vocab_size // parallel.tensor, model.hidden_size
     item = work.itemsize
-    block = min(work.tokens(parallel), block_tokens(vocab, work.on_gpu))
+    block = min(work.tokens(parallel), head_block_tokens(vocab, work.on_gpu))
     logits = 4 * block * vocab + (item * block * vocab if item < 4 else 0)
     gradients = item * (block * vocab + (block + vocab) * hidden)
     return (4 - item) * vocab * hidden + max(logits, gradients)

@@ -1,13 +1,12 @@
 """Bytes a rank sends in one step, by axis.
 
 Of g ranks that each hold a part of size n of the whole, an all-gather or reduce-scatter sends
-(g - 1) n from each, an all-reduce of n numbers 2 (g - 1) / g · n, an all-to-all of n (g - 1) / g · n.
+(g - 1) n from each, an all-reduce of n 2 (g - 1) / g · n, an all-to-all of n (g - 1) / g · n.
 """
 
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.memory import Workload, exchanges_heads, stage_parameters
 from parallel.topology import Axis
-from parallel.zero import reduces_in_backward
 
 
 def traffic(
@@ -84,7 +83,7 @@ def _data(parallel: ParallelConfig, work: Workload, numel: int) -> float:
     share = (replicas - 1) / replicas
     if parallel.zero_stage == 0:
         return 2 * share * 4 * numel
-    if not reduces_in_backward(parallel):
+    if not parallel.reduces_in_backward:
         return 2 * share * 4 * numel + share * work.itemsize * numel
     reduced = work.micro_batches * share * 4 * numel
     if parallel.zero_stage < 3:

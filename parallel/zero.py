@@ -31,16 +31,9 @@ from parallel.build import BuiltStage
 from parallel.config import ParallelConfig
 from parallel.groups import MpuAdapter, group_of_this_rank, replicas_group
 from parallel.params import EMBEDDING, ParamInfo
-
-BUCKET_ELEMENTS = 50_000_000  # of gradients reduced, or updated parameters gathered, at once
-GATHERED_ELEMENTS = 1_000_000_000  # of parameters that ZeRO 3 keeps gathered for their next use
+from parallel.sizes import BUCKET_ELEMENTS, GATHERED_ELEMENTS
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it reports memory at every start
-
-
-def reduces_in_backward(parallel: ParallelConfig) -> bool:
-    """Whether DeepSpeed's hooks sum gradients during backward, or one call does after it."""
-    return parallel.zero_stage > 1 or parallel.offload == "optimizer"
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ class ZeroOptimizer:
         self.built, self.infos = built, built.infos
         self.zero_stage = parallel.zero_stage
         self.offload = parallel.offload == "optimizer"
-        self.reduces_in_backward = reduces_in_backward(parallel)
+        self.reduces_in_backward = parallel.reduces_in_backward
         parameters = dict(built.named_parameters())
         for name, parameter in parameters.items():
             # DeepSpeed's gradient norm counts each parameter once by these

@@ -98,6 +98,12 @@ def _quiet_libraries() -> None:
 def pretrain(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML file, e.g. configs/demo.toml.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build one rank of the job without memory; report.")
+    ] = False,
+    world_size: Annotated[int, typer.Option(min=1, help="Of the job, with --dry-run.")] = 1,
+    rank: Annotated[int, typer.Option(min=0, help="Which one, with --dry-run.")] = 0,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Ranks a node, with --dry-run.")] = 8,
 ) -> None:
     """Train, or go on training. Fields are overridden by --section.field VALUE.
 
@@ -106,6 +112,15 @@ def pretrain(
     from pretrain.config import ConfigError, load_config
 
     loaded = load_config(config, context.args)
+    if dry_run:
+        loaded.data_parallel(world_size)
+        from parallel.compat import prepare_host
+
+        prepare_host()
+        from pretrain.dry_run import dry_run as run
+
+        run(loaded, world_size, rank, gpus_per_node)
+        return
     # Neither torch nor DeepSpeed is imported before the configuration is known to be good
     from parallel.launch import launch_from_environment
 
@@ -123,6 +138,31 @@ def pretrain(
     from pretrain.trainer import train
 
     train(loaded, launch)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def estimate(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="TOML file.")],
+    nodes: Annotated[int, typer.Option(min=1, help="Of the job.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    gpu_memory: Annotated[str, typer.Option(help="Of one GPU, e.g. 80GiB.")] = "80GiB",
+    gpu: Annotated[
+        Literal["a100", "h100", "h200", "b200"], typer.Option(help="Whose peaks bound the time.")
+    ] = "h100",
+    search: Annotated[bool, typer.Option("--search", help="Rank the layouts that fit.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
+) -> None:
+    """Parameters, FLOPs, memory, traffic and least time of a run. 2: it does not fit.
+
+    Fields are overridden by --section.field VALUE.
+    """
+    from pretrain.config import load_config
+    from pretrain.estimate import Job, parse_memory
+    from pretrain.estimate_report import run
+
+    job = Job(nodes, gpus_per_node, parse_memory(gpu_memory), gpu)
+    run(load_config(config, context.args), job, search=search, as_json=json_output)
 
 
 @app.command()

@@ -45,7 +45,7 @@ def axis_lines(top: Topology) -> list[str]:
         where = "within a node" if reach == 1 else f"each over up to {reach} nodes"
         line = f"{axis}: {top.world_size // size} groups of {size}"
         if size > 1:
-            line += f", {where}; the first: {_ranks(top.groups(axis)[0])}"
+            line += f", {where}; the first: {list_of_ranks(top.groups(axis)[0])}"
         if axis == "tensor" and reach > 1:
             line += (
                 f"  WARNING: every layer waits for the network; use a parallel.tensor that divides "
@@ -67,6 +67,7 @@ def _rank_map(top: Topology) -> Table:
     return table
 
 
-def _ranks(group: list[int]) -> str:
+def list_of_ranks(group: list[int]) -> str:
+    """The first ranks of a group."""
     shown = ", ".join(map(str, group[:8]))
     return f"{shown}, ..." if len(group) > 8 else shown

@@ -1,0 +1,202 @@
+"""What a run will need, before anything is built, and the layouts that need least.
+
+Imports no torch: it answers in a second, on any machine.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from parallel.flops import training_flops_per_token
+from parallel.memory import RankMemory, Workload, memory_by_stage
+from parallel.roofline import GPUS, StepTime, bubble_share, stage_seconds, step_time
+from parallel.split import layer_chunks
+from parallel.topology import AXES, Topology, topology
+from parallel.traffic import traffic
+from pretrain.config import Config, ConfigError, parse_config
+
+RESERVED = 0.08  # of a GPU's memory: CUDA context, NCCL's buffers, fragments
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """The GPUs a run is to get."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu_memory: int  # bytes
+    gpu: str
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def usable(self) -> int:
+        """Bytes of a GPU that tensors may take."""
+        return int(self.gpu_memory * (1 - RESERVED))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one layout on one job."""
+
+    config: Config
+    work: Workload
+    top: Topology
+    chunks: list[range]
+    memory: list[RankMemory]  # of a rank of each stage
+    time: StepTime
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the fullest rank."""
+        return max(stage.peak for stage in self.memory)
+
+    @property
+    def bubble(self) -> float:
+        """Idle share of a stage's time, of equal stages."""
+        parallel = self.config.parallel
+        return bubble_share(parallel.pipeline, parallel.virtual_pipeline, self.work.micro_batches)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.config.tokens_per_step / self.time.total
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "80GiB", "80GB" or a number of bytes. Raises ConfigError."""
+    units = {"GiB": GIB, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "TiB": 2**40, "": 1}
+    number = text.rstrip("GiBMT").strip()
+    unit = text[len(number) :].strip()
+    try:
+        found = int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        found = 0
+    if found <= 0:
+        raise ConfigError(f"--gpu-memory {text!r} is not a size; write e.g. 80GiB or 80GB")
+    return found
+
+
+def workload(config: Config, data: int) -> Workload:
+    """One step of a rank of `data` data-parallel ones, on a GPU."""
+    training = config.training
+    return Workload(
+        data=data,
+        seq_len=config.data.seq_len,
+        micro_batch_size=training.micro_batch_size,
+        micro_batches=training.global_batch_size // (training.micro_batch_size * data),
+        itemsize=2 if training.dtype == "bf16" else 4,
+    )
+
+
+def estimate(config: Config, job: Job) -> Estimate:
+    """Raises ConfigError where the layout does not fit the job's processes or the batch."""
+    model, parallel = config.model, config.parallel
+    data = config.data_parallel(job.world_size)
+    work = workload(config, data)
+    top = topology(parallel, data, job.gpus_per_node)
+    chunks = layer_chunks(model, parallel, work.seq_len)
+    memory = memory_by_stage(model, parallel, work)
+    time = step_time(model, parallel, work, chunks, GPUS[job.gpu], top)
+    return Estimate(config, work, top, chunks, memory, time)
+
+
+def as_plain(result: Estimate, job: Job) -> dict[str, Any]:
+    """The whole estimate in plain values; bytes, seconds, FLOPs."""
+    config, work, chunks = result.config, result.work, result.chunks
+    parallel = config.parallel
+    seconds_by_stage = stage_seconds(config.model, parallel, work, chunks, GPUS[job.gpu])
+    return {
+        "parallel": parallel.model_dump(),
+        "micro_batch_size": work.micro_batch_size,
+        "sizes": {axis: getattr(result.top, axis) for axis in AXES},
+        "parameters": config.model.num_params(),
+        "flops_per_token": training_flops_per_token(config.model, work.seq_len),
+        "stages": [
+            {
+                "layers": [[c.start, c.stop] for c in result.chunks[s :: parallel.pipeline]],
+                "memory": stage.by_category(),
+                "peak": stage.peak,
+                "traffic": traffic(config.model, parallel, work, s, result.chunks),
+                "seconds_per_micro_batch": seconds,
+            }
+            for s, (stage, seconds) in enumerate(zip(result.memory, seconds_by_stage, strict=True))
+        ],
+        "fits": result.peak <= job.usable,
+        "bubble": result.bubble,
+        "step_seconds": {
+            "compute": result.time.compute,
+            "bubble": result.time.bubble,
+            "update": result.time.update,
+            **{f"{axis} communication": s for axis, s in result.time.communication.items()},
+        },
+        "tokens_per_second": result.tokens_per_second,
+        "model_flops_utilization": utilization(result, job),
+    }
+
+
+def utilization(result: Estimate, job: Job) -> float:
+    """Model FLOPs a second over the GPUs' peak."""
+    flops = training_flops_per_token(result.config.model, result.work.seq_len)
+    return result.tokens_per_second * flops / job.world_size / GPUS[job.gpu].flops
+
+
+def overrides(config: Config) -> str:
+    """The options that turn any configuration of this model into this layout."""
+    names = ("tensor", "context", "pipeline", "virtual_pipeline", "zero_stage", "recompute")
+    words = [f"--parallel.{name} {getattr(config.parallel, name)}" for name in names]
+    return " ".join([*words, f"--training.micro_batch_size {config.training.micro_batch_size}"])
+
+
+def layouts(config: Config, job: Job) -> Iterator[Estimate]:
+    """Every valid layout of the model on the job, the batch and the data as they are.
+
+    Tensor parallelism stays within a node.
+    """
+    world, node = job.world_size, job.gpus_per_node
+    model, batch = config.model, config.training.global_batch_size
+    for tensor, pipeline, context in itertools.product(
+        _divisors(node), _divisors(world), _divisors(world)
+    ):
+        ranks = tensor * pipeline * context
+        if world % ranks or pipeline > model.num_layers:
+            continue
+        share = batch // (world // ranks)
+        virtual = (
+            [v for v in (1, 2, 4) if v * pipeline <= model.num_layers] if pipeline > 1 else [1]
+        )
+        for chunks, zero_stage, recompute, micro_batch in itertools.product(
+            virtual,
+            (1,) if pipeline > 1 else (1, 2, 3),
+            ("none", "selective", "full"),
+            [d for d in _divisors(share) if d <= 16] if share else [],
+        ):
+            changed = _with(
+                config,
+                micro_batch,
+                tensor=tensor, pipeline=pipeline, context=context, virtual_pipeline=chunks,
+                zero_stage=zero_stage, recompute=recompute,
+            )  # fmt: skip
+            if changed is not None:
+                try:
+                    yield estimate(changed, job)
+                except ConfigError:  # the batch does not divide
+                    continue
+
+
+def _with(config: Config, micro_batch: int, **parallel: Any) -> Config | None:
+    """The configuration in another layout, or None where that is refused."""
+    tree = config.model_dump()
+    tree["parallel"] |= parallel | {"pipeline_split": "balanced", "recompute_layers": 0}
+    tree["training"]["micro_batch_size"] = micro_batch
+    try:
+        return parse_config(tree)
+    except ConfigError:
+        return None
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,186 @@
+"""Estimates beside what is built: parameters, memory, traffic; layouts that do not fit; search."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.ranks import run_ranks
+from parallel.config import ModelConfig, ParallelConfig
+from parallel.flops import head_flops, layer_flops
+from parallel.memory import chunks_in_flight
+from parallel.roofline import bubble_share
+from pretrain.config import Config, ConfigError, parse_config
+from pretrain.estimate import GIB, Job, as_plain, estimate, layouts, parse_memory, workload
+from tests.pretrain.command import run_command
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+JOB = Job(nodes=2, gpus_per_node=8, gpu_memory=80 * GIB, gpu="h100")
+
+
+def config_of(parallel: dict[str, Any], **model: Any) -> Config:
+    fields = {"num_layers": 8, "num_kv_heads": 2, "ssd_groups": 2, "attn_layer_period": 4}
+    return parse_config(
+        {
+            "model": fields | {"attn_layer_offset": 3} | model,
+            "parallel": parallel,
+            "data": {"train": "t", "validation": "v", "seq_len": 512},
+            "training": {"global_batch_size": 64, "micro_batch_size": 2},
+        }
+    )
+
+
+TRACED = {
+    "tensor": {"tensor": 2},
+    "tensor-no-sequence": {"tensor": 2, "sequence": False},
+    "tensor-recompute": {"tensor": 2, "recompute": "full"},
+    "pipeline": {"pipeline": 4},
+    "interleaved": {"pipeline": 2, "virtual_pipeline": 2, "tensor": 2},
+    "heads-exchanged": {"context": 4},
+    "ring": {"tensor": 2, "context": 4},
+    "all": {"tensor": 2, "context": 2, "pipeline": 2},
+}
+
+
+def traced(config: Config, world_size: int, rank: int) -> tuple[int, dict[tuple[str, str], float]]:
+    """Parameters of a rank, and the bytes that its collectives send for one micro-batch."""
+    from parallel.compat import prepare_host
+    from pretrain.dry_run import trace
+
+    prepare_host()
+    built, seen = trace(config, world_size, rank)
+    sizes = {"tensor": config.parallel.tensor, "context": config.parallel.context}
+    share = {  # of what is given to a collective of g ranks, by rank
+        "allgather": lambda g: g - 1,
+        "reduce_scatter": lambda g: (g - 1) / g,
+        "allreduce": lambda g: 2 * (g - 1) / g,
+        "alltoall": lambda g: (g - 1) / g,
+        "send": lambda g: 1,
+        "recv": lambda g: 0,
+    }
+    sent = {
+        (axis, kind): size * share[kind](sizes[axis]) for (axis, kind), size in seen.bytes.items()
+    }
+    return sum(p.numel() for _, p in built.named_parameters()), sent
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_traffic_and_parameters_are_those_of_the_real_code(name: str) -> None:
+    config = config_of(TRACED[name])
+    result = estimate(config, JOB)
+    stages = as_plain(result, JOB)["stages"]
+    for stage in (0, config.parallel.pipeline - 1):
+        rank = stage * JOB.world_size // config.parallel.pipeline
+        numel, sent = run_ranks(1, traced, config, JOB.world_size, rank)[0]
+        assert stages[stage]["memory"]["weights"] == 2 * numel
+        for axis in ("tensor", "context"):
+            found = sum(size for (group, _), size in sent.items() if group == axis)
+            predicted = stages[stage]["traffic"][axis] / result.work.micro_batches
+            assert predicted == pytest.approx(found, rel=0.02), (stage, axis, sent)
+
+
+def test_dry_run_of_1024_ranks(tmp_path: Path) -> None:
+    end = run_command(
+        "pretrain", CONFIGS / "7b.toml", "--dry-run", "--world-size", "1024", "--rank", "777",
+        "--parallel.context", "2",
+    )[0]  # fmt: skip
+    assert end.code == 0, end.output
+    assert "rank 777 of 1024, node 97: tensor 1 of 8, context 1 of 2, data 48 of 64" in end.output
+    assert "tensor group: 776, 777, 778, 779" in end.output
+    assert "context group: 769, 777" in end.output
+    assert "[4096, 1728]" in end.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_refuses_what_a_job_would() -> None:
+    for words, found in (
+        (["--world-size", "12"], "does not divide the 12 processes"),
+        (["--world-size", "16", "--rank", "16"], "--rank 16 is none of --world-size 16"),
+    ):
+        end = run_command("pretrain", CONFIGS / "7b.toml", "--dry-run", *words)[0]
+        assert end.code == 2
+        assert found in end.output
+
+
+def test_what_does_not_fit_is_refused_with_the_stage_and_the_reason() -> None:
+    words = (CONFIGS / "7b.toml", "--nodes", "1", "--gpu-memory", "4GiB")
+    end = run_command("estimate", *words)[0]
+    assert end.code == 2
+    assert "a rank of stage 0 needs" in end.output
+    assert "most of it moments (6.5 GiB)" in end.output
+    assert run_command("estimate", CONFIGS / "7b.toml", "--nodes", "1")[0].code == 0
+
+
+def test_json_is_one_object_that_adds_up() -> None:
+    end = run_command("estimate", CONFIGS / "7b.toml", "--nodes", "2", "--json")[0]
+    found = json.loads(end.output)
+    assert found["parameters"]["total"] == 6_988_142_336
+    assert found["sizes"] == {"tensor": 8, "context": 1, "data": 2, "pipeline": 1}
+    stage = found["stages"][0]["memory"]
+    assert stage["moments"] == 2 * stage["master"]
+    assert found["fits"]
+
+
+def test_search_finds_layouts_that_fit_best_first() -> None:
+    config = config_of({}, hidden_size=1024, intermediate_size=4096)
+    job = Job(nodes=1, gpus_per_node=8, gpu_memory=2 * GIB, gpu="a100")
+    found = list(layouts(config, job))
+    assert len({json.dumps(as_plain(e, job)["parallel"]) for e in found}) > 30
+    assert {e.peak <= job.usable for e in found} == {True, False}
+    end = run_command(
+        "estimate", CONFIGS / "demo.toml", "--gpus-per-node", "4", "--search", "--json"
+    )
+    times = [sum(e["step_seconds"].values()) for e in json.loads(end[0].output)]
+    assert times == sorted(times)
+    assert len(times) == 10
+
+
+def test_nothing_fits() -> None:
+    end = run_command("estimate", CONFIGS / "7b.toml", "--gpu-memory", "1MiB", "--search")[0]
+    assert end.code == 2
+    assert "no layout of this model fits 8 GPUs" in end.output
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("80GiB", 80 * GIB), ("80GB", 80 * 10**9), ("1.5 GiB", 3 * GIB // 2), ("1000", 1000)],
+)
+def test_sizes_of_memory(text: str, expected: int) -> None:
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["80Gi", "much", "", "-1GiB", "0"])
+def test_bad_sizes_of_memory(text: str) -> None:
+    with pytest.raises(ConfigError, match="--gpu-memory"):
+        parse_memory(text)
+
+
+def test_attention_and_scan_by_hand() -> None:
+    model = ModelConfig(ssd_groups=2, chunk_size=128)
+    hidden, feed_forward = 256, 2 * 3 * 256 * 512
+    projections = 2 * hidden * (2 * 256 + 2 * 2 * 64 + 4)
+    scan = 2 * 2 * 128 * 64 + 4 * (2 * 128 * 64 + 4 * 64 * 64)
+    assert layer_flops(model, 0, 4096) == feed_forward + projections + scan
+    attention = 2 * hidden * 4 * 256 + sum(4 * 256 * keys for keys in range(1, 4097)) / 4096
+    assert layer_flops(model, 7, 4096) == pytest.approx(feed_forward + attention)
+    assert head_flops(model) == 2 * 256 * 8192
+
+
+def test_bubble_and_chunks_in_flight() -> None:
+    assert bubble_share(4, 1, 4) == 3 / 7
+    assert bubble_share(4, 2, 4) == 3 / 11
+    plain, interleaved = ParallelConfig(pipeline=4), ParallelConfig(pipeline=4, virtual_pipeline=2)
+    assert [chunks_in_flight(plain, 8, s) for s in range(4)] == [4, 3, 2, 1]
+    assert [chunks_in_flight(plain, 2, s) for s in range(4)] == [2, 2, 2, 1]
+    assert [chunks_in_flight(interleaved, 8, s) for s in range(4)] == [11, 9, 7, 5]
+
+
+def test_longer_sequences_and_less_recomputation_need_more() -> None:
+    peaks = [
+        estimate(config_of({"recompute": again}), JOB).peak
+        for again in ("full", "selective", "none")
+    ]
+    assert peaks == sorted(peaks)
+    assert len(set(peaks)) == 3
+    assert workload(config_of({}), 16).micro_batches == 2
