@@ -149,7 +149,8 @@ def measure(layout: Layout) -> dict[str, int]:
 def predict(layout: Layout, rank: int) -> dict[str, int]:
     """The model's bytes of the same categories."""
     from parallel.config import ModelConfig, ParallelConfig
-    from parallel.memory import Workload, memory_by_stage
+    from parallel.footprint import Workload
+    from parallel.memory import memory_by_stage
     from parallel.topology import topology
 
     parallel = ParallelConfig(**layout.parallel)

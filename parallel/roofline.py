@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.flops import head_flops, layer_flops
-from parallel.memory import Workload, layer_activations, stage_parameters
+from parallel.footprint import Workload, layer_activations
+from parallel.memory import stage_parameters
 from parallel.topology import Axis, Topology
 from parallel.traffic import traffic
 

@@ -5,7 +5,8 @@ Of g ranks that each hold a part of size n of the whole, an all-gather or reduce
 """
 
 from parallel.config import ModelConfig, ParallelConfig
-from parallel.memory import Workload, exchanges_heads, stage_parameters
+from parallel.footprint import Workload, exchanges_heads
+from parallel.memory import stage_parameters
 from parallel.topology import Axis
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.flops import training_flops_per_token
-from parallel.memory import RankMemory, Workload, memory_by_stage
+from parallel.footprint import Workload
+from parallel.memory import RankMemory, memory_by_stage
 from parallel.roofline import GPUS, StepTime, bubble_share, stage_seconds, step_time
 from parallel.split import layer_chunks
 from parallel.topology import AXES, Topology, topology

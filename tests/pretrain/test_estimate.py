@@ -9,7 +9,7 @@ import pytest
 from benchmarks.ranks import run_ranks
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.flops import head_flops, layer_flops
-from parallel.memory import chunks_in_flight
+from parallel.footprint import chunks_in_flight
 from parallel.roofline import bubble_share
 from pretrain.config import Config, ConfigError, parse_config
 from pretrain.estimate import GIB, Job, as_plain, estimate, layouts, parse_memory, workload
