@@ -207,8 +207,12 @@ def _check_model_against_layout(model: ModelConfig, parallel: ParallelConfig) ->
     common = math.gcd(*split.values())
     for field, value in split.items():
         if value % tensor:
+            reason = {
+                "ssd_groups": " (ranks do not share a group's B and C)",
+                "num_kv_heads": " (ranks do not share a key head)",
+            }.get(field, "")
             raise ValueError(
-                f"parallel.tensor={tensor} does not divide model.{field}={value}; "
+                f"parallel.tensor={tensor} does not divide model.{field}={value}{reason}; "
                 f"use one of {_divisors(common)}"
             )
     _check_pipeline(model, parallel)
