@@ -12,7 +12,7 @@ help:
 	@echo "make setup      create $(VENV) and install the project into it (demo and test do so too)"
 	@echo "make demo       train a small model on real text, export it, generate; minutes on two cores"
 	@echo "make test       run the tests"
-	@echo "make gpu-check  run the tests of kernels compiled, on this host's GPU"
+	@echo "make gpu-check  on a GPU host: the tests of kernels compiled, and the demo under many layouts"
 	@echo "make lint       check format, lint and types"
 	@echo "make clean      remove $(VENV), caches and build folders; data/ and runs/ stay"
 
@@ -61,9 +61,10 @@ test: setup
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
 
 gpu-check: setup
-	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch sees no GPU (torch.cuda.is_available() is False): run it on a GPU host, and see transxssm doctor there")'
-	@TRANSXSSM_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels
-	@TRANSXSSM_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/interpreted
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		TRANSXSSM_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/kernels && \
+		TRANSXSSM_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/interpreted; \
+	fi && $(BIN)/python -m benchmarks.gpu_check
 
 lint: setup
 	$(BIN)/ruff format --check .
