@@ -4,7 +4,7 @@ Numbers that a layer keeps for backward, per token; H, I: the hidden and feed-fo
 W = heads · head_dim, t: the tensor-parallel size (H* is H / t under sequence parallelism):
 
     residual stream           2 H*: the layer's output and the stream between its halves
-    inputs of projections     2 H:  one of each half
+    inputs of projections     2 H*: one of each half
     SSD                       (2 W + 2 groups · state_dim + heads) / t: x, b, c, Δ and y; and
                               heads / t · head_dim · state_dim for every chunk of a row
     attention                 (2 W + 2 kv_heads · head_dim) / t: q, k, v and its output; and
@@ -71,7 +71,7 @@ def layer_activations(
     """What one layer keeps of one micro-batch; `selective`: its mixer computes parts again."""
     tokens, item = work.tokens(parallel), work.itemsize
     stream = 2 * stream_tokens(parallel, tokens) * model.hidden_size
-    inputs = 2 * tokens * model.hidden_size
+    inputs = stream  # of the halves' projections: gathered again where tokens are split
     mixer = _attention if model.is_attention(layer) else _ssd
     inner = tokens * model.intermediate_size // parallel.tensor * (3 if work.on_gpu else 4)
     return item * (stream + inputs + inner) + mixer(model, parallel, work, selective)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """Where this process stands in the job."""
+    """Where this process stands in the job. ranks_per_node: 0 where the launcher does not say."""
 
     rank: int
     world_size: int
     local_rank: int
+    ranks_per_node: int = 0
 
 
 class LaunchError(Exception):
@@ -24,7 +25,12 @@ def launch_from_environment() -> Launch:
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+        return Launch(
+            int(env["RANK"]),
+            int(env["WORLD_SIZE"]),
+            int(env.get("LOCAL_RANK", 0)),
+            int(env.get("LOCAL_WORLD_SIZE", 0)),
+        )
     if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
         if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]:
             raise LaunchError(
@@ -33,6 +39,9 @@ def launch_from_environment() -> Launch:
                 "both: the first node's address and a free port"
             )
         return Launch(
-            int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
+            int(env["SLURM_PROCID"]),
+            int(env["SLURM_NTASKS"]),
+            int(env.get("SLURM_LOCALID", 0)),
+            int(env.get("SLURM_NTASKS_PER_NODE", 0)),
         )
     return Launch(0, 1, 0)

@@ -21,8 +21,8 @@ from parallel.config import ModelConfig
 from parallel.context import add_earlier_ranks, context_attention
 from parallel.layers import (
     column_linear,
-    enter_tensor_parallel,
     head_parameter,
+    project,
     recomputed,
     row_linear,
 )
@@ -62,8 +62,7 @@ class AttentionMixer(nn.Module):
 
     def forward(self, h: Tensor, positions: Positions) -> Tensor:
         """[T or T/tp, 1, hidden] → the same."""
-        u = enter_tensor_parallel(h, self.config)  # [T, 1, hidden]
-        q, k, v = self.q_proj(u)[0], self.k_proj(u)[0], self.v_proj(u)[0]
+        q, k, v = project(h, (self.q_proj, self.k_proj, self.v_proj), self.config)
         out = (
             recomputed(self.attend, q, k, v, positions)
             if self.recompute
@@ -147,9 +146,8 @@ class SSDMixer(nn.Module):
 
     def forward(self, h: Tensor, positions: Positions) -> Tensor:
         """[T or T/tp, 1, hidden] → the same."""
-        u = enter_tensor_parallel(h, self.config)  # [T, 1, hidden]
-        x, b, c = self.x_proj(u)[0], self.b_proj(u)[0], self.c_proj(u)[0]  # [T, 1, channels / tp]
-        dt = self.dt_proj(u)[0]  # [T, 1, heads / tp]
+        linears = (self.x_proj, self.b_proj, self.c_proj, self.dt_proj)
+        x, b, c, dt = project(h, linears, self.config)  # [T, 1, channels or heads / tp]
         y = (
             recomputed(self.scan, x, b, c, dt, positions)
             if self.recompute

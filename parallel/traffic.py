@@ -18,7 +18,8 @@ def traffic(
     layers = [layer for index in held for layer in chunks[index]]
     last = parallel.num_chunks - 1
     passes = _forward_and_backward(parallel)
-    tensor = sum(passes * _tensor_layer(model, parallel, work) for _ in layers)
+    again = 0.5 if parallel.sequence_parallel else 0  # backward gathers the inputs once more
+    tensor = (passes + again) * len(layers) * _tensor_layer(model, parallel, work)
     tensor += 2 * _tensor_border(model, parallel, work) * ((0 in held) + (last in held))
     context = sum(_context_layer(model, parallel, work, layer) for layer in layers)
     hidden = work.tokens(parallel) * model.hidden_size * work.itemsize

@@ -25,11 +25,13 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor, nn
 
 from parallel.build import BuiltStage
 from parallel.config import ParallelConfig
 from parallel.groups import MpuAdapter, group_of_this_rank, replicas_group
+from parallel.model import PipelineStage
 from parallel.params import EMBEDDING, ParamInfo
 from parallel.sizes import BUCKET_ELEMENTS, GATHERED_ELEMENTS
 
@@ -98,8 +100,8 @@ class ZeroOptimizer:
             )[0]
         self.optimizer: Any = self.engine.optimizer
         self.adam = adam
-        if self.zero_stage == 3 and first.tied_head:
-            deepspeed.zero.register_external_parameter(first, first.model.word_embed.weight)
+        if self.zero_stage == 3:
+            _register_weights_used_by_parents(first)
         self._create_adam_state()
 
     def _deepspeed_config(self, dtype: torch.dtype, clip_grad_norm: float) -> dict[str, Any]:
@@ -296,6 +298,16 @@ class ZeroOptimizer:
                     parameter.ds_tensor.data[:numel].copy_(master.narrow(0, offset, numel))
             else:
                 parameter.copy_(safe_get_full_fp32_param(parameter).view_as(parameter))
+
+
+def _register_weights_used_by_parents(stage: PipelineStage) -> None:
+    """Tell ZeRO 3 which modules read weights of others: it gathers a weight for its own alone."""
+    if stage.tied_head:
+        deepspeed.zero.register_external_parameter(stage, stage.model.word_embed.weight)
+    for module in stage.modules():
+        for child in module.children():
+            if isinstance(child, ColumnParallelLinear):
+                deepspeed.zero.register_external_parameter(module, child.weight)
 
 
 class _ScheduledEngine:

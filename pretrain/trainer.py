@@ -27,6 +27,7 @@ from parallel.flops import training_flops_per_token
 from parallel.groups import destroy_groups, from_rank_0, init_distributed, init_groups
 from parallel.launch import Launch
 from parallel.schedule import count_tokens, evaluate_loss, forward_backward
+from parallel.topology import topology
 from parallel.zero import ZeroOptimizer
 from pretrain.config import Config
 from pretrain.lr import learning_rate
@@ -70,6 +71,13 @@ def train(config: Config, launch: Launch) -> None:
         config.training.dtype,
         device.type,
     )
+    top = topology(config.parallel, data_parallel, launch.ranks_per_node or launch.world_size)
+    if launch.rank == 0 and (reach := top.nodes_of_a_group("tensor")) > 1:
+        log.warning(
+            "parallel.tensor=%d reaches over %d nodes of %d ranks: every layer waits for the "
+            "network; use a parallel.tensor that divides %d",
+            *(config.parallel.tensor, reach, launch.ranks_per_node, launch.ranks_per_node),
+        )
     if start is not None:
         trainer.resume(start)
         log.info("resumed from %s", start)

@@ -1,5 +1,6 @@
 """The rank order that `doctor --layout` prints is Megatron-core's."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from parallel.topology import AXES, Topology
 from pretrain.cli import app
 from pretrain.layout import axis_lines
+from tests.pretrain.command import run_command, write_config
 
 SIZES = st.integers(1, 4)
 
@@ -60,3 +62,14 @@ def test_a_layout_that_does_not_fit_is_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"parallel\.context=3 = 3 does not divide the 8"):
         layout("--parallel.context", "3", "--data.seq_len", "1023")
+
+
+def on_two_nodes() -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+
+
+def test_tensor_parallel_over_nodes_is_warned_of(tiny_data: Path, tmp_path: Path) -> None:
+    path = write_config(tmp_path, tiny_data, parallel={"tensor": 2}, training={"steps": 1})
+    said = [end.output for end in run_command("pretrain", path, ranks=2, before=on_two_nodes)]
+    assert "parallel.tensor=2 reaches over 2 nodes of 1 ranks" in said[0]
+    assert "reaches over" not in said[1]
