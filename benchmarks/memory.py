@@ -48,6 +48,9 @@ LAYOUTS = [
     Layout(2, {"pipeline": 2, "virtual_pipeline": 2}),
     Layout(8, {"tensor": 2, "pipeline": 2, "context": 2}),
 ]
+NAMES = (
+    "weights", "gradients", "master", "moments", "gathered", "activations", "logits", "peak"
+)  # fmt: skip
 QUICK = [LAYOUTS[i] for i in (1, 3, 6, 8, 10, 12, 14, 16)]
 
 
@@ -166,6 +169,12 @@ def predict(layout: Layout, rank: int) -> dict[str, int]:
     }
 
 
+def compared(found: dict[str, int], predicted: dict[str, int], name: str) -> float | None:
+    """Predicted over measured, or None of a category that is too small to matter."""
+    small = max(found[name], predicted[name]) < SHARE * found["peak"]
+    return None if small else predicted[name] / max(1, found[name])
+
+
 def main(arguments: list[str]) -> int:
     """Print the table; the exit code."""
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
@@ -178,28 +187,18 @@ def main(arguments: list[str]) -> int:
         for layout in (QUICK if options.quick else LAYOUTS)
         if any(word in layout.name for word in options.only)
     ]
-    names = (
-        "weights",
-        "gradients",
-        "master",
-        "moments",
-        "gathered",
-        "activations",
-        "logits",
-        "peak",
-    )
-    table = Table("layout", "rank", *names, title="measured KiB, and predicted / measured")
-    worst = dict.fromkeys(names, 0.0)
+    table = Table("layout", "rank", *NAMES, title="measured KiB, and predicted / measured")
+    worst = dict.fromkeys(NAMES, 0.0)
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
     for layout in layouts:
         for rank, found in enumerate(run_ranks(layout.world_size, measure, layout)):
             predicted = predict(layout, rank)
             cells = []
-            for name in names:
-                if found[name] < SHARE * found["peak"]:
+            for name in NAMES:
+                ratio = compared(found, predicted, name)
+                if ratio is None:
                     cells.append("-")
                     continue
-                ratio = predicted[name] / found[name]
                 worst[name] = max(worst[name], abs(ratio - 1))
                 cells.append(f"{found[name] / 1024:,.0f}  {ratio:.3f}")
             table.add_row(layout.name if rank == 0 else "", str(rank), *cells)

@@ -89,8 +89,7 @@ def build_stage(
             layers[index],
             first=index == 0,
             last=index == parallel.num_chunks - 1,
-            recompute=parallel.recompute,
-            recompute_layers=parallel.recompute_layers or model.num_layers,
+            recompute=parallel.recompute_of,
             seq_len=seq_len,
             device=device,
         )

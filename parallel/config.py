@@ -183,6 +183,10 @@ class ParallelConfig(Section):
         """Whether DeepSpeed's hooks sum gradients during backward, or one call does after it."""
         return self.zero_stage > 1 or self.offload == "optimizer"
 
+    def recompute_of(self, n: int) -> Literal["none", "selective", "full"]:
+        """What the n-th layer of a chunk recomputes."""
+        return self.recompute if n < self.recompute_layers or not self.recompute_layers else "none"
+
     @property
     def num_chunks(self) -> int:
         """Runs of consecutive layers; chunk i is on stage i mod pipeline."""

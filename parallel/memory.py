@@ -136,16 +136,15 @@ def chunk_activations(
     model: ModelConfig, parallel: ParallelConfig, work: Workload, layers: range, index: int
 ) -> int:
     """What one micro-batch leaves for backward in a chunk."""
-    tokens, full = work.tokens(parallel), parallel.recompute == "full"
+    tokens = work.tokens(parallel)
     stream = stream_tokens(parallel, tokens) * model.hidden_size * work.itemsize
     total = stream  # the input of the first layer
     for n, layer in enumerate(layers):
-        again = n < (parallel.recompute_layers or model.num_layers)
-        if full and again:
+        again = parallel.recompute_of(n)
+        if again == "full":
             total += stream
         else:
-            selective = parallel.recompute == "selective" and again
-            total += layer_activations(model, parallel, work, layer, selective)
+            total += layer_activations(model, parallel, work, layer, again == "selective")
     first, last = index == 0, index == parallel.num_chunks - 1
     if not last and parallel.virtual_pipeline == 1:
         total -= stream  # the output is freed once it is sent

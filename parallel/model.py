@@ -6,7 +6,7 @@ A stage holds some of the layers under their global numbers; the first also embe
 normalises and predicts. Parameter names are those of the single-GPU model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -30,6 +30,8 @@ from parallel.layers import (
 from parallel.loss import head_logits, head_loss
 from parallel.mixers import AttentionMixer, Positions, SSDMixer
 from parallel.params import EMBEDDING
+
+Recompute = Callable[[int], Literal["none", "selective", "full"]]
 
 
 class DecoderLayer(nn.Module):
@@ -75,14 +77,14 @@ class Decoder(nn.Module):
         *,
         embeds: bool,
         last: bool,
-        recompute_mixers: int,
+        recompute: Recompute,
     ) -> None:
         super().__init__()
         if embeds:
             self.word_embed = vocab_embedding(model, config)
         self.layers = nn.ModuleDict(
             {
-                str(i): DecoderLayer(i, model, config, device, recompute_mixer=n < recompute_mixers)
+                str(i): DecoderLayer(i, model, config, device, recompute(n) == "selective")
                 for n, i in enumerate(layers)
             }
         )
@@ -106,7 +108,7 @@ def vocab_embedding(model: ModelConfig, config: ModelParallelConfig) -> VocabPar
 class PipelineStage(nn.Module):
     """Consecutive layers of one stage, with what Megatron-core's schedules ask of a module.
 
-    `recompute` holds for the first `recompute_layers` of them.
+    `recompute` says of the n-th of them what it recomputes.
     """
 
     model_type = ModelType.encoder_or_decoder
@@ -119,15 +121,14 @@ class PipelineStage(nn.Module):
         *,
         first: bool,
         last: bool,
-        recompute: Literal["none", "selective", "full"],
-        recompute_layers: int,
+        recompute: Recompute,
         seq_len: int,
         device: torch.device,
     ) -> None:
         super().__init__()
         self.config, self.model_config = config, model
         self.first, self.last = first, last
-        self.recompute_layers = recompute_layers if recompute == "full" else 0
+        self.recomputes = [recompute(n) == "full" for n in range(len(layers))]
         self.tied_head = last and model.tie_word_embeddings
         embeds = first or self.tied_head
         self.model = Decoder(
@@ -137,7 +138,7 @@ class PipelineStage(nn.Module):
             layers,
             embeds=embeds,
             last=last,
-            recompute_mixers=recompute_layers if recompute == "selective" else 0,
+            recompute=recompute,
         )
         if last and not model.tie_word_embeddings:
             self.lm_head = vocab_embedding(model, config)  # same shape and split as the embedding
@@ -211,12 +212,8 @@ class PipelineStage(nn.Module):
         else:
             assert self._input is not None
             h, self._input = self._input, None  # the schedule decides how long it lives
-        for n, layer in enumerate(self.model.layers.values()):
-            h = (
-                recomputed(layer, h, positions)
-                if n < self.recompute_layers
-                else layer(h, positions)
-            )
+        for layer, again in zip(self.model.layers.values(), self.recomputes, strict=True):
+            h = recomputed(layer, h, positions) if again else layer(h, positions)
         return self.model.final_layernorm(h) if self.last else h.contiguous()
 
     def logits(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -61,15 +61,19 @@ def bubble_share(pipeline: int, virtual: int, micro_batches: int) -> float:
 
 
 def layer_seconds(
-    model: ModelConfig, parallel: ParallelConfig, work: Workload, layer: int, gpu: GPU
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    work: Workload,
+    layer: int,
+    recompute: str,
+    gpu: GPU,
 ) -> float:
     """Forward and backward of one layer for one micro-batch, recomputation included."""
     tokens = work.tokens(parallel)
     flops = layer_flops(model, layer, work.seq_len) * tokens / parallel.tensor
     bytes_kept = layer_activations(model, parallel, work, layer, selective=False)
-    forward_again = parallel.recompute == "full"
-    passes = KEPT_TENSOR_PASSES + 2 * (parallel.recompute != "none")
-    return (3 + forward_again) * flops / gpu.flops + passes * bytes_kept / gpu.memory
+    passes = KEPT_TENSOR_PASSES + 2 * (recompute != "none")
+    return (3 + (recompute == "full")) * flops / gpu.flops + passes * bytes_kept / gpu.memory
 
 
 def stage_seconds(
@@ -80,10 +84,13 @@ def stage_seconds(
     gpu: GPU,
 ) -> list[float]:
     """Forward and backward of one micro-batch on every stage."""
-    layers = [layer_seconds(model, parallel, work, i, gpu) for i in range(model.num_layers)]
     head = 3 * head_flops(model) * work.tokens(parallel) / parallel.tensor / gpu.flops
     stages = [
-        sum(layers[i] for chunk in chunks[stage :: parallel.pipeline] for i in chunk)
+        sum(
+            layer_seconds(model, parallel, work, layer, parallel.recompute_of(n), gpu)
+            for chunk in chunks[stage :: parallel.pipeline]
+            for n, layer in enumerate(chunk)
+        )
         for stage in range(parallel.pipeline)
     ]
     stages[-1] += head

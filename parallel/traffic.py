@@ -15,13 +15,13 @@ def traffic(
 ) -> dict[Axis, float]:
     """Of a rank of a stage that holds every pipeline-th of `chunks`, all its micro-batches."""
     held = list(range(stage, parallel.num_chunks, parallel.pipeline))
-    layers = [layer for index in held for layer in chunks[index]]
+    layers = [
+        (layer, parallel.recompute_of(n)) for index in held for n, layer in enumerate(chunks[index])
+    ]
     last = parallel.num_chunks - 1
-    passes = _forward_and_backward(parallel)
-    again = 0.5 if parallel.sequence_parallel else 0  # backward gathers the inputs once more
-    tensor = (passes + again) * len(layers) * _tensor_layer(model, parallel, work)
+    tensor = sum(_tensor_layer(model, parallel, work, again) for _, again in layers)
     tensor += 2 * _tensor_border(model, parallel, work) * ((0 in held) + (last in held))
-    context = sum(_context_layer(model, parallel, work, layer) for layer in layers)
+    context = sum(_context_layer(model, parallel, work, *layer) for layer in layers)
     hidden = work.tokens(parallel) * model.hidden_size * work.itemsize
     sent = hidden // parallel.tensor if parallel.sequence_parallel else hidden
     ends = sum((index > 0) + (index < last) for index in held)  # back, and on
@@ -39,16 +39,16 @@ def _all_reduce(size: float, ranks: int) -> float:
     return 2 * (ranks - 1) / ranks * size
 
 
-def _forward_and_backward(parallel: ParallelConfig) -> int:
-    """Passes through a layer that communicate; full recomputation makes one more forward."""
-    return 3 if parallel.recompute == "full" and not parallel.recompute_layers else 2
-
-
-def _tensor_layer(model: ModelConfig, parallel: ParallelConfig, work: Workload) -> float:
-    """One pass of one layer: each of its halves gathers tokens and scatters sums of them (or, with
-    tokens whole everywhere, sums them), in backward the other way round."""
+def _tensor_layer(
+    model: ModelConfig, parallel: ParallelConfig, work: Workload, recompute: str
+) -> float:
+    """One layer, forward and backward: each of its halves gathers tokens and scatters sums of them
+    (or, with tokens whole everywhere, sums them), in backward the other way round."""
     hidden = work.tokens(parallel) * model.hidden_size * work.itemsize
-    return 2 * _all_reduce(hidden, parallel.tensor)
+    passes = 2.0 + (recompute == "full")  # which makes one more forward
+    if parallel.sequence_parallel:
+        passes += 0.5  # backward gathers the inputs once more
+    return passes * 2 * _all_reduce(hidden, parallel.tensor)
 
 
 def _tensor_border(model: ModelConfig, parallel: ParallelConfig, work: Workload) -> float:
@@ -58,13 +58,13 @@ def _tensor_border(model: ModelConfig, parallel: ParallelConfig, work: Workload)
 
 
 def _context_layer(
-    model: ModelConfig, parallel: ParallelConfig, work: Workload, layer: int
+    model: ModelConfig, parallel: ParallelConfig, work: Workload, layer: int, recompute: str
 ) -> float:
     """One layer of one micro-batch, forward and backward."""
     context, tensor = parallel.context, parallel.tensor
     if context == 1:
         return 0
-    passes = 3 if parallel.recompute != "none" and not parallel.recompute_layers else 2
+    passes = 2 if recompute == "none" else 3
     heads, kv_heads = model.num_heads // tensor, model.num_kv_heads // tensor
     if not model.is_attention(layer):  # float32 states of a row, and their decays
         state = heads * (model.head_dim * model.state_dim + 1) * work.micro_batch_size
