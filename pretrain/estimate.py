@@ -17,7 +17,7 @@ from parallel.topology import AXES, Topology, topology
 from parallel.traffic import traffic
 from pretrain.config import Config, ConfigError, parse_config
 
-RESERVED = 0.08  # of a GPU's memory: CUDA context, NCCL's buffers, fragments
+RESERVED = 0.08  # of a GPU's memory, assumed: CUDA context, NCCL's buffers, fragments
 GIB = 2**30
 
 
