@@ -1,12 +1,13 @@
-"""Raw text as a stream of documents.
+"""Which text there is: input files in a fixed order, cut into units of work.
 
 A text file is one document (one longer than MAX_DOCUMENT_BYTES is several, cut at line ends), a
-line of a .jsonl file is one document. Files are read in sorted order, one at a time, so memory is
-bounded by MAX_DOCUMENT_BYTES and the same input gives the same stream.
+line of a .jsonl file or a row of a .parquet file is one document; text and .jsonl files may be
+compressed (.gz, .zst). Units hold about as many bytes each and depend on the files' names and sizes
+alone, so whoever shares them out, however many there are, reads the same documents in the same
+units.
 """
 
 import glob
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,46 +16,80 @@ from pathlib import Path
 from data_pipeline.errors import DataError
 
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp"})
-UNREADABLE_SUFFIXES = frozenset({".gz", ".zst", ".xz", ".bz2", ".zip", ".parquet", ".pdf"})
-MAX_DOCUMENT_BYTES = 8 << 20
+ROW_SUFFIXES = frozenset({".jsonl", ".parquet"})
+COMPRESSED_SUFFIXES = frozenset({".gz", ".zst"})
+UNREADABLE_SUFFIXES = frozenset({".xz", ".bz2", ".zip", ".pdf", ".docx"})
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
-    """A text and a name for it that does not depend on where the corpus lies on disk.
+class Piece:
+    """Part of an input file: of .jsonl the lines that begin in bytes [start, end), of .parquet the
+    row groups [start, end), of all else the whole file.
 
-    `num_bytes` is how much of the input it took up.
+    `name` does not depend on where the corpus lies on disk; `num_bytes` is how much of the input
+    the piece is.
     """
 
-    id: str
-    text: str
+    name: str
+    path: Path
+    start: int
+    end: int
     num_bytes: int
 
 
-def documents(inputs: Sequence[Path | str], text_field: str = "text") -> Iterator[Document]:
-    """Every non-empty document of `inputs`: files, folders (recursively), globs.
+def kind(path: Path) -> str:
+    """The suffix that says how a file is read, that of compression left out."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
 
-    Folders give their files with a text suffix or .jsonl and skip hidden names; a file that is
-    named itself is read whatever its suffix. `text_field` is the field of a .jsonl line.
-    Raises DataError for missing inputs, files that are not UTF-8, malformed lines, and when there
-    is no document at all.
+
+def units(inputs: Sequence[Path | str], unit_bytes: int) -> Iterator[list[Piece]]:
+    """The pieces of every file, in order, in lists of about `unit_bytes`.
+
+    Raises DataError for inputs that are missing or cannot be read.
     """
-    found = False
+    unit: list[Piece] = []
+    size = 0
     for name, path in input_files(inputs):
-        parse = _jsonl_documents if path.suffix == ".jsonl" else _text_documents
         try:
-            for document in parse(name, path, text_field):
-                found = True
-                yield document
+            pieces = _pieces(name, path, unit_bytes)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
-    if not found:
-        given = ", ".join(str(i) for i in inputs) or "nothing"
-        raise DataError(
-            f"The corpus is empty: no text in {given}. Folders are searched for "
-            f"{', '.join(sorted(TEXT_SUFFIXES))} and .jsonl files; name a file of another suffix "
-            "itself."
-        )
+        for piece in pieces:
+            unit.append(piece)
+            size += piece.num_bytes
+            if size >= unit_bytes:
+                yield unit
+                unit, size = [], 0
+    if unit:
+        yield unit
+
+
+def _pieces(name: str, path: Path, unit_bytes: int) -> list[Piece]:
+    size = path.stat().st_size
+    if path.suffix == ".parquet":
+        return _row_groups(name, path, size, unit_bytes)
+    if path.suffix != ".jsonl":
+        return [Piece(name, path, 0, size, size)]
+    starts = range(0, max(size, 1), unit_bytes)
+    return [
+        Piece(name, path, s, min(s + unit_bytes, size), min(unit_bytes, size - s)) for s in starts
+    ]
+
+
+def _row_groups(name: str, path: Path, size: int, unit_bytes: int) -> list[Piece]:
+    """Runs of row groups, each of about unit_bytes of the file."""
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        groups = pyarrow.parquet.read_metadata(path).num_row_groups
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not a Parquet file ({error}).") from error
+    together = max(1, unit_bytes * groups // max(size, 1))
+    return [
+        Piece(name, path, s, min(s + together, groups), size * min(together, groups - s) // groups)
+        for s in range(0, groups, together)
+    ]
 
 
 def input_files(inputs: Sequence[Path | str]) -> Iterator[tuple[str, Path]]:
@@ -71,7 +106,7 @@ def input_files(inputs: Sequence[Path | str]) -> Iterator[tuple[str, Path]]:
             if root.suffix in UNREADABLE_SUFFIXES:
                 raise DataError(
                     f"{root}: {root.suffix} files cannot be read; unpack or convert it to UTF-8 "
-                    "text or .jsonl first."
+                    "text, .jsonl or .parquet first."
                 )
             yield f"{number}/{root.name}", root
         elif matches := sorted(glob.glob(str(given), recursive=True)):
@@ -86,7 +121,7 @@ def input_files(inputs: Sequence[Path | str]) -> Iterator[tuple[str, Path]]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Text and .jsonl files below `folder`, sorted, one directory listing in memory at a time."""
+    """Readable files below `folder`, sorted, one directory listing in memory at a time."""
     try:
         entries = sorted(os.scandir(folder), key=lambda e: e.name)
     except OSError as error:
@@ -97,95 +132,5 @@ def _walk(folder: Path) -> Iterator[Path]:
         path = Path(entry.path)
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(path)
-        elif entry.is_file() and (path.suffix in TEXT_SUFFIXES or path.suffix == ".jsonl"):
+        elif entry.is_file() and kind(path) in TEXT_SUFFIXES | ROW_SUFFIXES:
             yield path
-
-
-def _text_documents(name: str, path: Path, text_field: str) -> Iterator[Document]:
-    """The file as one document, or as several where it is longer than MAX_DOCUMENT_BYTES."""
-    offset = part = 0
-    rest = b""
-    with path.open("rb") as file:
-        while True:
-            block = rest + file.read(MAX_DOCUMENT_BYTES - len(rest))
-            if not block:
-                return
-            rest = b""
-            if len(block) == MAX_DOCUMENT_BYTES:
-                # Cut after the last line; in a file without lines, before the last character.
-                cut = block.rfind(b"\n") + 1 or _character_start(block)
-                block, rest = block[:cut], block[cut:]
-            text = _decode(block, path, offset)
-            if text.strip():
-                yield Document(f"{name}#{part}" if part else name, text, len(block))
-            offset += len(block)
-            part += 1
-
-
-def _character_start(block: bytes) -> int:
-    """Start of the last UTF-8 character in `block`, which may be incomplete."""
-    start = len(block) - 1
-    while start > len(block) - 4 and block[start] & 0xC0 == 0x80:
-        start -= 1
-    return start
-
-
-def _jsonl_documents(name: str, path: Path, text_field: str) -> Iterator[Document]:
-    """One document a line; blank lines are skipped."""
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_DOCUMENT_BYTES), b""), 1):
-            where = f"{path}:{number}"
-            if len(line) == MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
-                raise DataError(
-                    f"{where}: the line is longer than {MAX_DOCUMENT_BYTES} bytes; split the "
-                    "document over several lines."
-                )
-            text = _decode(line, path, offset)
-            offset += len(line)
-            if text.strip():
-                value = _field(text, text_field, where)
-                if value.strip():
-                    yield Document(f"{name}:{number}", value, len(line))
-
-
-def _field(line: str, text_field: str, where: str) -> str:
-    """The text of one .jsonl line."""
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(
-            f"{where}: not valid JSON ({error}). Every line must be one JSON object."
-        ) from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON {type(row).__name__}, not an object with fields.")
-    if text_field not in row:
-        fields = ", ".join(row) or "none"
-        raise DataError(
-            f"{where}: no field {text_field!r} (fields: {fields}). Name the text's field with "
-            "--text-field."
-        )
-    value = row[text_field]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: field {text_field!r} is {type(value).__name__}, not a string.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: field {text_field!r} holds half of a surrogate pair at character "
-            f"{error.start}, which is no Unicode text; mend or drop the line."
-        ) from error
-    return value
-
-
-def _decode(block: bytes, path: Path, offset: int) -> str:
-    """`block`, which starts at byte `offset` of `path`, as text without a byte order mark."""
-    try:
-        return block.decode("utf-8").removeprefix("\ufeff" if offset == 0 else "")
-    except UnicodeDecodeError as error:
-        at = offset + error.start
-        raise DataError(
-            f"{path}: not UTF-8 at byte {at} (0x{block[error.start]:02x}). Convert it, for example "
-            f"`iconv -f LATIN1 -t UTF-8 {path.name} > fixed.txt`, with its real encoding after -f, "
-            "or leave the file out."
-        ) from error

@@ -13,8 +13,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # type: ignore[import-untyped]
 
-from data_pipeline.corpus import documents
 from data_pipeline.errors import DataError
+from data_pipeline.reading import documents
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"

@@ -179,8 +179,18 @@ def prepare(
     ] = 0.02,
     text_field: Annotated[str, typer.Option(help="Field of jsonl records.")] = "text",
     seed: Annotated[int, typer.Option(min=0, help="Of the train/validation split.")] = 1234,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
+    shard: Annotated[
+        str, typer.Option(help="i/n: do the i-th of n shares of the work, for a job array.")
+    ] = "",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Put the shares together, once all are done.")
+    ] = False,
 ) -> None:
-    """Tokenise text and pack it into shards."""
+    """Tokenise text and pack it into shards. Run again after a kill: it goes on.
+
+    A job array runs it with the same options and --shard 1/N to N/N, then once with --merge.
+    """
     from data_pipeline.prepare import Progress as Done
     from data_pipeline.prepare import prepare as run
 
@@ -202,6 +212,9 @@ def prepare(
             text_field=text_field,
             seed=seed,
             progress=report,
+            workers=workers,
+            share=_share(shard),
+            merge=merge or not shard,
         )
     for split, meta in metas.items():
         filled = meta.tokens / (meta.tokens + meta.padding)
@@ -210,6 +223,14 @@ def prepare(
             f"{meta.documents:,} documents ({meta.cut_documents:,} cut), {filled:.2%} filled, "
             f"unigram entropy {meta.unigram_entropy:.4f} nats"
         )
+
+
+def _share(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n"; all of it where nothing is said."""
+    parts = (text or "1/1").split("/")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"--shard {text!r}: write i/n, for example 3/16")
+    return int(parts[0]), int(parts[1])
 
 
 @tokenizer_app.command("train")

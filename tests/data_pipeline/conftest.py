@@ -33,9 +33,7 @@ def tokenizer_file(corpus: Path) -> Path:
 def prepared(corpus: Path, tokenizer_file: Path) -> Path:
     """OUT of `prepare` with train and validation, several shards each; do not change it."""
     out = corpus.parent / "prepared"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_pipeline.prepare.SHARD_BYTES", 4096)
-        prepare([corpus], tokenizer_file, out, SEQ_LEN, validation_fraction=0.2)
+    prepare([corpus], tokenizer_file, out, SEQ_LEN, validation_fraction=0.2, shard_bytes=4096)
     return out
 
 

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import corpus as corpus_module
-from data_pipeline.corpus import documents
+from data_pipeline import reading
 from data_pipeline.demo import demo_corpus
 from data_pipeline.errors import DataError
+from data_pipeline.reading import documents
 
 
 def texts(*inputs: Path | str, **kwargs: str) -> list[str]:
@@ -50,7 +50,7 @@ def test_byte_order_mark_is_dropped(tmp_path):
 
 @pytest.mark.parametrize("text", ["zeile ä\n" * 40, "é" * 200, "🙂x" * 77, "abc\n" * 64])
 def test_long_file_is_cut_without_losing_a_character(tmp_path, monkeypatch, text):
-    monkeypatch.setattr(corpus_module, "MAX_DOCUMENT_BYTES", 64)
+    monkeypatch.setattr(reading, "MAX_DOCUMENT_BYTES", 64)
     (tmp_path / "a.txt").write_text(text)
     parts = list(documents([tmp_path]))
     assert "".join(d.text for d in parts) == text
@@ -76,14 +76,14 @@ def test_bad_jsonl_line_is_named(tmp_path, line, message):
 
 
 def test_file_that_is_not_utf8_is_named_with_the_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "MAX_DOCUMENT_BYTES", 64)
+    monkeypatch.setattr(reading, "MAX_DOCUMENT_BYTES", 64)
     (tmp_path / "a.txt").write_bytes(b"fine line\n" * 20 + b"caf\xe9 au lait\n")
     with pytest.raises(DataError, match=r"a\.txt: not UTF-8 at byte 203 \(0xe9\).*iconv"):
         texts(tmp_path)
 
 
 def test_too_long_jsonl_line_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "MAX_DOCUMENT_BYTES", 64)
+    monkeypatch.setattr(reading, "MAX_DOCUMENT_BYTES", 64)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 100}))
     with pytest.raises(DataError, match="longer than 64 bytes"):
         texts(tmp_path)
@@ -97,9 +97,9 @@ def test_missing_and_empty_corpora_are_refused(tmp_path):
     (tmp_path / "blank.txt").write_text(" \n")
     with pytest.raises(DataError, match="corpus is empty"):
         texts(tmp_path)
-    (tmp_path / "a.gz").write_bytes(b"x")
+    (tmp_path / "a.zip").write_bytes(b"x")
     with pytest.raises(DataError, match="unpack"):
-        texts(tmp_path / "a.gz")
+        texts(tmp_path / "a.zip")
 
 
 def test_demo_corpus_is_large_readable_and_refuses_to_overwrite(tmp_path):

@@ -143,8 +143,8 @@ def test_validation_counts_each_sample_once_over_all_ranks(dataset, size, limit)
     ids=["flipped", "truncated", "missing"],
 )
 def test_damaged_shard_is_named_by_every_way_of_reading(damaged, damage, message):
-    damage(damaged / "train" / "shard.00001.mds")
-    match = rf"shard\.00001\.mds: .*{message}"
+    damage(damaged / "train" / "shard.000001.mds")
+    match = rf"shard\.000001\.mds: .*{message}"
     dataset = PackedDataset(damaged / "train")
     dataset[0]  # the first shard is whole
     with pytest.raises(DataError, match=match):
@@ -162,8 +162,8 @@ def test_damaged_shard_is_named_by_every_way_of_reading(damaged, damage, message
 def test_shard_that_changes_after_its_check_is_named(damaged):
     dataset = PackedDataset(damaged / "train")
     dataset[0]
-    (damaged / "train" / "shard.00000.mds").write_bytes(b"")
-    with pytest.raises(DataError, match=r"shard\.00000\.mds: sample 1 .* cannot be decoded"):
+    (damaged / "train" / "shard.000000.mds").write_bytes(b"")
+    with pytest.raises(DataError, match=r"shard\.000000\.mds: sample 1 .* cannot be decoded"):
         dataset[1]
 
 

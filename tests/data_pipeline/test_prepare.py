@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from data_pipeline import prepare as prepare_module
-from data_pipeline.corpus import documents
+from data_pipeline import unit
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
 from data_pipeline.inspection import inspect_dataset, verify_dataset
 from data_pipeline.prepare import Progress, prepare
+from data_pipeline.reading import documents
 from data_pipeline.tokenizer import load_tokenizer
 from tests.data_pipeline.conftest import SEQ_LEN
 
@@ -96,7 +97,7 @@ def test_large_vocabulary_is_stored_in_32_bits(corpus, tokenizer_file, tmp_path)
 
 
 def test_progress_ends_at_the_whole_corpus(corpus, tokenizer_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 5000)
+    monkeypatch.setattr(unit, "BATCH_BYTES", 5000)
     seen: list[Progress] = []
     prepare([corpus], tokenizer_file, tmp_path / "o", SEQ_LEN, progress=seen.append)
     assert len(seen) > 3
@@ -132,7 +133,7 @@ def test_left_over_of_a_killed_run_is_replaced_but_no_other_folder(
     with pytest.raises(DataError, match="in the way"):
         prepare([corpus], tokenizer_file, tmp_path / "o", SEQ_LEN)
     assert contents(tmp_path) == {"o.tmp/thesis.txt": b"mine"}
-    (tmp_path / "o.tmp" / prepare_module.MARKER).touch()
+    (tmp_path / "o.tmp" / prepare_module.STATE).write_text("other work")
     prepare([corpus], tokenizer_file, tmp_path / "o", SEQ_LEN)
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
 
@@ -159,7 +160,7 @@ def test_full_disk_leaves_nothing_behind(corpus, tokenizer_file, tmp_path, monke
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(prepare_module.SplitWriter, "_write", full)
+    monkeypatch.setattr(unit.SplitWriter, "_write", full)
     with pytest.raises(DataError, match="No space left"):
         prepare([corpus], tokenizer_file, tmp_path / "o", SEQ_LEN)
     assert not list(tmp_path.iterdir())

@@ -181,11 +181,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     sources = sorted((Path(__file__).parents[2] / "data_pipeline").glob("*.py"))
     train_tokenizer(sources, folder / "tokenizer", 300)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "SHARD_BYTES", 4096)
-        preparing.prepare(
-            sources, folder / "tokenizer", folder / "out", 64, validation_fraction=0.3
-        )
+    preparing.prepare(
+        sources, folder / "tokenizer", folder / "out", 64, validation_fraction=0.3, shard_bytes=4096
+    )
     return folder / "out"
 
 

@@ -1,0 +1,230 @@
+"""Documents of pieces of input files: UTF-8 text, .jsonl and .parquet; memory is bounded by
+MAX_DOCUMENT_BYTES."""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+import zstandard
+
+from data_pipeline.corpus import (
+    COMPRESSED_SUFFIXES,
+    ROW_SUFFIXES,
+    TEXT_SUFFIXES,
+    Piece,
+    kind,
+    units,
+)
+from data_pipeline.errors import DataError
+
+MAX_DOCUMENT_BYTES = 8 << 20
+PARQUET_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text and a name for it that does not depend on where the corpus lies on disk.
+
+    `num_bytes` is how much text it is, decompressed.
+    """
+
+    id: str
+    text: str
+    num_bytes: int
+
+
+def documents(inputs: Sequence[Path | str], text_field: str = "text") -> Iterator[Document]:
+    """Every non-empty document of `inputs`: files, folders (recursively), globs.
+
+    Folders give their files with a known suffix and skip hidden names; a file that is named itself
+    is read whatever its suffix. `text_field` is the field of a .jsonl line, the column of a
+    .parquet row.
+    Raises DataError for missing inputs, files that are not UTF-8, malformed lines, and when there
+    is no document at all.
+    """
+    found = False
+    for unit in units(inputs, unit_bytes=1 << 62):
+        for document in unit_documents(unit, text_field):
+            found = True
+            yield document
+    if not found:
+        raise empty_corpus(inputs)
+
+
+def empty_corpus(inputs: Sequence[Path | str]) -> DataError:
+    """The error of a corpus without text."""
+    given = ", ".join(str(i) for i in inputs) or "nothing"
+    return DataError(
+        f"The corpus is empty: no text in {given}. Folders are searched for "
+        f"{', '.join(sorted(TEXT_SUFFIXES | ROW_SUFFIXES))} files, also with .gz or .zst; name a "
+        "file of another suffix itself."
+    )
+
+
+def unit_documents(unit: Sequence[Piece], text_field: str) -> Iterator[Document]:
+    """The documents of a unit's pieces, in order. Raises DataError."""
+    for piece in unit:
+        try:
+            if kind(piece.path) == ".jsonl":
+                yield from _jsonl_documents(piece, text_field)
+            elif piece.path.suffix == ".parquet":
+                yield from _parquet_documents(piece, text_field)
+            else:
+                yield from _text_documents(piece)
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{piece.path}: cannot be read ({reason}).") from error
+
+
+def _text_documents(piece: Piece) -> Iterator[Document]:
+    """The file as one document, or as several where it is longer than MAX_DOCUMENT_BYTES."""
+    name, path = piece.name, piece.path
+    offset = part = 0
+    rest = b""
+    with _open(path) as file:
+        while True:
+            block = rest + file.read(MAX_DOCUMENT_BYTES - len(rest))
+            if not block:
+                return
+            rest = b""
+            if len(block) == MAX_DOCUMENT_BYTES:
+                # Cut after the last line; in a file without lines, before the last character.
+                cut = block.rfind(b"\n") + 1 or _character_start(block)
+                block, rest = block[:cut], block[cut:]
+            text = _decode(block, path, offset)
+            if text.strip():
+                yield Document(f"{name}#{part}" if part else name, text, len(block))
+            offset += len(block)
+            part += 1
+
+
+def _character_start(block: bytes) -> int:
+    """Start of the last UTF-8 character in `block`, which may be incomplete."""
+    start = len(block) - 1
+    while start > len(block) - 4 and block[start] & 0xC0 == 0x80:
+        start -= 1
+    return start
+
+
+def _jsonl_documents(piece: Piece, text_field: str) -> Iterator[Document]:
+    """One document a line, named by its first byte; blank lines are skipped."""
+    path = piece.path
+    with _open(path) as file:
+        offset = piece.start
+        if offset:  # the line that begins before belongs to the piece before
+            file.seek(offset - 1)
+            offset += len(file.readline()) - 1
+        whole = path.suffix in COMPRESSED_SUFFIXES
+        while whole or offset < piece.end:
+            line = file.readline(MAX_DOCUMENT_BYTES)
+            if not line:
+                return
+            if len(line) == MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
+                raise DataError(
+                    f"{_line(path, offset)}: the line is longer than {MAX_DOCUMENT_BYTES} bytes; "
+                    "split the document over several lines."
+                )
+            text = _decode(line, path, offset)
+            if text.strip():
+                value = _field(text, text_field, path, offset)
+                if value.strip():
+                    yield Document(f"{piece.name}@{offset}", value, len(line))
+            offset += len(line)
+
+
+def _parquet_documents(piece: Piece, text_field: str) -> Iterator[Document]:
+    """One document a row, named by its number in the file; empty ones and nulls are skipped."""
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        file = pyarrow.parquet.ParquetFile(piece.path)
+        fields = file.schema_arrow.names
+        if text_field not in fields:
+            raise DataError(
+                f"{piece.path}: no column {text_field!r} (columns: {', '.join(fields)}). Name the "
+                "text's column with --text-field."
+            )
+        kind = file.schema_arrow.field(text_field).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise DataError(f"{piece.path}: column {text_field!r} is {kind}, not a string.")
+        row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
+        groups = range(piece.start, piece.end)
+        for batch in file.iter_batches(PARQUET_ROWS, groups, [text_field]):
+            for value in batch.column(0).to_pylist():
+                if value and value.strip():
+                    yield Document(f"{piece.name}@{row}", value, len(value.encode()))
+                row += 1
+    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
+        raise DataError(f"{piece.path}: damaged ({error}); copy or write it again.") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    """The file's bytes, decompressed."""
+    if path.suffix == ".gz":
+        return cast(IO[bytes], gzip.open(path))
+    if path.suffix == ".zst":
+        raw = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
+        return io.BufferedReader(raw)
+    return path.open("rb")
+
+
+def _line(path: Path, offset: int) -> str:
+    """file:line of a byte, for errors."""
+    number = 1
+    with _open(path) as file:
+        while offset > 0 and (block := file.read(min(offset, 1 << 20))):
+            number += block.count(b"\n")
+            offset -= len(block)
+    return f"{path}:{number}"
+
+
+def _field(line: str, text_field: str, path: Path, offset: int) -> str:
+    """The text of one .jsonl line, which begins at a byte of the file."""
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(
+            f"{_line(path, offset)}: not valid JSON ({error}). Every line must be one JSON object."
+        ) from error
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{_line(path, offset)}: a JSON {type(row).__name__}, not an object with fields."
+        )
+    if text_field not in row:
+        fields = ", ".join(row) or "none"
+        raise DataError(
+            f"{_line(path, offset)}: no field {text_field!r} (fields: {fields}). Name the text's "
+            "field with --text-field."
+        )
+    value = row[text_field]
+    if not isinstance(value, str):
+        raise DataError(
+            f"{_line(path, offset)}: field {text_field!r} is {type(value).__name__}, not a string."
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{_line(path, offset)}: field {text_field!r} holds half of a surrogate pair at "
+            f"character {error.start}, which is no Unicode text; mend or drop the line."
+        ) from error
+    return value
+
+
+def _decode(block: bytes, path: Path, offset: int) -> str:
+    """`block`, which starts at byte `offset` of `path`, as text without a byte order mark."""
+    try:
+        return block.decode("utf-8").removeprefix("\ufeff" if offset == 0 else "")
+    except UnicodeDecodeError as error:
+        at = offset + error.start
+        raise DataError(
+            f"{path}: not UTF-8 at byte {at} (0x{block[error.start]:02x}). Convert it, for example "
+            f"`iconv -f LATIN1 -t UTF-8 {path.name} > fixed.txt`, with its real encoding after -f, "
+            "or leave the file out."
+        ) from error

@@ -1,0 +1,165 @@
+"""One unit of `prepare`'s work: its documents, tokenised, packed and written as shards of its own.
+
+Packing and shards end with the unit, so what a unit becomes depends on its documents alone. A unit
+is written beside its place and renamed when it is whole.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from data_pipeline.corpus import Piece
+from data_pipeline.mds import open_writer
+from data_pipeline.packing import Packing, PackingCounts, Sample, make_packer
+from data_pipeline.reading import Document, unit_documents
+from data_pipeline.tokenizer import TextTokenizer
+
+BATCH_BYTES = 1 << 20  # text tokenised at once; bounds memory and feeds the tokenizer's threads
+COUNTS, LABELS = "counts.json", "labels.npy"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What shards depend on, besides the text and the tokenizer."""
+
+    seq_len: int
+    packing: Packing
+    validation_fraction: float
+    text_field: str
+    seed: int
+    shard_bytes: int
+
+    @property
+    def splits(self) -> list[str]:
+        return ["train"] + ["validation"] * (self.validation_fraction > 0)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What has been done since the last report."""
+
+    num_bytes: int  # of input
+    documents: int
+    tokens: int
+
+
+def write_unit(
+    folder: Path,
+    unit: Sequence[Piece],
+    tokenizer: TextTokenizer,
+    options: Options,
+    report: Callable[[Done], None],
+) -> None:
+    """Make `folder`: a folder of shards a split that got text, counts.json and labels.npy.
+
+    Raises DataError for bad input, OSError when it cannot be written; `folder` is not there then.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    splits = {name: SplitWriter(temporary / name, tokenizer, options) for name in options.splits}
+    try:
+        for batch, done in _batches(unit, options.text_field):
+            texts = [document.text for document in batch]
+            for document, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
+                share = xxhash.xxh64_intdigest(f"{options.seed}:{document.id}") / 2**64
+                held_out = share < options.validation_fraction
+                splits["validation" if held_out else "train"].add(ids)
+                done = Done(done.num_bytes, done.documents, done.tokens + len(ids))
+            report(done)
+        counts = {name: asdict(split.finish()) for name, split in splits.items()}
+    except BaseException:
+        for split in splits.values():
+            split.cancel()
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    np.save(temporary / LABELS, np.stack([splits[name].label_counts for name in options.splits]))
+    (temporary / COUNTS).write_text(json.dumps(counts))
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(temporary)  # somebody else has done this unit meanwhile
+
+
+def _batches(unit: Sequence[Piece], text_field: str) -> Iterator[tuple[list[Document], Done]]:
+    """Documents in lists of about BATCH_BYTES, with the input's bytes and documents they are."""
+    batch: list[Document] = []
+    size = reported = 0
+    for piece in unit:
+        read = 0
+        for document in unit_documents([piece], text_field):
+            batch.append(document)
+            size += document.num_bytes
+            # what is compressed has more text than bytes
+            before, read = read, min(piece.num_bytes, read + document.num_bytes)
+            reported += read - before
+            if size >= BATCH_BYTES:
+                yield batch, Done(reported, len(batch), 0)
+                batch, size, reported = [], 0, 0
+        reported += piece.num_bytes - read
+    if batch or reported:
+        yield batch, Done(reported, len(batch), 0)
+
+
+class SplitWriter:
+    """Packs and writes one split of a unit, counting on the way."""
+
+    def __init__(self, folder: Path, tokenizer: TextTokenizer, options: Options) -> None:
+        self.folder, self.options = folder, options
+        self.packer = make_packer(
+            options.packing, options.seq_len, tokenizer.eod_id, tokenizer.pad_id
+        )
+        self.dtype = token_dtype(tokenizer)
+        self.writer: Any = None  # opened with the first sample: a unit may have none
+        self.label_counts: NDArray[np.int64] = np.zeros(tokenizer.vocab_size, np.int64)
+
+    def add(self, ids: list[int]) -> None:
+        """Take a document's token ids."""
+        self._write(self.packer.add(ids))
+
+    def _write(self, samples: list[Sample]) -> None:
+        length = self.options.seq_len + 1
+        for sample in samples:
+            if self.writer is None:
+                self.writer = open_writer(
+                    str(self.folder), self.dtype.name, length - 1, self.options.shard_bytes
+                )
+            is_label = np.ones(length, bool)
+            is_label[np.cumsum(sample.doc_lens) - sample.doc_lens] = False  # first of a piece
+            is_label[length - sample.num_pad :] = False
+            labels = sample.tokens[is_label]
+            self.label_counts += np.bincount(labels, minlength=self.label_counts.size)
+            self.writer.write(
+                {
+                    "tokens": sample.tokens.astype(self.dtype),
+                    "doc_lens": sample.doc_lens,
+                    "num_pad": sample.num_pad,
+                }
+            )
+
+    def finish(self) -> PackingCounts:
+        """Write the rest and the index."""
+        self._write(self.packer.finish())
+        if self.writer is not None:
+            self.writer.finish()
+        return self.packer.counts
+
+    def cancel(self) -> None:
+        """Stop the writer's threads; what it wrote is the caller's to remove."""
+        if self.writer is not None:
+            self.writer.cancel_future_jobs()
+
+
+def token_dtype(tokenizer: TextTokenizer) -> np.dtype[Any]:
+    """Of tokens in shards: the smaller of 16 and 32 bits that holds every id."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
