@@ -1,6 +1,6 @@
 """Batches of a run, from one global sample counter.
 
-Sample k of the run is dataset[P(seed, k // n)[k mod n]] (order.py): a function of seed and k alone.
+Sample k of the run is a function of seed, sources and k alone (blend.py).
 Step s reads samples [consumed, consumed + global_batch_size), of which data-parallel rank r takes
 the r-th contiguous share. So the set of a global batch does not depend on the number of ranks, and
 `samples_consumed` is all there is to save.
@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_pipeline.batch import Batch
+from data_pipeline.blend import Blend
 from data_pipeline.collate import collate
 from data_pipeline.dataset import PackedDataset
-from data_pipeline.order import sample_indices
 
 
 class BatchLoader:
@@ -28,9 +28,8 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: PackedDataset,
+        blend: Blend,
         *,
-        seed: int,
         global_batch_size: int,
         micro_batch_size: int,
         data_parallel_rank: int,
@@ -58,7 +57,7 @@ class BatchLoader:
         self._error: BaseException | None = None
         self._thread = threading.Thread(
             target=_read_ahead,
-            args=(dataset, seed, first, global_batch_size, share, micro_batch_size),
+            args=(blend, first, global_batch_size, share, micro_batch_size),
             kwargs={"steps": self._steps, "stop": self._stop},
             name="data-prefetch",
             daemon=True,
@@ -90,8 +89,7 @@ class BatchLoader:
 
 
 def _read_ahead(
-    dataset: PackedDataset,
-    seed: int,
+    blend: Blend,
     first: int,
     stride: int,
     share: int,
@@ -108,7 +106,7 @@ def _read_ahead(
     while not stop.is_set():
         try:
             counters = np.arange(first, first + share, dtype=np.int64)
-            samples = [dataset[int(i)] for i in sample_indices(seed, counters, len(dataset))]
+            samples = blend.read(counters)
             item = [
                 collate(samples[at : at + micro_batch_size])
                 for at in range(0, share, micro_batch_size)

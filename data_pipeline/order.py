@@ -27,13 +27,16 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 @lru_cache(maxsize=64)
-def _keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
+def _keys(seed: int, epoch: int, source: int) -> tuple[np.uint64, ...]:
     """ROUNDS round keys; numpy promises SeedSequence's values never change."""
-    return tuple(np.random.SeedSequence((seed, epoch)).generate_state(ROUNDS, np.uint64))
+    sequence = np.random.SeedSequence((seed, epoch), spawn_key=(source,) if source else ())
+    return tuple(sequence.generate_state(ROUNDS, np.uint64))
 
 
-def permute(positions: NDArray[np.int64], n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Where a permutation of range(n) keyed by (seed, epoch) sends `positions` (int64 [m]).
+def permute(
+    positions: NDArray[np.int64], n: int, *, seed: int, epoch: int, source: int = 0
+) -> NDArray[np.int64]:
+    """Where a permutation of range(n) keyed by (seed, epoch, source) sends `positions` (int64 [m]).
 
     Raises ValueError when a position lies outside range(n) or seed or epoch is negative.
     """
@@ -41,7 +44,7 @@ def permute(positions: NDArray[np.int64], n: int, *, seed: int, epoch: int) -> N
         raise ValueError(f"positions {positions.min()}..{positions.max()} outside range({n})")
     half = max(MIN_HALF_BITS, -(-(n - 1).bit_length() // 2))
     bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    keys = _keys(seed, epoch)
+    keys = _keys(seed, epoch, source)
 
     values = positions.astype(np.uint64)
     walking = np.arange(values.size)  # entries still outside [0, n); at first, all
@@ -54,13 +57,15 @@ def permute(positions: NDArray[np.int64], n: int, *, seed: int, epoch: int) -> N
     return values.astype(np.int64)
 
 
-def sample_indices(seed: int, counters: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-    """Dataset indices (int64 [m]) of the run's samples `counters` (int64 [m]) over n samples."""
+def sample_indices(
+    seed: int, counters: NDArray[np.int64], n: int, source: int = 0
+) -> NDArray[np.int64]:
+    """Dataset indices (int64 [m]) of samples number `counters` (int64 [m]) of a source of n."""
     epochs, positions = np.divmod(counters, n)
     indices = np.empty_like(positions)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        indices[chosen] = permute(positions[chosen], n, seed=seed, epoch=int(epoch))
+        indices[chosen] = permute(positions[chosen], n, seed=seed, epoch=int(epoch), source=source)
     return indices
 
 

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from checkpoints_tools import folder as folders
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.sharded import load_checkpoint, save_checkpoint
+from data_pipeline.blend import Blend, Stage
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
 from data_pipeline.loader import BatchLoader, sequential_batches
@@ -78,6 +79,8 @@ def train(config: Config, launch: Launch) -> None:
             "network; use a parallel.tensor that divides %d",
             *(config.parallel.tensor, reach, launch.ranks_per_node, launch.ranks_per_node),
         )
+    if launch.rank == 0:
+        warn_of_epochs(config, data)
     if start is not None:
         trainer.resume(start)
         log.info("resumed from %s", start)
@@ -85,11 +88,9 @@ def train(config: Config, launch: Launch) -> None:
     destroy_groups()
 
 
-def open_data(config: Config) -> tuple[PackedDataset, PackedDataset | None]:
+def open_data(config: Config) -> tuple[Blend, PackedDataset | None]:
     """Training and validation shards, checked against the configuration and each other."""
-    data = PackedDataset(
-        config.data.train, seq_len=config.data.seq_len, vocab_size=config.model.vocab_size
-    )
+    data = open_blend(config)
     if not tokenizer_file(data).is_file():  # now rather than at the first save
         raise DataError(
             f"{tokenizer_file(data)}: no such file, and checkpoints carry the tokenizer; copy the "
@@ -104,12 +105,45 @@ def open_data(config: Config) -> tuple[PackedDataset, PackedDataset | None]:
     )
 
 
-def tokenizer_file(data: PackedDataset) -> Path:
-    """Where `transxssm prepare` put the tokenizer: beside the splits."""
-    return data.folder.parent / "tokenizer.json"
+def open_blend(config: Config) -> Blend:
+    """The training sources by their weights. Raises DataError."""
+    data, step = config.data, config.tokens_per_step
+    paths = [data.train] if data.train else [source.path for source in data.sources]
+    sources = [
+        PackedDataset(path, seq_len=data.seq_len, vocab_size=config.model.vocab_size)
+        for path in paths
+    ]
+    if data.train:
+        return Blend(sources, seed=data.seed)
+    names = [source.name for source in data.sources]
+    stages = [Stage(0, tuple(source.weight for source in data.sources))]
+    for stage in data.stages:
+        first = math.ceil(stage.from_tokens / step) * config.training.global_batch_size
+        stages.append(Stage(first, tuple(stage.weights.get(name, 0.0) for name in names)))
+    try:
+        return Blend(sources, seed=data.seed, names=names, stages=stages)
+    except ValueError as error:
+        raise DataError(f"data.stages: two of them begin in one step of {step} tokens") from error
 
 
-def find_start(config: Config, data: PackedDataset) -> Path | None:
+def warn_of_epochs(config: Config, data: Blend) -> None:
+    """Say which sources the run will read more often than their max_epochs."""
+    bounds = {source.name: source.max_epochs for source in config.data.sources}
+    samples = config.total_steps * config.training.global_batch_size
+    for name, epochs in data.epochs(samples).items():
+        if epochs > bounds.get(name, math.inf):
+            log.warning(
+                "the run reads data.sources %s %.1f times, more than its max_epochs %.1f",
+                *(name, epochs, bounds[name]),
+            )
+
+
+def tokenizer_file(data: Blend) -> Path:
+    """Where `transxssm prepare` put the tokenizer: beside the (first source's) splits."""
+    return data.sources[0].folder.parent / "tokenizer.json"
+
+
+def find_start(config: Config, data: Blend) -> Path | None:
     """The checkpoint to go on from, by checkpoint.resume, checked against config and data.
 
     `auto` skips damaged checkpoints with a warning. Raises CheckpointError when the checkpoint is
@@ -153,9 +187,7 @@ def find_start(config: Config, data: PackedDataset) -> Path | None:
     return None
 
 
-def _check_same_run(
-    candidate: Path, state: dict[str, Any], config: Config, data: PackedDataset
-) -> None:
+def _check_same_run(candidate: Path, state: dict[str, Any], config: Config, data: Blend) -> None:
     ours, theirs = config.model.model_dump(), state["config"]["model"]
     changed = [
         f"model.{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
@@ -175,10 +207,10 @@ def _check_same_run(
                 "the data and the schedule would no longer be those of one run; restore it, or "
                 "choose another logging.run_dir"
             )
-    if state["data_fingerprint"] != data.meta.fingerprint:
+    if state["data_fingerprint"] != data.fingerprint:
         raise CheckpointError(
-            f"{candidate} was trained on other data than {data.folder} (fingerprint "
-            f"{state['data_fingerprint'][:12]}… there, {data.meta.fingerprint[:12]}… here); point "
+            f"{candidate} was trained on other data than {data.sources[0].folder} (fingerprint "
+            f"{state['data_fingerprint'][:12]}… there, {data.fingerprint[:12]}… here); point "
             "data.train at the data it was trained on, or choose another logging.run_dir"
         )
 
@@ -205,7 +237,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        data: PackedDataset,
+        data: Blend,
         validation: PackedDataset | None,
         device: torch.device,
     ) -> None:
@@ -285,7 +317,6 @@ class Trainer:
         """This rank's batches from the present position on."""
         return BatchLoader(
             self.data,
-            seed=self.config.data.seed,
             global_batch_size=self.config.training.global_batch_size,
             micro_batch_size=self.config.training.micro_batch_size,
             data_parallel_rank=parallel_state.get_data_parallel_rank(),
@@ -318,6 +349,7 @@ class Trainer:
             "step": self.step,
             "tokens": tokens,
             "samples": self.samples,
+            **self._samples_by_source(),
             "loss": float(loss),
             "perplexity": _exp(float(loss)),
             "grad_norm": grad_norm,
@@ -327,6 +359,12 @@ class Trainer:
             "memory_bytes": peak_memory(self.device),
             **{f"time_{name}": seconds for name, seconds in watch.seconds.items()},
         }
+
+    def _samples_by_source(self) -> dict[str, int]:
+        """Samples read of each source so far, where there are several."""
+        if len(self.data.names) == 1:
+            return {}
+        return {f"samples_{name}": n for name, n in self.data.drawn(self.samples).items()}
 
     def evaluate(self, dataset: PackedDataset) -> float:
         """Mean loss per token in nats over eval_batches global batches (or all there is).
@@ -353,7 +391,7 @@ class Trainer:
             "samples": self.samples,
             "tokens": self.step * self.config.tokens_per_step,
             "config": self.config.model_dump(mode="json"),
-            "data_fingerprint": self.data.meta.fingerprint,
+            "data_fingerprint": self.data.fingerprint,
             "tokenizer_hash": self.data.meta.tokenizer_hash,
             "eod_id": self.data.meta.eod_id,
             "pad_id": self.data.meta.pad_id,

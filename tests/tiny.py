@@ -20,7 +20,7 @@ MODEL: dict[str, Any] = {
 }
 
 
-def tiny_config(data: Path, run_dir: Path, **sections: dict[str, Any]) -> Config:
+def tiny_config(data: Path, run_dir: Path, /, **sections: dict[str, Any]) -> Config:
     """Config on the tiny data; `sections` update single fields, e.g. parallel={"tensor": 2}."""
     tree: dict[str, dict[str, Any]] = {
         "model": dict(MODEL),

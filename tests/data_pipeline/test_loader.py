@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data_pipeline.batch import Batch
+from data_pipeline.blend import Blend
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
@@ -26,8 +27,7 @@ def loader(
     dataset: PackedDataset, rank: int = 0, size: int = 1, micro: int = 2, consumed: int = 0
 ) -> BatchLoader:
     return BatchLoader(
-        dataset,
-        seed=7,
+        Blend([dataset], seed=7),
         global_batch_size=GLOBAL,
         micro_batch_size=micro,
         data_parallel_rank=rank,

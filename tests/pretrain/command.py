@@ -28,7 +28,7 @@ class Ended:
     seconds: float
 
 
-def write_config(folder: Path, data: Path, **sections: dict[str, Any]) -> Path:
+def write_config(folder: Path, data: Path, /, **sections: dict[str, Any]) -> Path:
     """A TOML file of a short run on prepared data, whose run directory is folder/run."""
     training = {"steps": 6, "global_batch_size": 4, "eval_every": 3, "eval_batches": 1}
     sections["training"] = training | sections.get("training", {})

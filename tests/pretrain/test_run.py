@@ -244,9 +244,8 @@ def start_of(config: Path, *overrides: str) -> str:
     import logging
 
     from checkpoints_tools.errors import CheckpointError
-    from data_pipeline.dataset import PackedDataset
     from pretrain.config import load_config
-    from pretrain.trainer import find_start
+    from pretrain.trainer import find_start, open_blend
 
     warnings: list[str] = []
 
@@ -258,7 +257,7 @@ def start_of(config: Path, *overrides: str) -> str:
     log.handlers, log.propagate = [Collect()], False
     loaded = load_config(config, list(overrides))
     try:
-        start = find_start(loaded, PackedDataset(loaded.data.train))
+        start = find_start(loaded, open_blend(loaded))
     except CheckpointError as error:
         return "\n".join([*warnings, f"error: {error}"])
     return "\n".join([*warnings, str(start and start.name)])

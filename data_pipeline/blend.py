@@ -1,0 +1,151 @@
+"""Several sources read as one stream: sample k of a run is a function of seed, weights and k alone.
+
+A stage of the run gives each source a share of the samples, by its weight in tokens. A table of
+PERIOD entries says which source comes when, evenly: after any number of samples every source is
+within a sample or two of its share. How often a source came before is a quotient, a remainder and
+a look-up. A source's own samples come in its own seeded permutation, epoch after epoch (order.py).
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.dataset import PackedDataset
+from data_pipeline.errors import DataError
+from data_pipeline.order import sample_indices
+from data_pipeline.packing import Sample
+
+PERIOD = 1 << 14  # shares are exact to one part in as many
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From sample `first` of the run on, each source's weight in tokens (0: not read)."""
+
+    first: int
+    weights: tuple[float, ...]
+
+
+class BlendOrder:
+    """Which sample of which source is sample k of the run. Raises ValueError for bad stages."""
+
+    def __init__(
+        self, seed: int, sizes: Sequence[int], tokens: Sequence[int], stages: Sequence[Stage]
+    ) -> None:
+        """sizes, tokens: samples of each source, and tokens without padding in all of them."""
+        if stages[0].first or any(a.first >= b.first for a, b in pairwise(stages)):
+            raise ValueError("stages must begin at sample 0 and rise")
+        self.seed, self.sizes = seed, np.array(sizes, np.int64)
+        self.firsts = np.array([stage.first for stage in stages], np.int64)
+        self.tables: list[NDArray[np.int64]] = []
+        self.before: list[NDArray[np.int64]] = []  # [sources, PERIOD + 1]
+        per_sample = np.array(tokens) / self.sizes
+        for stage in stages:
+            table = interleaved(np.array(stage.weights) / per_sample)
+            ones = np.eye(len(sizes), dtype=np.int64)[table].T  # [sources, PERIOD]
+            self.tables.append(table)
+            self.before.append(np.pad(ones.cumsum(1), ((0, 0), (1, 0))))
+        self.drawn_at = [np.zeros(len(sizes), np.int64)]  # by every source, when a stage begins
+        for number in range(len(stages) - 1):
+            length = int(self.firsts[number + 1] - self.firsts[number])
+            self.drawn_at.append(self.drawn_at[-1] + self._within(number, length))
+
+    def _within(self, stage: int, samples: int) -> NDArray[np.int64]:
+        """Samples of each source among the first `samples` of a stage."""
+        rounds, rest = divmod(samples, PERIOD)
+        before = self.before[stage]
+        drawn: NDArray[np.int64] = rounds * before[:, -1] + before[:, rest]
+        return drawn
+
+    def drawn(self, samples: int) -> NDArray[np.int64]:
+        """Samples of each source among the first `samples` of the run, int64 [sources]."""
+        stage = int(np.searchsorted(self.firsts, samples, side="right")) - 1
+        return self.drawn_at[stage] + self._within(stage, samples - int(self.firsts[stage]))
+
+    def locate(self, counters: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Source and index in it of the run's samples `counters` (int64 [m]); int64 [m] each."""
+        sources, indices = np.empty_like(counters), np.empty_like(counters)
+        stages = np.searchsorted(self.firsts, counters, side="right") - 1
+        for stage in np.unique(stages):
+            here = np.flatnonzero(stages == stage)
+            rounds, rest = np.divmod(counters[here] - self.firsts[stage], PERIOD)
+            table, before = self.tables[stage], self.before[stage]
+            sources[here] = table[rest]
+            indices[here] = (
+                self.drawn_at[stage][table[rest]]
+                + rounds * before[table[rest], -1]
+                + before[table[rest], rest]
+            )
+        for source in np.unique(sources):
+            here = np.flatnonzero(sources == source)
+            indices[here] = sample_indices(
+                self.seed, indices[here], int(self.sizes[source]), source=int(source)
+            )
+        return sources, indices
+
+
+def interleaved(shares: NDArray[np.float64]) -> NDArray[np.int64]:
+    """PERIOD source numbers, evenly mixed by share; a source with any comes at least once."""
+    exact = shares / shares.sum() * PERIOD
+    counts = np.maximum(np.floor(exact), shares > 0)
+    while counts.sum() < PERIOD:
+        counts[np.argmax(exact - counts)] += 1
+    while counts.sum() > PERIOD:
+        counts[np.argmax(counts - exact)] -= 1
+    # each source's occurrences at the middles of equal parts of the period, all in order
+    places = [((np.arange(c) + 0.5) / c, np.full(int(c), i)) for i, c in enumerate(counts) if c]
+    times, sources = (np.concatenate(parts) for parts in zip(*places, strict=True))
+    table: NDArray[np.int64] = sources[np.lexsort((sources, times))].astype(np.int64)
+    return table
+
+
+class Blend:
+    """Prepared folders read as one stream. Raises DataError where they do not go together."""
+
+    def __init__(
+        self,
+        sources: Sequence[PackedDataset],
+        *,
+        seed: int,
+        names: Sequence[str] = ("train",),
+        stages: Sequence[Stage] = (Stage(0, (1.0,)),),
+    ) -> None:
+        self.sources, self.names, self.meta = list(sources), list(names), sources[0].meta
+        for source in self.sources[1:]:
+            if source.meta.tokenizer_hash != self.meta.tokenizer_hash:
+                raise DataError(
+                    f"{source.folder}: made with the tokenizer {source.meta.tokenizer_hash[:12]}…, "
+                    f"but {self.sources[0].folder} with {self.meta.tokenizer_hash[:12]}…; sources "
+                    "of one run need one tokenizer: prepare one of them again"
+                )
+        self.order = BlendOrder(
+            seed,
+            [len(source) for source in self.sources],
+            [source.meta.tokens for source in self.sources],
+            stages,
+        )
+        parts = [[s.meta.fingerprint for s in self.sources], [[s.first, s.weights] for s in stages]]
+        self.fingerprint = (
+            self.meta.fingerprint
+            if len(self.sources) == 1
+            else hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        )
+
+    def read(self, counters: NDArray[np.int64]) -> list[Sample]:
+        """The run's samples of these numbers. Raises DataError naming a damaged shard."""
+        located = zip(*self.order.locate(counters), strict=True)
+        return [self.sources[source][int(index)] for source, index in located]
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often each source has been read after so many samples of the run."""
+        drawn = self.order.drawn(samples) / self.order.sizes
+        return dict(zip(self.names, drawn.tolist(), strict=True))
+
+    def drawn(self, samples: int) -> dict[str, int]:
+        """Samples of each source among the first `samples` of the run."""
+        return dict(zip(self.names, self.order.drawn(samples).tolist(), strict=True))

@@ -1,0 +1,194 @@
+"""Blends: shares, epochs and stages, the same for every reader, from any point on."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.blend import PERIOD, Blend, BlendOrder, Stage, interleaved
+from data_pipeline.dataset import PackedDataset
+from data_pipeline.errors import DataError
+from data_pipeline.loader import BatchLoader
+from data_pipeline.prepare import prepare
+from data_pipeline.tokenizer import train_tokenizer
+from tests.data_pipeline.conftest import SEQ_LEN
+from tests.pretrain.command import read_metrics, run_command, succeed, write_config
+
+GLOBAL = 24
+SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=4)
+
+
+@st.composite
+def orders(draw: Any) -> BlendOrder:
+    sizes = draw(SIZES)
+    weight = st.lists(st.floats(0.01, 1), min_size=len(sizes), max_size=len(sizes))
+    firsts = [0, *sorted(draw(st.sets(st.integers(1, 2000), max_size=2)))]
+    stages = [Stage(first, tuple(draw(weight))) for first in firsts]
+    tokens = [size * draw(st.integers(20, 33)) for size in sizes]
+    return BlendOrder(draw(st.integers(0, 99)), sizes, tokens, stages)
+
+
+@settings(deadline=None, max_examples=40)
+@given(orders(), st.integers(1, 3000))
+def test_every_source_is_read_whole_epoch_after_epoch(order: BlendOrder, total: int) -> None:
+    sources, indices = order.locate(np.arange(total))
+    for source, size in enumerate(order.sizes):
+        read = indices[sources == source]
+        assert order.drawn(total)[source] == read.size
+        for begin in range(0, read.size, size):
+            epoch = read[begin : begin + size]
+            assert np.unique(epoch).size == epoch.size
+            assert epoch.max() < size
+
+
+@settings(deadline=None, max_examples=40)
+@given(orders(), st.lists(st.integers(0, 10**12), min_size=1, max_size=9))
+def test_a_sample_depends_on_its_number_alone(order: BlendOrder, counters: list[int]) -> None:
+    sources, indices = order.locate(np.array(counters))
+    for k, source, index in zip(counters, sources, indices, strict=True):
+        alone = order.locate(np.array([k]))
+        assert (int(alone[0][0]), int(alone[1][0])) == (source, index)
+        before, after = order.drawn(k), order.drawn(k + 1)
+        assert (after - before).tolist() == np.eye(len(order.sizes))[source].tolist()
+
+
+@given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=5))
+@settings(deadline=None, max_examples=30)
+def test_any_prefix_has_the_shares(shares: list[float]) -> None:
+    table = interleaved(np.array(shares))
+    assert table.size == PERIOD
+    counts = np.eye(len(shares))[table].cumsum(0)
+    assert counts[-1].min() >= 1
+    exact = counts[-1] / PERIOD * np.arange(1, PERIOD + 1)[:, None]
+    assert np.abs(counts - exact).max() <= 1 + len(shares) / 2
+    wanted = np.array(shares) / sum(shares)
+    assert np.abs(counts[-1] / PERIOD - wanted).max() <= (len(shares) + 1) / PERIOD
+
+
+def test_weights_are_of_tokens_not_samples() -> None:
+    order = BlendOrder(0, [100, 100], [100 * 50, 100 * 25], [Stage(0, (1.0, 1.0))])
+    drawn = order.drawn(3000)  # half-filled samples come twice as often
+    assert drawn[1] / drawn[0] == pytest.approx(2, rel=1e-3)
+
+
+def test_stages_take_over_where_they_begin() -> None:
+    stages = [Stage(0, (1.0, 0.0)), Stage(240, (0.0, 1.0)), Stage(480, (1.0, 1.0))]
+    order = BlendOrder(5, [100, 77], [100, 77], stages)
+    assert order.drawn(240).tolist() == [240, 0]
+    assert order.drawn(480).tolist() == [240, 240]
+    assert order.drawn(680).tolist() == [340, 340]
+    with pytest.raises(ValueError, match="rise"):
+        BlendOrder(5, [1], [1], [Stage(0, (1.0,)), Stage(0, (1.0,))])
+
+
+@pytest.fixture(scope="module")
+def folders(
+    corpus: Path, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    """Three prepared folders of one tokenizer, 3, 2 and 1 parts of the corpus."""
+    texts, tmp = sorted(corpus.glob("*.txt")), tmp_path_factory.mktemp("blend")
+    found = []
+    for number, (begin, end) in enumerate(pairwise([0, 60, 100, 120])):
+        out = tmp / str(number)
+        prepare(texts[begin:end], tokenizer_file, out, SEQ_LEN, validation_fraction=0)
+        found.append(out / "train")
+    return found
+
+
+def blend(folders: list[Path]) -> Blend:
+    stages = [Stage(0, (0.5, 0.3, 0.2)), Stage(5 * GLOBAL, (0.1, 0.0, 0.9))]
+    return Blend([PackedDataset(f) for f in folders], seed=3, names=["a", "b", "c"], stages=stages)
+
+
+def batches(folders: list[Path], size: int, micro: int, start: int, steps: int) -> list[list[Any]]:
+    """Rows of every global batch, as all data-parallel ranks read it."""
+    whole: list[list[Any]] = [[] for _ in range(steps)]
+    for rank in range(size):
+        loader = BatchLoader(
+            blend(folders), global_batch_size=GLOBAL, micro_batch_size=micro,
+            data_parallel_rank=rank, data_parallel_size=size, samples_consumed=start * GLOBAL,
+        )  # fmt: skip
+        for step in range(steps):
+            rows = [row for batch in loader.next_step() for row in batch.tokens]
+            whole[step].extend(rows)
+        loader.close()
+    return whole
+
+
+@pytest.mark.parametrize(("size", "micro"), [(2, 3), (3, 8), (4, 1), (8, 3)])
+def test_global_batches_are_the_same_for_any_number_of_ranks_and_from_any_step(
+    size: int, micro: int, folders: list[Path]
+) -> None:
+    expected = batches(folders, 1, 24, 0, 14)
+    for start in (0, 1, 4, 5, 9):
+        found = batches(folders, size, micro, start, 14 - start)
+        for rows, wanted in zip(found, expected[start:], strict=True):
+            assert torch.equal(torch.stack(rows), torch.stack(wanted))
+
+
+def test_sources_of_two_tokenizers_are_refused(
+    folders: list[Path], corpus: Path, tmp_path: Path
+) -> None:
+    other = train_tokenizer([corpus], tmp_path / "other.json", 290)
+    prepare([corpus], other, tmp_path / "o", SEQ_LEN, validation_fraction=0)
+    with pytest.raises(DataError, match=r"o/train: made with the tokenizer .* prepare one of them"):
+        Blend([PackedDataset(f) for f in (folders[0], tmp_path / "o" / "train")], seed=0)
+
+
+@pytest.fixture(scope="module")
+def two_sources(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("second") / "out"
+    sources = sorted((Path(__file__).parents[2] / "kernels").glob("*.py"))
+    prepare(sources, tiny_data / "tokenizer.json", out, 64, validation_fraction=0)
+    listed = [
+        {"path": str(tiny_data / "train"), "name": "code", "weight": 0.75},
+        {"path": str(out / "train"), "name": "kernels", "weight": 0.25, "max_epochs": 0.01},
+    ]
+    return {
+        "train": "",
+        "sources": listed,
+        "stages": [{"from_tokens": 700, "weights": {"code": 1.0}}],
+    }
+
+
+def test_a_run_blends_counts_warns_and_resumes_on_other_ranks(
+    two_sources: dict[str, Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    path = write_config(tmp_path, tiny_data, data=two_sources)
+    end = run_command("pretrain", path)[0]
+    assert end.code == 0, end.output
+    assert "the run reads data.sources kernels" in end.output
+    metrics = read_metrics(tmp_path / "run")
+    assert [m["samples_code"] + m["samples_kernels"] for m in metrics] == [4, 8, 12, 16, 20, 24]
+    assert metrics[2]["samples_kernels"] == metrics[5]["samples_kernels"] == 3  # until the stage
+    resume = tmp_path / "run/checkpoints/step-00000002"
+    succeed(
+        "pretrain", path, f"--logging.run_dir={tmp_path / 'again'}",
+        f"--checkpoint.resume={resume}", ranks=2,
+    )  # fmt: skip
+    again = read_metrics(tmp_path / "again")
+    for one, two in zip(metrics[2:], again, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["samples_kernels"] == one["samples_kernels"]
+
+
+def test_another_blend_is_other_data(
+    two_sources: dict[str, Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    path = write_config(
+        tmp_path, tiny_data, data=two_sources, training={"steps": 2, "eval_every": 0}
+    )
+    succeed("pretrain", path)
+    listed = [source | {"weight": 0.5} for source in two_sources["sources"]]
+    other = write_config(
+        tmp_path, tiny_data, data=two_sources | {"sources": listed},
+        training={"steps": 4, "eval_every": 0},
+    )  # fmt: skip
+    end = run_command("pretrain", other)[0]
+    assert end.code == 1
+    assert "was trained on other data" in end.output
