@@ -1,7 +1,8 @@
 """Prepared shards, read by sample index.
 
-The shards are read through mosaicml-streaming's reader but not its iterator, which hides faults: a
-damaged shard would end one rank's loop without a word and hang the others. Here every shard is
+MDS shards are read through mosaicml-streaming's reader but not its iterator, which hides faults: a
+damaged shard would end one rank's loop without a word and hang the others; WebDataset's through an
+index of ours (tar.py), since the library has no random access. Here every shard is
 checked against its size and xxh64 before its first sample is used, and what is wrong is raised.
 """
 
@@ -17,6 +18,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.mds import COLUMNS, HASH, INDEX, MDSReader
 from data_pipeline.meta import fingerprint, read_meta
 from data_pipeline.packing import Sample
+from data_pipeline.tar import TarReader
 
 
 class PackedDataset:
@@ -87,12 +89,12 @@ class PackedDataset:
                 "or from another run. Copy the folder again or prepare it."
             )
         try:
-            readers = [
-                MDSReader.from_json(str(self.folder), None, shard)
-                for shard in json.loads(content)["shards"]
-            ]
+            shards = json.loads(content)["shards"]
+            if self.meta.format == "webdataset":
+                return [TarReader(self.folder, shard) for shard in shards]
+            readers = [MDSReader.from_json(str(self.folder), None, shard) for shard in shards]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file}: not an index of MDS shards ({error!r}).") from error
+            raise DataError(f"{file}: not an index of shards ({error!r}).") from error
         for reader in readers:
             if set(reader.column_names) != COLUMNS or reader.compression:
                 raise DataError(
@@ -150,29 +152,34 @@ class PackedDataset:
         with self._lock:
             if shard in self._verified:
                 return
-            info = self._readers[shard].raw_data
-            file = self.folder / info.basename
-            digest = xxhash.xxh64()
-            size = 0
-            try:
-                with file.open("rb") as stream:
-                    while block := stream.read(1 << 22):
-                        digest.update(block)
-                        size += len(block)
-            except OSError as error:
-                raise DataError(
-                    f"{file}: cannot be read ({error.strerror}), but {INDEX} lists it; copy the "
-                    "shard again or prepare the data anew."
-                ) from error
-            if size != info.bytes:
-                raise DataError(
-                    f"{file}: {size} bytes, but {INDEX} says {info.bytes}; the shard is cut off or "
-                    "overwritten. Copy it again or prepare the data anew."
-                )
-            if digest.hexdigest() != info.hashes.get(HASH):
-                raise DataError(
-                    f"{file}: checksum {HASH} {digest.hexdigest()}, but {INDEX} says "
-                    f"{info.hashes.get(HASH)}; its content is damaged. Copy it again or prepare "
-                    "the data anew."
-                )
+            reader = self._readers[shard]
+            self._verify_file(reader.raw_data)
+            if self.meta.format == "webdataset":
+                self._verify_file(reader.offsets_info)
             self._verified.add(shard)
+
+    def _verify_file(self, info: Any) -> None:
+        file = self.folder / info.basename
+        digest = xxhash.xxh64()
+        size = 0
+        try:
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 22):
+                    digest.update(block)
+                    size += len(block)
+        except OSError as error:
+            raise DataError(
+                f"{file}: cannot be read ({error.strerror}), but {INDEX} lists it; copy the "
+                "shard again or prepare the data anew."
+            ) from error
+        if size != info.bytes:
+            raise DataError(
+                f"{file}: {size} bytes, but {INDEX} says {info.bytes}; the shard is cut off or "
+                "overwritten. Copy it again or prepare the data anew."
+            )
+        if digest.hexdigest() != info.hashes.get(HASH):
+            raise DataError(
+                f"{file}: checksum {HASH} {digest.hexdigest()}, but {INDEX} says "
+                f"{info.hashes.get(HASH)}; its content is damaged. Copy it again or prepare "
+                "the data anew."
+            )

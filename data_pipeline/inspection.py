@@ -26,7 +26,7 @@ def _inspect(folder: Path) -> dict[str, Any]:
         **meta.model_dump(),
         "fill_rate": meta.tokens / (meta.tokens + meta.padding),
         "shards": dataset.num_shards,
-        "bytes": sum(file.stat().st_size for file in folder.glob("*.mds")),
+        "bytes": sum(file.stat().st_size for file in folder.glob("shard.*")),
         "token_dtype": first.tokens.dtype.name,
         "first_sample_doc_lens": first.doc_lens.tolist(),
     }

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -9,7 +10,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.packing import Packing
 
 META = "meta.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+Format = Literal["mds", "webdataset"]
 
 
 class DatasetMeta(BaseModel):
@@ -18,6 +20,7 @@ class DatasetMeta(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: int
+    format: Format
     seq_len: int
     """Input tokens a sample; it holds one more."""
     packing: Packing

@@ -1,4 +1,4 @@
-"""Text to shards: OUT/train and OUT/validation, each MDS shards with index.json and meta.json.
+"""Text to shards: OUT/train and OUT/validation, each shards with index.json and meta.json.
 
     inputs → units of fixed size → (documents → split → tokens → packed samples → shards) each
            → one folder of shards a split
@@ -30,7 +30,7 @@ import numpy as np
 from data_pipeline.corpus import Piece, units
 from data_pipeline.errors import DataError
 from data_pipeline.mds import INDEX
-from data_pipeline.meta import FORMAT_VERSION, META, DatasetMeta, fingerprint, read_meta
+from data_pipeline.meta import FORMAT_VERSION, META, DatasetMeta, Format, fingerprint, read_meta
 from data_pipeline.packing import Packing
 from data_pipeline.reading import empty_corpus
 from data_pipeline.tokenizer import TextTokenizer, load_tokenizer
@@ -68,6 +68,7 @@ def prepare(
     seed: int = 1234,
     progress: Callable[[Progress], None] | None = None,
     *,
+    format: Format = "mds",
     workers: int = 0,
     share: tuple[int, int] = (1, 1),
     merge: bool = True,
@@ -90,7 +91,7 @@ def prepare(
         )
     if not 1 <= share[0] <= share[1]:
         raise DataError(f"share {share[0]}/{share[1]}: write i/n with 1 ≤ i ≤ n.")
-    options = Options(seq_len, packing, validation_fraction, text_field, seed, shard_bytes)
+    options = Options(seq_len, packing, validation_fraction, text_field, seed, shard_bytes, format)
     tokenizer = load_tokenizer(tokenizer_path)
     plan = list(units(inputs, unit_bytes))
     if not plan:
@@ -280,6 +281,7 @@ def _merge(temporary: Path, num_units: int, tokenizer: TextTokenizer, options: O
         p = labels[number][labels[number] > 0] / max(1, loss_tokens)
         meta = DatasetMeta(
             format_version=FORMAT_VERSION,
+            format=options.format,
             seq_len=options.seq_len,
             packing=options.packing,
             seed=options.seed,
@@ -315,13 +317,17 @@ def _move_shards(sources: list[Path], target: Path) -> bytes:
         if not (source / INDEX).exists():  # no document of this unit fell into this split
             continue
         for shard in json.loads((source / INDEX).read_bytes())["shards"]:
-            old = source / shard["raw_data"]["basename"]
-            new = target / f"shard.{len(shards):06d}.mds"
-            if old.exists():
-                os.rename(old, new)
-            elif not new.exists():
-                raise DataError(f"{old}: is missing; remove {source.parents[2]} and prepare anew.")
-            shard["raw_data"]["basename"] = new.name
+            for file in filter(None, (shard["raw_data"], shard.get("offsets"))):
+                old = source / file["basename"]
+                suffixes = "".join(old.suffixes[1:])
+                new = target / f"shard.{len(shards):06d}{suffixes}"
+                if old.exists():
+                    os.rename(old, new)
+                elif not new.exists():
+                    raise DataError(
+                        f"{old}: is missing; remove {source.parents[2]} and prepare anew."
+                    )
+                file["basename"] = new.name
             shards.append(shard)
     index = json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode()
     (target / INDEX).write_bytes(index)

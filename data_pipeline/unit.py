@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 
 from data_pipeline.corpus import Piece
 from data_pipeline.mds import open_writer
+from data_pipeline.meta import Format
 from data_pipeline.packing import Packing, PackingCounts, Sample, make_packer
 from data_pipeline.reading import Document, unit_documents
+from data_pipeline.tar import TarShardWriter
 from data_pipeline.tokenizer import TextTokenizer
 
 BATCH_BYTES = 1 << 20  # text tokenised at once; bounds memory and feeds the tokenizer's threads
@@ -37,6 +39,7 @@ class Options:
     text_field: str
     seed: int
     shard_bytes: int
+    format: Format
 
     @property
     def splits(self) -> list[str]:
@@ -131,9 +134,7 @@ class SplitWriter:
         length = self.options.seq_len + 1
         for sample in samples:
             if self.writer is None:
-                self.writer = open_writer(
-                    str(self.folder), self.dtype.name, length - 1, self.options.shard_bytes
-                )
+                self.writer = self._open_writer()
             is_label = np.ones(length, bool)
             is_label[np.cumsum(sample.doc_lens) - sample.doc_lens] = False  # first of a piece
             is_label[length - sample.num_pad :] = False
@@ -146,6 +147,12 @@ class SplitWriter:
                     "num_pad": sample.num_pad,
                 }
             )
+
+    def _open_writer(self) -> Any:
+        shard_bytes = self.options.shard_bytes
+        if self.options.format == "webdataset":
+            return TarShardWriter(self.folder, shard_bytes)
+        return open_writer(str(self.folder), self.dtype.name, self.options.seq_len, shard_bytes)
 
     def finish(self) -> PackingCounts:
         """Write the rest and the index."""

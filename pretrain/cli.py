@@ -179,6 +179,7 @@ def prepare(
     ] = 0.02,
     text_field: Annotated[str, typer.Option(help="Field of jsonl records.")] = "text",
     seed: Annotated[int, typer.Option(min=0, help="Of the train/validation split.")] = 1234,
+    format: Annotated[Literal["mds", "webdataset"], typer.Option(help="Of the shards.")] = "mds",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
     shard: Annotated[
         str, typer.Option(help="i/n: do the i-th of n shares of the work, for a job array.")
@@ -212,6 +213,7 @@ def prepare(
             text_field=text_field,
             seed=seed,
             progress=report,
+            format=format,
             workers=workers,
             share=_share(shard),
             merge=merge or not shard,

@@ -37,6 +37,17 @@ def prepared(corpus: Path, tokenizer_file: Path) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def prepared_tars(corpus: Path, tokenizer_file: Path) -> Path:
+    """The same samples as `prepared`, as WebDataset shards."""
+    out = corpus.parent / "prepared-tars"
+    prepare(
+        [corpus], tokenizer_file, out, SEQ_LEN, validation_fraction=0.2, shard_bytes=40960,
+        format="webdataset",
+    )  # fmt: skip
+    return out
+
+
 @pytest.fixture
 def damaged(prepared: Path, tmp_path: Path) -> Path:
     """A copy of `prepared` to break."""
