@@ -144,8 +144,10 @@ def pretrain(
 def estimate(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML file.")],
-    nodes: Annotated[int, typer.Option(min=1, help="Of the job.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Of the job [as many as one model replica needs].")
+    ] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="[8]")] = None,
     gpu_memory: Annotated[str, typer.Option(help="Of one GPU, e.g. 80GiB.")] = "80GiB",
     gpu: Annotated[
         Literal["a100", "h100", "h200", "b200"], typer.Option(help="Whose peaks bound the time.")
@@ -158,11 +160,14 @@ def estimate(
     Fields are overridden by --section.field VALUE.
     """
     from pretrain.config import load_config
-    from pretrain.estimate import Job, parse_memory
+    from pretrain.estimate import Job, one_replica, parse_memory
     from pretrain.estimate_report import run
 
-    job = Job(nodes, gpus_per_node, parse_memory(gpu_memory), gpu)
-    run(load_config(config, context.args), job, search=search, as_json=json_output)
+    loaded = load_config(config, context.args)
+    if nodes is None and gpus_per_node is None and not search:
+        nodes, gpus_per_node = one_replica(loaded)
+    job = Job(nodes or 1, gpus_per_node or 8, parse_memory(gpu_memory), gpu)
+    run(loaded, job, search=search, as_json=json_output)
 
 
 @app.command()

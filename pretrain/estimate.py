@@ -67,6 +67,14 @@ class Estimate:
         return self.config.tokens_per_step / self.time.total
 
 
+def one_replica(config: Config) -> tuple[int, int]:
+    """Nodes, and GPUs of each, that hold the model once."""
+    parallel = config.parallel
+    ranks = parallel.tensor * parallel.context * parallel.pipeline
+    node = max(n for n in range(1, min(8, ranks) + 1) if ranks % n == 0)
+    return ranks // node, node
+
+
 def parse_memory(text: str) -> int:
     """Bytes of "80GiB", "80GB" or a number of bytes. Raises ConfigError."""
     units = {"GiB": GIB, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "TiB": 2**40, "": 1}
@@ -128,11 +136,18 @@ def as_plain(result: Estimate, job: Job) -> dict[str, Any]:
         ],
         "fits": result.peak <= job.usable,
         "bubble": result.bubble,
+        **(_times(result, job) if work.itemsize == 2 else {}),  # peaks are those of bf16 products
+    }
+
+
+def _times(result: Estimate, job: Job) -> dict[str, Any]:
+    time = result.time
+    return {
         "step_seconds": {
-            "compute": result.time.compute,
-            "bubble": result.time.bubble,
-            "update": result.time.update,
-            **{f"{axis} communication": s for axis, s in result.time.communication.items()},
+            "compute": time.compute,
+            "bubble": time.bubble,
+            "update": time.update,
+            **{f"{axis} communication": seconds for axis, seconds in time.communication.items()},
         },
         "tokens_per_second": result.tokens_per_second,
         "model_flops_utilization": utilization(result, job),

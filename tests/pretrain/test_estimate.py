@@ -12,7 +12,16 @@ from parallel.flops import head_flops, layer_flops
 from parallel.footprint import chunks_in_flight
 from parallel.roofline import bubble_share
 from pretrain.config import Config, ConfigError, parse_config
-from pretrain.estimate import GIB, Job, as_plain, estimate, layouts, parse_memory, workload
+from pretrain.estimate import (
+    GIB,
+    Job,
+    as_plain,
+    estimate,
+    layouts,
+    one_replica,
+    parse_memory,
+    workload,
+)
 from tests.pretrain.command import run_command
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -120,6 +129,16 @@ def test_json_is_one_object_that_adds_up() -> None:
     stage = found["stages"][0]["memory"]
     assert stage["moments"] == 2 * stage["master"]
     assert found["fits"]
+
+
+def test_without_a_job_it_is_of_one_replica() -> None:
+    for name, sizes in (
+        ("demo", {"tensor": 1, "context": 1, "data": 1, "pipeline": 1}),
+        ("7b", {"tensor": 8, "context": 1, "data": 1, "pipeline": 1}),
+    ):
+        end = run_command("estimate", CONFIGS / f"{name}.toml", "--json")[0]
+        assert json.loads(end.output)["sizes"] == sizes
+    assert one_replica(config_of({"tensor": 2, "context": 4, "pipeline": 3})) == (3, 8)
 
 
 def test_search_finds_layouts_that_fit_best_first() -> None:
