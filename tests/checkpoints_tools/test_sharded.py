@@ -44,7 +44,7 @@ def through(config: Config, source: Path | None, target: Path, steps: int) -> li
     from parallel.compat import prepare_host
     from parallel.groups import init_distributed, init_groups
     from parallel.launch import launch_from_environment
-    from pretrain.trainer import Trainer, open_data
+    from pretrain.trainer import Trainer, open_data, tokenizer_file
 
     device = prepare_host()
     init_distributed(launch_from_environment(), device)
@@ -56,7 +56,7 @@ def through(config: Config, source: Path | None, target: Path, steps: int) -> li
     loader = trainer.loader()
     losses = [trainer.train_step(loader)["loss"] for _ in range(steps)]
     loader.close()
-    tokenizer = data.folder.parent / "tokenizer.json"
+    tokenizer = tokenizer_file(data)
     save_checkpoint(target, 1, trainer.zero, {}, tokenizer=tokenizer, keep_last=1, keep_every=0)
     return losses
 
