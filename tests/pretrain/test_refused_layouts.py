@@ -183,9 +183,10 @@ def test_every_rank_of_a_launch_exits_with_2(
 def test_torchrun_fails_with_the_message(tmp_path: Path) -> None:
     path = written({"parallel": {"context": 3}}, tmp_path)
     end = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-         "29617", "-m", "pretrain", "pretrain", str(path)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "pretrain", "pretrain", str(path)],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert end.returncode != 0
-    assert end.stderr.count("parallel.context=3 does not divide data.seq_len=1024") == 2
+    # torchrun ends the other rank as soon as one has failed, perhaps before it spoke
+    assert "parallel.context=3 does not divide data.seq_len=1024" in end.stderr
