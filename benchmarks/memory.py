@@ -154,6 +154,7 @@ def predict(layout: Layout, rank: int) -> dict[str, int]:
     from parallel.config import ModelConfig, ParallelConfig
     from parallel.footprint import Workload
     from parallel.memory import memory_by_stage
+    from parallel.split import layer_chunks
     from parallel.topology import topology
 
     parallel = ParallelConfig(**layout.parallel)
@@ -161,7 +162,9 @@ def predict(layout: Layout, rank: int) -> dict[str, int]:
     stage = topology(parallel, data, layout.world_size).coordinates(rank)["pipeline"]
     itemsize = 2 if layout.dtype == "bf16" else 4
     work = Workload(data, SEQ_LEN, MICRO_BATCH, MICRO_BATCHES, itemsize, on_gpu=False)
-    memory = memory_by_stage(ModelConfig(**MODEL), parallel, work)[stage]
+    model = ModelConfig(**MODEL)
+    chunks = layer_chunks(model, parallel, SEQ_LEN)
+    memory = memory_by_stage(model, parallel, work, chunks)[stage]
     buckets = memory.communication if memory.reduces_in_backward else 0  # else gone by then
     return memory.by_category() | {
         "gradients": memory.gradients + buckets,

@@ -42,6 +42,10 @@ STATE = ".transxssm-prepare"  # in OUT.tmp: which work is done there, and whethe
 POLL_SECONDS = 0.2
 
 
+class WorkerKilledError(DataError):
+    """A process that did a unit is gone; what others had done stays."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far `prepare` is."""
@@ -96,12 +100,12 @@ def prepare(
     plan = list(units(inputs, unit_bytes))
     if not plan:
         raise empty_corpus(inputs)
-    temporary, work = out.with_name(out.name + ".tmp"), identity(plan, tokenizer, options)
+    temporary, work = out.with_name(out.name + ".tmp"), _identity(plan, tokenizer, options)
     if _state(out) == f"{work} merged":  # killed at its very end
         return _finish(temporary, out, options)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is not an empty folder; remove it or name another.")
-    _claim(temporary, work)
+    resumed = _claim(temporary, work)
     try:
         if _state(temporary) == work:
             mine = range(share[0] - 1, len(plan), share[1])
@@ -111,21 +115,25 @@ def prepare(
             _merge(temporary, len(plan), tokenizer, options)
             _set_state(temporary, f"{work} merged")
         return _finish(temporary, out, options)
+    except WorkerKilledError:
+        raise
     except (DataError, OSError) as error:
-        if share == (1, 1):  # other jobs may be at work there
+        fresh = share == (1, 1) and not resumed  # else others may be at work, or have been
+        if fresh:
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, DataError):
             raise
+        left = "nothing is left there" if fresh else f"what is done stays in {temporary}"
         raise DataError(
-            f"{out}: cannot be written ({error.strerror}); nothing is left there. Free space or "
-            "mend permissions and run again."
+            f"{out}: cannot be written ({error.strerror}); {left}. Free space or mend permissions "
+            "and run again."
         ) from error
 
 
 # -- the folder of unfinished work ----------------------------------------------------------------
 
 
-def identity(plan: list[list[Piece]], tokenizer: TextTokenizer, options: Options) -> str:
+def _identity(plan: list[list[Piece]], tokenizer: TextTokenizer, options: Options) -> str:
     """Of the work: equal if and only if the same units become the same shards."""
     pieces = [[(p.name, p.start, p.end, p.num_bytes) for p in unit] for unit in plan]
     work = json.dumps([pieces, asdict(options), tokenizer.hash, FORMAT_VERSION])
@@ -146,8 +154,8 @@ def _set_state(folder: Path, state: str) -> None:
     os.replace(mine, folder / STATE)
 
 
-def _claim(temporary: Path, work: str) -> None:
-    """Make OUT.tmp, or go on with one of the same work."""
+def _claim(temporary: Path, work: str) -> bool:
+    """Make OUT.tmp, or go on with one of the same work; whether there was one."""
     try:
         state = _state(temporary)
         if state is None and temporary.exists() and any(map(_is_strange, temporary.iterdir())):
@@ -155,8 +163,10 @@ def _claim(temporary: Path, work: str) -> None:
         if state not in (None, work, f"{work} merged"):
             shutil.rmtree(temporary)  # left by a killed run over other text or with other options
         temporary.mkdir(parents=True, exist_ok=True)
-        if _state(temporary) is None:
+        found = _state(temporary) is not None
+        if not found:
             _set_state(temporary, work)
+        return found
     except OSError as error:
         raise DataError(f"{temporary}: cannot be created ({error.strerror}).") from error
 
@@ -236,7 +246,7 @@ def _work(
                     for future in finished:
                         future.result()
             except BrokenProcessPool as error:
-                raise DataError(
+                raise WorkerKilledError(
                     "a worker process was killed (out of memory?); run the same command again "
                     "with fewer --workers: it goes on with the units that are left"
                 ) from error

@@ -29,6 +29,7 @@ from kernels.attention import attention
 from kernels.rope.rope import apply_rope
 from parallel.layers import recomputed
 from parallel.ring import ring_attention
+from parallel.sizes import heads_are_shared_out
 
 
 class PackedBatch(Protocol):
@@ -96,7 +97,7 @@ def context_attention(
     """
     group = parallel_state.get_context_parallel_group()
     size, kv_heads = group.size(), k.shape[2]
-    if q.shape[2] % size or (kv_heads % size and size % kv_heads):
+    if not heads_are_shared_out(q.shape[2], kv_heads, size):
         return ring_attention(q, k, v, position_ids, group)
     if kv_heads < size:
         k, v = (t.repeat_interleave(size // kv_heads, dim=2) for t in (k, v))

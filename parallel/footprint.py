@@ -17,6 +17,7 @@ Selective recomputation keeps of a mixer what its projections give and take.
 from dataclasses import dataclass
 
 from parallel.config import ModelConfig, ParallelConfig
+from parallel.sizes import heads_are_shared_out
 
 # Chunk lengths of the scans, which keep a state for each chunk: of the CPU's, and of the kernels on
 # an H100 by bytes of a number (kernels/ssd/chunked.py, kernels/ssd/tiles.py)
@@ -38,6 +39,10 @@ class Workload:
     def tokens(self, parallel: ParallelConfig) -> int:
         """Of one micro-batch on one context-parallel rank."""
         return self.micro_batch_size * self.seq_len // parallel.context
+
+    def shards(self, parallel: ParallelConfig) -> int:
+        """Ranks over which optimizer state is divided."""
+        return self.data * parallel.context if parallel.zero_stage else 1
 
 
 def layer_parameters(model: ModelConfig, parallel: ParallelConfig, layer: int) -> int:
@@ -104,8 +109,7 @@ def _attention(
 def exchanges_heads(model: ModelConfig, parallel: ParallelConfig) -> bool:
     """Whether context-parallel attention exchanges heads; else it is a ring."""
     heads, kv_heads = model.num_heads // parallel.tensor, model.num_kv_heads // parallel.tensor
-    context = parallel.context
-    return heads % context == 0 and (kv_heads % context == 0 or context % kv_heads == 0)
+    return heads_are_shared_out(heads, kv_heads, parallel.context)
 
 
 def _ssd(model: ModelConfig, parallel: ParallelConfig, work: Workload, selective: bool) -> int:

@@ -70,7 +70,7 @@ class _GatheredLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         h, *weights = ctx.saved_tensors
         u, gathering = _gather(h)
-        d_u = sum_of_products(grads, weights)
+        d_u = _sum_of_products(grads, weights)
         d_h = torch.empty_like(h)
         group = get_tensor_model_parallel_group()
         scattering: Any = dist.reduce_scatter_tensor(d_h, d_u, group=group, async_op=True)
@@ -88,7 +88,7 @@ def _gather(h: Tensor) -> tuple[Tensor, Any]:
     return u, dist.all_gather_into_tensor(u, h.contiguous(), group=group, async_op=True)
 
 
-def sum_of_products(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+def _sum_of_products(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """Σᵢ gradᵢ Wᵢ: [T, 1, hidden]."""
     total = grads[0].flatten(0, 1) @ weights[0]
     for grad, weight in zip(grads[1:], weights[1:], strict=True):

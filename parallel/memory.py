@@ -19,7 +19,6 @@ from parallel.footprint import (
     stream_tokens,
 )
 from parallel.sizes import BUCKET_ELEMENTS, GATHERED_ELEMENTS, head_block_tokens
-from parallel.split import layer_chunks
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,9 @@ class RankMemory:
 
 
 def memory_by_stage(
-    model: ModelConfig, parallel: ParallelConfig, work: Workload
+    model: ModelConfig, parallel: ParallelConfig, work: Workload, chunks: list[range]
 ) -> list[RankMemory]:
-    """Of a rank of each pipeline stage."""
-    chunks = layer_chunks(model, parallel, work.seq_len)
+    """Of a rank of each pipeline stage; chunks: every chunk's layers (parallel.split)."""
     return [
         _rank_memory(model, parallel, work, stage, chunks) for stage in range(parallel.pipeline)
     ]
@@ -72,7 +70,7 @@ def _rank_memory(
     model: ModelConfig, parallel: ParallelConfig, work: Workload, stage: int, chunks: list[range]
 ) -> RankMemory:
     numel = stage_parameters(model, parallel, stage, chunks)
-    shards = work.data * parallel.context if parallel.zero_stage else 1
+    shards = work.shards(parallel)
     in_backward = parallel.reduces_in_backward
     on_device = parallel.offload == "none"
     gradients = 4 * numel // (shards if parallel.zero_stage > 1 else 1)

@@ -6,7 +6,8 @@ Communication adds its bytes at the link's peak. A pipeline of p stages of v chu
 micro-batches in (m + (p - 1) / v) times its slowest stage.
 
 Peaks are the vendor's (NVIDIA's A100, H100, H200 and B200 datasheets: SXM, bf16 without sparsity,
-NVLink in one direction); the network is taken as one 400 Gb/s port a GPU (200 Gb/s beside an A100).
+NVLink in one direction); the network is taken as one 400 Gb/s port a GPU (200 Gb/s beside an A100),
+a rank's share of its host's memory, where an offloaded optimizer works, as 50 GB/s.
 Measured runs are slower; what the figures are for is comparing layouts.
 """
 
@@ -20,6 +21,7 @@ from parallel.topology import Axis, Topology
 from parallel.traffic import traffic
 
 KEPT_TENSOR_PASSES = 5
+HOST_MEMORY = 50e9  # bytes a second, assumed
 UPDATE_BYTES = 4 * (3 + 3 + 1)  # Adam reads and writes weight and moments, and reads a gradient
 
 
@@ -115,6 +117,6 @@ def step_time(
         link = gpu.node_link if top.nodes_of_a_group(axis) == 1 else gpu.network
         seconds[axis] = max(stage[axis] for stage in stages) / link
     numel = max(stage_parameters(model, parallel, s, chunks) for s in range(parallel.pipeline))
-    shards = work.data * parallel.context if parallel.zero_stage else 1
-    update = UPDATE_BYTES * numel / shards / (gpu.memory if parallel.offload == "none" else 50e9)
+    memory = gpu.memory if parallel.offload == "none" else HOST_MEMORY
+    update = UPDATE_BYTES * numel / work.shards(parallel) / memory
     return StepTime(compute, bubble, seconds, update)

@@ -9,3 +9,9 @@ GPU_BLOCK_TOKENS = 2048  # on a GPU blocks must be tall enough for their product
 def head_block_tokens(rows: int, on_gpu: bool) -> int:
     """Tokens of which the output head has logits at once, for a head weight of so many rows."""
     return max(GPU_BLOCK_TOKENS if on_gpu else 1, LOGITS_ELEMENTS // rows)
+
+
+def heads_are_shared_out(heads: int, kv_heads: int, context: int) -> bool:
+    """Whether so many heads on a tensor-parallel rank can be exchanged for tokens over `context`
+    ranks, of which those that share a key head each get it."""
+    return heads % context == 0 and (kv_heads % context == 0 or context % kv_heads == 0)

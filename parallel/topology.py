@@ -52,7 +52,15 @@ class Topology:
 
     def nodes_of_a_group(self, axis: Axis) -> int:
         """The most nodes that one group of an axis reaches over."""
-        return max(len({self.node(rank) for rank in group}) for group in self.groups(axis))
+        size, stride, node = getattr(self, axis), 1, self.ranks_per_node
+        for faster in AXES[: AXES.index(axis)]:
+            stride *= getattr(self, faster)
+        apart = range(0, self.world_size, stride * size)
+        # a group's reach depends on where in a node its first rank is
+        firsts = {(low + high) % node for low in range(min(stride, node)) for high in apart[:node]}
+        return max(
+            len({(first + stride * member) // node for member in range(size)}) for first in firsts
+        )
 
 
 def topology(parallel: ParallelConfig, data: int, ranks_per_node: int) -> Topology:

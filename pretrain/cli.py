@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 
+from pretrain.console import whole_console
+
 app = typer.Typer(
     name="transxssm",
     help="Pretrain TransXSSM, a hybrid of attention and state-space layers.",
@@ -36,7 +38,6 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(kernels_app, name="kernels")
 
 INVALID_CONFIGURATION = 2
-PIPE_WIDTH = 4096
 Inputs = Annotated[list[str], typer.Argument(help="Files, folders or globs of text or jsonl.")]
 
 
@@ -295,7 +296,7 @@ def checkpoint_list(folder: Path) -> None:
         mebibytes = sum(state["files"].values()) / 2**20
         row = (f"{step:,}", f"{state['tokens']:,}", str(state["world_size"]), f"{mebibytes:,.1f}")
         table.add_row(*row, str(path))
-    _print_whole(table)
+    whole_console().print(table)
 
 
 @checkpoint_app.command("export")
@@ -412,13 +413,7 @@ def _print_fields(fields: dict[str, Any]) -> None:
     table = Table("name", Column(overflow="fold"), show_header=False, box=None)
     for name, value in fields.items():
         table.add_row(name, value if isinstance(value, str) else json.dumps(value), style="")
-    _print_whole(table)
-
-
-def _print_whole(table: Table) -> None:
-    """Nothing is abbreviated: long values fold on a terminal, and keep their line elsewhere."""
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
-    Console(highlight=False, markup=False, width=width).print(table)
+    whole_console().print(table)
 
 
 if __name__ == "__main__":

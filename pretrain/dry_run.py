@@ -5,7 +5,6 @@ forward and backward through each of its chunks: shapes and collectives are thos
 nothing is allocated, sent or computed.
 """
 
-import sys
 import time
 from collections import Counter
 from typing import Any
@@ -13,12 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from rich.console import Console
 from rich.table import Table
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel.build import DTYPES, BuiltStage, build_stage
+from parallel.build import BuiltStage
 from parallel.compat import factory_device
 from parallel.context import LocalBatch
 from parallel.groups import destroy_groups, init_groups
@@ -27,10 +25,10 @@ from parallel.split import layer_chunks
 from parallel.topology import AXES, topology
 from parallel.traffic import traffic
 from pretrain.config import Config, ConfigError
+from pretrain.console import whole_console
 from pretrain.estimate import GIB, workload
 from pretrain.layout import list_of_ranks
-
-PIPE_WIDTH = 4096  # nothing is abbreviated where no terminal sets a width
+from pretrain.stage import configured_stage
 
 
 class Collectives(TorchDispatchMode):
@@ -80,15 +78,7 @@ def trace(config: Config, world_size: int, rank: int) -> tuple[BuiltStage, Colle
         }
         seen = Collectives(names)
         with factory_device(meta), meta:
-            built = build_stage(
-                config.model,
-                config.parallel,
-                seq_len=config.data.seq_len,
-                dtype=DTYPES[config.training.dtype],
-                seed=config.training.seed,
-                deterministic=False,
-                device=meta,
-            )
+            built = configured_stage(config, meta)
             with seen:
                 for chunk in built.chunks:
                     _micro_batch(config, chunk)
@@ -119,9 +109,7 @@ def _micro_batch(config: Config, chunk: Any) -> None:
 
 def dry_run(config: Config, world_size: int, rank: int, ranks_per_node: int) -> None:
     """Print what rank `rank` of `world_size` would hold and send. Raises ConfigError."""
-    console = Console(
-        highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH
-    )
+    console = whole_console()
     begin = time.perf_counter()
     built, seen = trace(config, world_size, rank)
     model, parallel = config.model, config.parallel
@@ -143,7 +131,8 @@ def dry_run(config: Config, world_size: int, rank: int, ranks_per_node: int) -> 
     numel = sum(parameter.numel() for _, parameter in built.named_parameters())
     console.print(f"{numel:,} parameters here, of {model.num_params()['total']:,}")
     work = workload(config, data)
-    memory = memory_by_stage(model, parallel, work)[place["pipeline"]]
+    chunks = layer_chunks(model, parallel, work.seq_len)
+    memory = memory_by_stage(model, parallel, work, chunks)[place["pipeline"]]
     table = Table("memory", "GiB")
     for category, size in (memory.by_category() | {"peak": memory.peak}).items():
         if size:
@@ -156,7 +145,6 @@ def dry_run(config: Config, world_size: int, rank: int, ranks_per_node: int) -> 
             axis_name, kind, str(calls), f"{given:,.3f}", f"{given * work.micro_batches:,.1f}"
         )
     console.print(table)
-    chunks = layer_chunks(model, parallel, work.seq_len)
     for axis, sent in traffic(model, parallel, work, place["pipeline"], chunks).items():
         console.print(f"{axis}: {sent / 1e9:,.3f} GB sent by this rank a step")
     console.print(f"built and traced in {time.perf_counter() - begin:.1f} s")

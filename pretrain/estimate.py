@@ -108,7 +108,7 @@ def estimate(config: Config, job: Job) -> Estimate:
     work = workload(config, data)
     top = topology(parallel, data, job.gpus_per_node)
     chunks = layer_chunks(model, parallel, work.seq_len)
-    memory = memory_by_stage(model, parallel, work)
+    memory = memory_by_stage(model, parallel, work, chunks)
     time = step_time(model, parallel, work, chunks, GPUS[job.gpu], top)
     return Estimate(config, work, top, chunks, memory, time)
 

@@ -1,7 +1,6 @@
 """`transxssm estimate`: the estimate of one layout, or the best layouts, in tables."""
 
 import json
-import sys
 
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +9,7 @@ from parallel.flops import head_flops, layer_flops, training_flops_per_token
 from parallel.topology import AXES
 from parallel.traffic import traffic
 from pretrain.config import Config, ConfigError
+from pretrain.console import whole_console
 from pretrain.estimate import (
     GIB,
     Estimate,
@@ -21,15 +21,12 @@ from pretrain.estimate import (
     utilization,
 )
 
-PIPE_WIDTH = 4096  # nothing is abbreviated where no terminal sets a width
 SHOWN = 10
 
 
 def run(config: Config, job: Job, *, search: bool, as_json: bool) -> None:
     """Print the estimate, or the best layouts. Raises ConfigError when nothing fits."""
-    console = Console(
-        highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH
-    )
+    console = whole_console()
     if search:
         found = sorted(
             (e for e in layouts(config, job) if e.peak <= job.usable),

@@ -1,15 +1,11 @@
 """`transxssm doctor --layout`: which rank does what on which node."""
 
-import sys
-
-from rich.console import Console
 from rich.table import Table
 
 from parallel.split import layer_chunks
 from parallel.topology import AXES, Topology, topology
 from pretrain.config import Config
-
-PIPE_WIDTH = 4096  # nothing is abbreviated where no terminal sets a width
+from pretrain.console import whole_console
 
 
 def print_layout(config: Config, nodes: int, gpus_per_node: int) -> None:
@@ -20,9 +16,7 @@ def print_layout(config: Config, nodes: int, gpus_per_node: int) -> None:
     world_size = nodes * gpus_per_node
     top = topology(config.parallel, config.data_parallel(world_size), gpus_per_node)
     sizes = " × ".join(f"{axis} {getattr(top, axis)}" for axis in AXES)
-    console = Console(
-        highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH
-    )
+    console = whole_console()
     console.print(f"{world_size} ranks on {nodes} nodes: {sizes}, tensor fastest")
     console.print(_rank_map(top))
     chunks = layer_chunks(config.model, config.parallel, config.data.seq_len)

@@ -21,7 +21,6 @@ from data_pipeline.blend import Blend, Stage
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
 from data_pipeline.loader import BatchLoader, sequential_batches
-from parallel.build import DTYPES, build_stage
 from parallel.compat import prepare_host
 from parallel.context import local_batch
 from parallel.flops import training_flops_per_token
@@ -34,6 +33,7 @@ from pretrain.config import Config
 from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
 from pretrain.run_dir import git_revision, record_start, start_log
+from pretrain.stage import configured_stage
 
 log = logging.getLogger("transxssm")
 
@@ -247,17 +247,8 @@ class Trainer:
         self.samples = 0
         self.revision = git_revision() if dist.get_rank() == 0 else ""
         optimizer = config.optimizer
-        built = build_stage(
-            config.model,
-            config.parallel,
-            seq_len=config.data.seq_len,
-            dtype=DTYPES[config.training.dtype],
-            seed=config.training.seed,
-            deterministic=config.training.deterministic,
-            device=device,
-        )
         self.zero = ZeroOptimizer(
-            built,
+            configured_stage(config, device),
             config.parallel,
             lr=optimizer.lr,
             betas=(optimizer.betas[0], optimizer.betas[1]),

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_pipeline import prepare as preparing
 from data_pipeline.corpus import units
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import prepare
@@ -126,6 +127,28 @@ def test_other_work_starts_anew(corpus: Path, tokenizer_file: Path, tmp_path: Pa
     prepare(*arguments, SEQ_LEN, workers=1, share=(1, 2), merge=False, **SMALL)
     with pytest.raises(DataError, match="units are not done"):
         prepare(*arguments, 64, workers=1, share=(2, 2), merge=True, **SMALL)
+
+
+def test_a_killed_worker_loses_nothing_that_was_done(
+    corpus: Path, tokenizer_file: Path, tmp_path: Path, expected: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What `prepare` does when its pool of workers breaks, with one in the killed one's place."""
+    work, done = preparing._work, []
+
+    def some(temporary: Path, plan: Any, mine: range, *rest: Any) -> None:
+        work(temporary, plan, mine[:5], *rest)
+        done.extend((temporary / "units").iterdir())
+        raise preparing.WorkerKilledError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_work", some)
+        with pytest.raises(DataError, match="killed"):
+            run(corpus, tokenizer_file, tmp_path / "o", 1)
+    assert len(done) == 5
+    assert all(folder.exists() for folder in done)
+    run(corpus, tokenizer_file, tmp_path / "o", 1)
+    assert contents(tmp_path / "o") == expected
 
 
 def run(corpus: Path, tokenizer_file: Path, out: Path, workers: int) -> None:
