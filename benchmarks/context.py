@@ -87,6 +87,7 @@ def train_step(length: int, context: int) -> Step:
             loss_mask=torch.ones(1, length),
             position_ids=torch.arange(length)[None],
             cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+            sources=torch.zeros(1, dtype=torch.int64),
         ),
         device,
     )
@@ -94,7 +95,7 @@ def train_step(length: int, context: int) -> Step:
 
     def step() -> None:
         stage.zero_grad()
-        loss = stage(
+        loss, _ = stage(
             batch.tokens, batch.labels, batch.loss_mask, batch.position_ids, batch.cu_seqlens,
             batch.local_cu_seqlens,
         )  # fmt: skip

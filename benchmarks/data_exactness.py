@@ -3,10 +3,11 @@
     python -m benchmarks.data_exactness [--quick]
 
 Prepares two small corpora as MDS and as WebDataset shards and reads them, alone and as a blend
-whose weights change twice, with global batches of 24 on 1, 2, 3, 4 and 8 data-parallel ranks, from
-the beginning, the second step, the middle, the end and the second round of an epoch. Every batch is
-compared with one rank's uninterrupted reading of the MDS shards; every epoch of every source must
-have each of its samples once.
+whose weights change twice, with global batches of 24 on 1, 2, 3, 4 and 8 data-parallel ranks, read
+ahead by 0, 1 and 2 threads, from the beginning, the second step, the middle, the end and the second
+round of an epoch. Samples are shuffled within windows of a fifth of the larger corpus. Every batch
+is compared with one rank's uninterrupted reading of the MDS shards; every epoch of every source
+must have each of its samples once.
 
 Exits with 1 when anything differs.
 """
@@ -25,13 +26,15 @@ from torch import Tensor
 
 from data_pipeline.blend import Blend, Stage
 from data_pipeline.dataset import PackedDataset
-from data_pipeline.loader import BatchLoader
+from data_pipeline.loader import BatchLoader, BatchSize
 from data_pipeline.meta import Format
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import train_tokenizer
 
 GLOBAL_BATCH, SEQ_LEN, STEPS = 24, 128, 12
 SIZES = (1, 2, 3, 4, 8)
+WORKERS = (0, 1, 2)
+WINDOW_TOKENS = 1 << 14
 FORMATS: tuple[Format, ...] = ("mds", "webdataset")
 FOLDERS = ("data_pipeline", "kernels")
 
@@ -57,17 +60,18 @@ def open_blend(folder: Path, several: bool) -> Blend:
         starts = [0, 3, 40]
         stages = [Stage(s * GLOBAL_BATCH, w) for s, w in zip(starts, weights, strict=True)]
     sources = [PackedDataset(folder / name / "train") for name in names]
-    return Blend(sources, seed=11, names=names, stages=stages)
+    return Blend(sources, seed=11, names=names, stages=stages, window_tokens=WINDOW_TOKENS)
 
 
-def global_batches(blend: Blend, size: int, start: int, steps: int) -> list[list[Tensor]]:
+def global_batches(
+    blend: Blend, size: int, workers: int, start: int, steps: int
+) -> list[list[Tensor]]:
     """Every field of the batches of all ranks, rank after rank, for some steps."""
     found: list[list[Tensor]] = [[] for _ in range(steps)]
     for rank in range(size):
         loader = BatchLoader(
-            blend, global_batch_size=GLOBAL_BATCH, micro_batch_size=GLOBAL_BATCH // size,
-            data_parallel_rank=rank, data_parallel_size=size,
-            samples_consumed=start * GLOBAL_BATCH,
+            blend, [BatchSize(0, GLOBAL_BATCH, GLOBAL_BATCH // size)], data_parallel_rank=rank,
+            data_parallel_size=size, samples_consumed=start * GLOBAL_BATCH, num_workers=workers,
         )  # fmt: skip
         for step in range(steps):
             for batch in loader.next_step():
@@ -102,7 +106,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.data_exactness")
     parser.add_argument("--quick", action="store_true", help="fewer steps from each point")
     steps = 3 if parser.parse_args(arguments).quick else STEPS
-    table = Table("sources", "format", "from step", *(f"{size} ranks" for size in SIZES))
+    sizes = (f"{size} ranks" for size in SIZES)
+    table = Table("sources", "format", "from step", "threads", *sizes)
     missed = checked = 0
     with tempfile.TemporaryDirectory() as folder:
         prepare_all(Path(folder))
@@ -111,12 +116,17 @@ def main(arguments: list[str]) -> int:
             missed += not epochs_are_whole(blend)
             epoch = int(blend.order.sizes[0]) // GLOBAL_BATCH
             for start in (0, 1, epoch // 2, epoch, epoch + epoch // 2):
-                expected = global_batches(oracle, 1, start, steps)
-                results = [same(global_batches(blend, n, start, steps), expected) for n in SIZES]
-                checked += len(results)
-                missed += results.count(False)
-                cells = ["same" if good else "DIFFERS" for good in results]
-                table.add_row("a blend" if several else "one", kind, str(start), *cells)
+                expected = global_batches(oracle, 1, 0, start, steps)
+                for workers in WORKERS:
+                    results = [
+                        same(global_batches(blend, size, workers, start, steps), expected)
+                        for size in SIZES
+                    ]
+                    checked += len(results)
+                    missed += results.count(False)
+                    cells = ["same" if good else "DIFFERS" for good in results]
+                    name = "a blend" if several else "one"
+                    table.add_row(name, kind, str(start), str(workers), *cells)
     console = Console(highlight=False, markup=False)
     console.print(table)
     console.print(f"{checked} readings of {steps} steps: {'MISSED' if missed else 'met'}")

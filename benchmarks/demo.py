@@ -17,8 +17,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from data_pipeline.dataset import PackedDataset
 from data_pipeline.demo import demo_corpus
-from data_pipeline.meta import read_meta
 
 DATA = Path("data/demo")
 RUN = Path("runs/demo")
@@ -36,7 +36,7 @@ def main() -> int:
     train_until(KILL_AFTER_STEP)
     command("pretrain", str(CONFIG))
     metrics = read_metrics()
-    entropy = read_meta(DATA / "validation").unigram_entropy
+    entropy = PackedDataset(DATA / "validation").meta.unigram_entropy
     validation = [m["validation_loss"] for m in metrics if "validation_loss" in m][-1]
     draw(metrics, entropy)
     say("exporting the last checkpoint to a single-GPU model")

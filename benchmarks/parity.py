@@ -165,7 +165,7 @@ def train(layout: Layout, steps: int) -> Trace:
             local_batch(synthetic_batch(step, rows[at : at + MICRO_BATCH], layout.packed), device)
             for at in range(0, share, MICRO_BATCH)
         ]
-        losses.append(float(forward_backward(zero, batches, count_tokens(batches, device))))
+        losses.append(float(forward_backward(zero, batches, count_tokens(batches, device)).mean))
         if step == 0:
             gradients = zero.full_gradients()
         norms.append(zero.step(LR))
@@ -177,7 +177,7 @@ def train(layout: Layout, steps: int) -> Trace:
             local_batch(without_one(rows[at : at + MICRO_BATCH], layout.packed, altered), device)
             for at in range(0, share, MICRO_BATCH)
         ]
-        loss = forward_backward(zero, batches, count_tokens(batches, device))
+        loss = forward_backward(zero, batches, count_tokens(batches, device)).mean
         seen.append([loss, *zero.full_gradients().values()])
         zero.step(0.0)  # nothing changes but Adam's moments
     leaks = not all(torch.equal(a, b) for a, b in zip(*seen, strict=True))

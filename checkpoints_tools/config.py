@@ -12,6 +12,8 @@ class CheckpointConfig(Section):
     """Folder of the step-* folders; empty: checkpoints/ in the run directory."""
     every: int = Field(100, ge=0)
     """Steps between checkpoints, besides the one at the end; 0 saves only that one."""
+    allow_data_change: bool = False
+    """Go on from a checkpoint over other data than it was trained on."""
     keep_last: int = Field(3, ge=1)
     """Newest checkpoints kept; older ones go once a newer one is committed."""
     keep_every: int = Field(0, ge=0)

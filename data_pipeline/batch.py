@@ -16,6 +16,7 @@ class Batch:
     position_ids: int64 [B, L], restart at 0 with every document
     cu_seqlens:   int32 [num_segments + 1], segment borders over the flattened B·L tokens, from 0 to
                   B·L; every row start is a border
+    sources:      int64 [B], which of the blend's sources a row is of
     """
 
     tokens: Tensor
@@ -23,7 +24,12 @@ class Batch:
     loss_mask: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor
+    sources: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
         return Batch(*(t.to(device) for t in vars(self).values()))
+
+    def pinned(self) -> "Batch":
+        """The same batch in page-locked memory, from which a GPU copies while it computes."""
+        return Batch(*(t.pin_memory() for t in vars(self).values()))

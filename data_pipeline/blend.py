@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -17,10 +18,14 @@ from numpy.typing import NDArray
 
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
-from data_pipeline.order import sample_indices
+from data_pipeline.order import Windows, sample_indices
 from data_pipeline.packing import Sample
 
 PERIOD = 1 << 14  # shares are exact to one part in as many
+BLOCK_TOKENS = 1 << 25  # neighbours that a window keeps together: about a shard
+MIN_BLOCKS = 64  # of a window, lest it hold too few documents of too few files
+WINDOW_TOKENS = 1 << 32
+PAGE = 1 << 12  # samples whose places are found together
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,19 @@ class BlendOrder:
     """Which sample of which source is sample k of the run. Raises ValueError for bad stages."""
 
     def __init__(
-        self, seed: int, sizes: Sequence[int], tokens: Sequence[int], stages: Sequence[Stage]
+        self,
+        seed: int,
+        sizes: Sequence[int],
+        tokens: Sequence[int],
+        stages: Sequence[Stage],
+        windows: Sequence[Windows] | None = None,
     ) -> None:
-        """sizes, tokens: samples of each source, and tokens without padding in all of them."""
+        """sizes, tokens: samples of each source, and tokens without padding in all of them;
+        windows: in which each source's samples are shuffled [the whole epoch]."""
         if stages[0].first or any(a.first >= b.first for a, b in pairwise(stages)):
             raise ValueError("stages must begin at sample 0 and rise")
         self.seed, self.sizes = seed, np.array(sizes, np.int64)
+        self.windows = list(windows) if windows is not None else [None] * len(sizes)
         self.firsts = np.array([stage.first for stage in stages], np.int64)
         self.tables: list[NDArray[np.int64]] = []
         self.before: list[NDArray[np.int64]] = []  # [sources, PERIOD + 1]
@@ -81,11 +93,10 @@ class BlendOrder:
                 + rounds * before[table[rest], -1]
                 + before[table[rest], rest]
             )
-        for source in np.unique(sources):
+        for source in np.unique(sources).tolist():
             here = np.flatnonzero(sources == source)
-            indices[here] = sample_indices(
-                self.seed, indices[here], int(self.sizes[source]), source=int(source)
-            )
+            size, windows = int(self.sizes[source]), self.windows[source]
+            indices[here] = sample_indices(self.seed, indices[here], size, source, windows)
         return sources, indices
 
 
@@ -96,7 +107,7 @@ def interleaved(shares: NDArray[np.float64]) -> NDArray[np.int64]:
     while counts.sum() < PERIOD:
         counts[np.argmax(exact - counts)] += 1
     while counts.sum() > PERIOD:
-        counts[np.argmax(counts - exact)] -= 1
+        counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
     # each source's occurrences at the middles of equal parts of the period, all in order
     places = [((np.arange(c) + 0.5) / c, np.full(int(c), i)) for i, c in enumerate(counts) if c]
     times, sources = (np.concatenate(parts) for parts in zip(*places, strict=True))
@@ -114,7 +125,9 @@ class Blend:
         seed: int,
         names: Sequence[str] = ("train",),
         stages: Sequence[Stage] = (Stage(0, (1.0,)),),
+        window_tokens: int = WINDOW_TOKENS,
     ) -> None:
+        """names: of the sources; window_tokens: within which samples are shuffled."""
         self.sources, self.names, self.meta = list(sources), list(names), sources[0].meta
         for source in self.sources[1:]:
             if source.meta.tokenizer_hash != self.meta.tokenizer_hash:
@@ -128,7 +141,9 @@ class Blend:
             [len(source) for source in self.sources],
             [source.meta.tokens for source in self.sources],
             stages,
+            [_windows(source.meta.seq_len, window_tokens) for source in self.sources],
         )
+        self._page = lru_cache(maxsize=64)(self._located_page)
         parts = [[s.meta.fingerprint for s in self.sources], [[s.first, s.weights] for s in stages]]
         self.fingerprint = (
             self.meta.fingerprint
@@ -136,16 +151,60 @@ class Blend:
             else hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         )
 
-    def read(self, counters: NDArray[np.int64]) -> list[Sample]:
-        """The run's samples of these numbers. Raises DataError naming a damaged shard."""
-        located = zip(*self.order.locate(counters), strict=True)
-        return [self.sources[source][int(index)] for source, index in located]
+    def read(self, counters: NDArray[np.int64]) -> tuple[list[Sample], NDArray[np.int64]]:
+        """The run's samples of these numbers, and the source of each (int64 [m]).
+
+        Raises BadShardError naming a damaged shard.
+        """
+        sources, indices = self._places(counters)
+        if len(self.sources) == 1:
+            return self.sources[0].read(indices), sources
+        samples: list[Sample | None] = [None] * len(counters)
+        for source in np.unique(sources).tolist():
+            here = np.flatnonzero(sources == source)
+            found = self.sources[source].read(indices[here])
+            for place, sample in zip(here.tolist(), found, strict=True):
+                samples[place] = sample
+        return [sample for sample in samples if sample is not None], sources
+
+    def _places(self, counters: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """As order.locate; of many samples at once and kept, since one costs as much as a page."""
+        first, last = int(counters[0]) // PAGE, int(counters[-1]) // PAGE
+        pages = [self._page(number) for number in range(first, last + 1)]
+        here = counters - first * PAGE
+        return np.concatenate([p[0] for p in pages])[here], np.concatenate([p[1] for p in pages])[
+            here
+        ]
+
+    def _located_page(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return self.order.locate(np.arange(number * PAGE, (number + 1) * PAGE))
+
+    def make_ready(self, counters: NDArray[np.int64]) -> None:
+        """Have the shards of these samples checked and on this node. Raises BadShardError."""
+        sources, indices = self._places(counters)
+        for source in np.unique(sources).tolist():
+            self.sources[source].make_ready(indices[sources == source])
+
+    def name_of(self, folder: str) -> str:
+        """Of the source in a folder."""
+        return next(n for n, s in zip(self.names, self.sources, strict=True) if s.folder == folder)
+
+    def skip(self, name: str, shard: int) -> None:
+        """From now on the samples of a source's shard are all padding. Raises DataError if none of
+        its shards is left."""
+        self.sources[self.names.index(name)].skip(shard)
 
     def epochs(self, samples: int) -> dict[str, float]:
         """How often each source has been read after so many samples of the run."""
         drawn = self.order.drawn(samples) / self.order.sizes
         return dict(zip(self.names, drawn.tolist(), strict=True))
 
-    def drawn(self, samples: int) -> dict[str, int]:
-        """Samples of each source among the first `samples` of the run."""
-        return dict(zip(self.names, self.order.drawn(samples).tolist(), strict=True))
+    def tokens(self, samples: int) -> dict[str, int]:
+        """Of each source in the first `samples` of the run, padding included."""
+        drawn = self.order.drawn(samples) * [source.meta.seq_len for source in self.sources]
+        return dict(zip(self.names, drawn.tolist(), strict=True))
+
+
+def _windows(seq_len: int, window_tokens: int) -> Windows:
+    block_tokens = min(BLOCK_TOKENS, -(-window_tokens // MIN_BLOCKS))
+    return Windows(max(1, block_tokens // seq_len), max(1, window_tokens // block_tokens))

@@ -1,43 +1,60 @@
 """Samples into a Batch: next-token labels and everything document boundaries imply."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data_pipeline.batch import Batch
 from data_pipeline.packing import Sample
 
 
-def collate(samples: Sequence[Sample], num_counted: int | None = None) -> Batch:
-    """B samples of L + 1 tokens as a batch [B, L].
+def collate(
+    samples: Sequence[Sample],
+    num_counted: int | None = None,
+    sources: NDArray[np.int64] | None = None,
+) -> Batch:
+    """B samples of L + 1 tokens as a batch [B, L]; its tensors may share memory.
 
     Inputs are tokens 0..L-1, labels tokens 1..L. A label counts (loss_mask 1) when it lies in the
     same piece of a document as its input token and is not padding. Rows from `num_counted` on
-    have no loss at all: they only fill up the shape.
+    have no loss at all: they only fill up the shape. sources: int64 [B], 0 where not given.
     """
+    rows, size = len(samples), samples[0].tokens.size
     # int64 at once: torch.uint16 can neither index nor add.
-    tokens = np.stack([sample.tokens.astype(np.int64) for sample in samples])  # [B, L + 1]
-    rows, length = tokens.shape[0], tokens.shape[1] - 1
-    loss_mask = np.ones((rows, length), np.float32)
-    position_ids = np.empty((rows, length), np.int64)
-    borders = []
+    tokens = np.empty((rows, size), np.int64)
     for row, sample in enumerate(samples):
-        ends = np.cumsum(sample.doc_lens, dtype=np.int64)
-        starts = ends - sample.doc_lens
-        position_ids[row] = (np.arange(length + 1) - np.repeat(starts, sample.doc_lens))[:-1]
-        loss_mask[row, ends[:-1] - 1] = 0  # the label of a piece's last token is another's first
+        tokens[row] = sample.tokens
+    lens = np.concatenate([sample.doc_lens for sample in samples])
+    starts = np.cumsum(lens, dtype=np.int64) - lens  # of pieces, over all rows' L + 1 tokens
+    position_ids = np.repeat(starts, lens)
+    np.subtract(_counting(rows * size), position_ids, out=position_ids)
+    # By token, not label: a piece's first is what the last token of the one before would predict
+    counts = np.ones((rows, size), np.float32)
+    counts.reshape(-1)[starts] = 0
+    for row, sample in enumerate(samples):
         if sample.num_pad:
-            loss_mask[row, starts[-1] :] = 0
-        # A piece that starts at token L is a label only: it would be a segment of no length.
-        borders.append(row * length + starts[starts < length])
-    borders.append(np.array([rows * length]))
-    if num_counted is not None:
-        loss_mask[num_counted:] = 0
+            counts[row, size - sample.num_pad :] = 0
+    counts[num_counted if num_counted is not None else rows :] = 0
+    row_of, column = np.divmod(starts, size)
+    # A piece that starts at token L is a label only: it would be a segment of no length.
+    borders = (starts - row_of)[column < size - 1]
+    borders = np.append(borders, rows * (size - 1)).astype(np.int32)
+    if sources is None:
+        sources = np.zeros(rows, np.int64)
+    whole = torch.from_numpy(tokens)
     return Batch(
-        tokens=torch.from_numpy(tokens[:, :-1].copy()),
-        labels=torch.from_numpy(tokens[:, 1:].copy()),
-        loss_mask=torch.from_numpy(loss_mask),
-        position_ids=torch.from_numpy(position_ids),
-        cu_seqlens=torch.from_numpy(np.concatenate(borders).astype(np.int32)),
+        tokens=whole[:, :-1],
+        labels=whole[:, 1:],
+        loss_mask=torch.from_numpy(counts)[:, 1:],
+        position_ids=torch.from_numpy(position_ids).view(rows, size)[:, :-1],
+        cu_seqlens=torch.from_numpy(borders),
+        sources=torch.from_numpy(sources),
     )
+
+
+@lru_cache(maxsize=4)
+def _counting(size: int) -> NDArray[np.int64]:
+    return np.arange(size)

@@ -9,7 +9,9 @@ class SourceConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     path: str
-    """Folder of training shards, as written by `transxssm prepare` (OUT/train)."""
+    """Folder or URL of training shards, as written by `transxssm prepare` (OUT/train)."""
+    seq_len: int = Field(0, ge=0)
+    """That of its shards; 0: data.seq_len."""
     name: str
     """What metrics and stages call it."""
     weight: float = Field(1.0, ge=0)
@@ -19,7 +21,7 @@ class SourceConfig(BaseModel):
 
 
 class StageConfig(BaseModel):
-    """Other weights from a point of the run on."""
+    """Other weights, or sources of another sequence length, from a point of the run on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -27,6 +29,10 @@ class StageConfig(BaseModel):
     """Tokens of the run before it, rounded up to whole steps."""
     weights: dict[str, float]
     """By source; one that is not named is not read."""
+    global_batch_size: int = Field(0, ge=0)
+    """Sequences per update; 0: so many that an update has as many tokens as before."""
+    micro_batch_size: int = Field(0, ge=0)
+    """Sequences per forward pass; 0: so many that it has as many tokens as before."""
 
 
 class DataConfig(BaseModel):
@@ -35,17 +41,52 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     train: str = ""
-    """Folder of training shards, as written by `transxssm prepare` (OUT/train)."""
+    """Folder or URL of training shards, as written by `transxssm prepare` (OUT/train)."""
     sources: list[SourceConfig] = Field(default_factory=list)
     """Several such folders instead, blended by weight."""
     stages: list[StageConfig] = Field(default_factory=list)
-    """Later parts of the run in which the sources' weights are others."""
-    validation: str = ""
-    """Folder of validation shards (OUT/validation); empty: no validation."""
+    """Later parts of the run in which the sources' weights, or sequences, are others."""
+    validation: str | dict[str, str] = ""
+    """Folder or URL of validation shards (OUT/validation), or several by name; empty: none."""
     seq_len: int = Field(1024, ge=1)
     """Tokens a sequence; must equal the --seq-len the shards were packed with."""
     seed: int = Field(1234, ge=0)
     """Seed of the order in which samples are read."""
+    shuffle_window: int = Field(1 << 32, ge=1)
+    """Tokens among which samples are shuffled: all of their shards are in use at a time."""
+    num_workers: int = Field(1, ge=0)
+    """Threads that read ahead; 0: none does."""
+    skip_bad_shards: int = Field(0, ge=0)
+    """How many bad shards a run may pass over, their samples without loss; 0: the first ends it."""
+    cache_dir: str = ""
+    """This node's folder for copies of remote and compressed shards; empty: below $TMPDIR."""
+    cache_gib: float = Field(256.0, gt=0)
+    """How large the copies may be together."""
+    download_attempts: int = Field(4, ge=1)
+    """Before a remote file is given up; the waits between them double."""
+    download_timeout: float = Field(60.0, gt=0)
+    """Seconds that a remote may be silent."""
+
+    @property
+    def validation_sets(self) -> dict[str, str]:
+        """Folders by name; a single one has no name."""
+        if isinstance(self.validation, str):
+            return {"": self.validation} if self.validation else {}
+        return self.validation
+
+    def stage_seq_len(self, weights: dict[str, float]) -> int:
+        """Of the sources that have a weight. Raises ValueError if they differ."""
+        lengths = {
+            source.name: source.seq_len or self.seq_len
+            for source in self.sources
+            if weights.get(source.name, 0.0)
+        }
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"data.sources of one stage have the seq_len {lengths}; give weights to sources of "
+                "one length"
+            )
+        return next(iter(lengths.values()), self.seq_len)
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -60,6 +101,12 @@ class DataConfig(BaseModel):
             raise ValueError(f"data.sources have the names {names}; use each once")
         if self.sources and not any(source.weight for source in self.sources):
             raise ValueError("data.sources: every weight is 0; use a positive weight for one")
+        first = self.stage_seq_len({source.name: source.weight for source in self.sources})
+        if first != self.seq_len:
+            raise ValueError(
+                f"data.seq_len={self.seq_len}, but the sources that the run begins with have "
+                f"seq_len={first}; set data.seq_len={first}"
+            )
         if self.stages and not self.sources:
             raise ValueError("data.stages need data.sources; list those, or remove the stages")
         starts = [stage.from_tokens for stage in self.stages]

@@ -1,28 +1,52 @@
 """Prepared shards, read by sample index.
 
-MDS shards are read through mosaicml-streaming's reader but not its iterator, which hides faults: a
-damaged shard would end one rank's loop without a word and hang the others; WebDataset's through an
-index of ours (tar.py), since the library has no random access. Here every shard is
-checked against its size and xxh64 before its first sample is used, and what is wrong is raised.
+The library's iterators hide faults: a damaged shard would end one rank's loop without a word and
+hang the others (mosaicml-streaming), or be passed over (webdataset). Here every shard is checked
+before its first sample is used, and what is wrong is raised.
 """
 
+import hashlib
 import json
+import struct
 import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
+from numpy.typing import NDArray
 
-from data_pipeline.errors import DataError
-from data_pipeline.mds import COLUMNS, HASH, INDEX, MDSReader
-from data_pipeline.meta import fingerprint, read_meta
+from data_pipeline.errors import BadShardError, DataError
+from data_pipeline.mds import HASH, INDEX, MdsShard, columns
+from data_pipeline.meta import META, DatasetMeta, fingerprint, parse_meta, token_dtype
 from data_pipeline.packing import Sample
-from data_pipeline.tar import TarReader
+from data_pipeline.remote import is_remote
+from data_pipeline.storage import Cache, FileInfo, Storage
+from data_pipeline.tar import TarShard
+
+MAX_OPEN = 256  # shards with an open file, of a process
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What index.json says of a shard."""
+
+    samples: int
+    raw: FileInfo
+    packed: FileInfo | None
+    """Stored in its place, compressed with Zstandard."""
+    offsets: FileInfo | None
+    """Of WebDataset: where samples are."""
+
+    @property
+    def files(self) -> list[FileInfo]:
+        """Those that are stored."""
+        return [file for file in (self.packed or self.raw, self.offsets) if file is not None]
 
 
 class PackedDataset:
-    """Random access to the samples of one folder; safe to use from several threads.
+    """Random access to the samples of one folder or URL; safe to use from several threads.
 
     `seq_len`, `tokenizer_hash` and `vocab_size` (the model's) are checked when given.
     Raises DataError for a folder that is missing, damaged or does not fit them.
@@ -35,25 +59,40 @@ class PackedDataset:
         seq_len: int | None = None,
         tokenizer_hash: str | None = None,
         vocab_size: int | None = None,
+        cache: Cache | None = None,
     ) -> None:
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
+        self.folder = str(folder).rstrip("/")
+        if not is_remote(self.folder) and not Path(self.folder).is_dir():
             raise DataError(
                 f"{self.folder}: no such folder. Make it with `transxssm prepare`, or correct "
                 "data.train / data.validation."
             )
-        self.meta = read_meta(self.folder)
+        self._storage = Storage(self.folder, cache or Cache())
+        self.meta: DatasetMeta = parse_meta(self._description(META), self._storage.name(META))
         self._check_fit(seq_len, tokenizer_hash, vocab_size)
-        self._readers = self._open_index()
-        sizes = np.array([reader.samples for reader in self._readers], np.int64)
+        self.dtype = token_dtype(self.meta.vocab_size)
+        self.shards = self._read_index()
+        sizes = np.array([shard.samples for shard in self.shards], np.int64)
         self._ends = np.cumsum(sizes)
-        if int(sizes.sum()) != self.meta.samples:
+        self._begins = self._ends - sizes
+        if int(self._ends[-1]) != self.meta.samples:
             raise DataError(
-                f"{self.folder}: {INDEX} counts {int(sizes.sum())} samples, meta.json "
+                f"{self.folder}: {INDEX} counts {int(self._ends[-1])} samples, meta.json "
                 f"{self.meta.samples}; the folder is mixed from two runs, prepare it again."
             )
-        self._verified: set[int] = set()
+        self._open: dict[int, MdsShard | TarShard] = {}
+        self._skipped: set[int] = set()
         self._lock = threading.Lock()
+
+    def _description(self, name: str) -> bytes:
+        try:
+            return self._storage.read(name)
+        except OSError as error:
+            raise DataError(
+                f"{self._storage.name(name)}: cannot be read ({error.strerror}). A folder of "
+                "shards is what `transxssm prepare` wrote, OUT/train or OUT/validation; copy it "
+                "again or prepare it."
+            ) from error
 
     def _check_fit(self, seq_len: int | None, digest: str | None, vocab_size: int | None) -> None:
         if seq_len is not None and seq_len != self.meta.seq_len:
@@ -74,112 +113,151 @@ class PackedDataset:
                 f"model.vocab_size is {vocab_size}; set it to {self.meta.vocab_size} or more."
             )
 
-    def _open_index(self) -> list[Any]:
-        """A reader for each shard that index.json lists."""
-        file = self.folder / INDEX
+    def tokenizer(self) -> bytes:
+        """The tokenizer.json that `prepare` put beside the splits. Raises DataError."""
+        parent, _, _ = self.folder.rpartition("/")
+        storage = Storage(parent or ".", self._storage.cache)
+        name = storage.name("tokenizer.json")
         try:
-            content = file.read_bytes()
+            content = storage.read("tokenizer.json")
         except OSError as error:
             raise DataError(
-                f"{file}: cannot be read ({error.strerror}); copy the folder again or prepare it."
+                f"{name}: cannot be read ({error.strerror}), and checkpoints carry the tokenizer; "
+                "copy the tokenizer.json that the data was prepared with there."
             ) from error
+        if hashlib.sha256(content).hexdigest() != self.meta.tokenizer_hash:
+            raise DataError(
+                f"{name}: not the tokenizer that {self.folder} was prepared with; copy that one "
+                "there."
+            )
+        return content
+
+    def _read_index(self) -> list[ShardInfo]:
+        name, content = self._storage.name(INDEX), self._description(INDEX)
         if fingerprint(content, self.meta.tokenizer_hash) != self.meta.fingerprint:
             raise DataError(
-                f"{file}: does not match the fingerprint in meta.json: one of the two is damaged "
+                f"{name}: does not match the fingerprint in meta.json: one of the two is damaged "
                 "or from another run. Copy the folder again or prepare it."
             )
+        expected = columns(self.dtype.name, self.meta.seq_len)
         try:
             shards = json.loads(content)["shards"]
-            if self.meta.format == "webdataset":
-                return [TarReader(self.folder, shard) for shard in shards]
-            readers = [MDSReader.from_json(str(self.folder), None, shard) for shard in shards]
+            for shard in shards if self.meta.format == "mds" else []:
+                found = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+                if found != expected:
+                    raise DataError(
+                        f"{name}: columns {found}, expected {expected}. Prepare the shards again."
+                    )
+            return [_shard_info(shard) for shard in shards]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file}: not an index of shards ({error!r}).") from error
-        for reader in readers:
-            if set(reader.column_names) != COLUMNS or reader.compression:
-                raise DataError(
-                    f"{file}: columns {reader.column_names}, compression {reader.compression}; "
-                    f"expected {sorted(COLUMNS)} uncompressed. Prepare the shards again."
-                )
-        return readers
+            raise DataError(f"{name}: not an index of shards ({error!r}).") from error
+
+    @property
+    def name(self) -> str:
+        """Last part of the folder's path or URL."""
+        return self.folder.rpartition("/")[2]
 
     def __len__(self) -> int:
         return self.meta.samples
 
-    @property
-    def num_shards(self) -> int:
-        return len(self._readers)
-
     def __getitem__(self, index: int) -> Sample:
-        """Sample `index` of [0, len). Raises DataError naming the shard when it is damaged."""
+        """Sample `index` of [0, len). Raises BadShardError naming the shard when it is damaged."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self.folder}")
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        reader = self._readers[shard]
-        within = index - int(self._ends[shard]) + reader.samples
-        self.verify_shard(shard)
-        try:
-            fields = reader.get_item(within)
-        except Exception as error:  # whatever a damaged file makes the decoder raise
-            raise DataError(
-                f"{self.folder / reader.raw_data.basename}: sample {within} (number {index} of the "
-                f"folder) cannot be decoded ({error!r}). The file changed after it was checked; "
-                "copy it again."
-            ) from error
-        return self._checked(Sample(**fields), index, reader)
+        return self.read(np.array([index]))[0]
 
-    def _checked(self, sample: Sample, index: int, reader: Any) -> Sample:
-        """`sample`, if it is what Sample promises."""
+    def read(self, indices: NDArray[np.int64]) -> list[Sample]:
+        """Samples of these indices [m], m > 0, each in [0, len). Raises BadShardError."""
+        shards = self._shards_of(indices)
+        places = list(zip(shards.tolist(), (indices - self._begins[shards]).tolist(), strict=True))
+        samples = [self._sample(shard, number) for shard, number in places]
+        lens = np.concatenate([sample.doc_lens for sample in samples])
+        counts = np.array([sample.doc_lens.size for sample in samples])
+        whole = np.add.reduceat(lens, counts.cumsum() - counts) == self.meta.seq_len + 1
+        if not whole.all():
+            raise self._changed(*places[int(np.argmin(whole))], "not a sample of its length")
+        return samples
+
+    def _shards_of(self, indices: NDArray[np.int64]) -> NDArray[np.intp]:
+        return np.searchsorted(self._ends, indices, side="right")
+
+    def _sample(self, shard: int, number: int) -> Sample:
+        if shard in self._skipped:
+            return self._blank()
+        reader = self._open.get(shard) or self._opened(shard)
+        try:
+            return reader.read(number)
+        except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
+            raise self._changed(shard, number, repr(error)) from error
+
+    def _changed(self, shard: int, number: int, found: str) -> BadShardError:
+        name = self._storage.name(self.shards[shard].raw.name)
+        return BadShardError(
+            f"{name}: sample {number} cannot be decoded ({found}). The file changed after it was "
+            "checked; copy it again.",
+            self.folder,
+            shard,
+        )
+
+    def _blank(self) -> Sample:
+        """All padding."""
         length = self.meta.seq_len + 1
-        lens = sample.doc_lens
-        if (
-            sample.tokens.shape != (length,)
-            or lens.min() < 1
-            or int(lens.sum()) != length
-            or not 0 <= sample.num_pad < length
-            or (sample.num_pad and lens[-1] != sample.num_pad)
-            or sample.tokens.max() >= self.meta.vocab_size
-        ):
-            raise DataError(
-                f"{self.folder / reader.raw_data.basename}: number {index} of the folder is not a "
-                f"sample of {length} tokens below {self.meta.vocab_size} with its document "
-                "lengths, though the checksum is right; prepare the shards again."
-            )
-        return sample
+        tokens = np.full(length, self.meta.pad_id, self.dtype)
+        return Sample(tokens, np.array([length], np.int32), length)
 
-    def verify_shard(self, shard: int) -> None:
-        """Check size and xxh64 of shard number `shard`, once in the life of this object."""
-        with self._lock:
-            if shard in self._verified:
-                return
-            reader = self._readers[shard]
-            self._verify_file(reader.raw_data)
-            if self.meta.format == "webdataset":
-                self._verify_file(reader.offsets_info)
-            self._verified.add(shard)
-
-    def _verify_file(self, info: Any) -> None:
-        file = self.folder / info.basename
-        digest = xxhash.xxh64()
-        size = 0
+    def _opened(self, shard: int) -> MdsShard | TarShard:
+        """A reader of a shard that has been checked."""
+        info, length = self.shards[shard], self.meta.seq_len + 1
         try:
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
-                    size += len(block)
-        except OSError as error:
-            raise DataError(
-                f"{file}: cannot be read ({error.strerror}), but {INDEX} lists it; copy the "
-                "shard again or prepare the data anew."
-            ) from error
-        if size != info.bytes:
-            raise DataError(
-                f"{file}: {size} bytes, but {INDEX} says {info.bytes}; the shard is cut off or "
-                "overwritten. Copy it again or prepare the data anew."
-            )
-        if digest.hexdigest() != info.hashes.get(HASH):
-            raise DataError(
-                f"{file}: checksum {HASH} {digest.hexdigest()}, but {INDEX} says "
-                f"{info.hashes.get(HASH)}; its content is damaged. Copy it again or prepare "
-                "the data anew."
-            )
+            path = self._storage.sound(info.raw, info.packed)
+            if info.offsets is None:
+                reader: MdsShard | TarShard = MdsShard(path, info.samples, self.dtype, length)
+            else:
+                offsets = self._storage.sound(info.offsets)
+                reader = TarShard(path, offsets, self.dtype, length)
+        except (DataError, OSError, ValueError) as error:
+            raise BadShardError(str(error), self.folder, shard) from error
+        with self._lock:
+            while len(self._open) >= MAX_OPEN:
+                # readers at work keep theirs until they are done
+                self._open.pop(next(iter(self._open)), None)
+            self._open[shard] = reader
+        return reader
+
+    def make_ready(self, indices: NDArray[np.int64]) -> None:
+        """Have the shards of these samples on this node, checked, before they are read."""
+        for shard in np.unique(self._shards_of(indices)).tolist():
+            if shard not in self._open and shard not in self._skipped:
+                self._opened(shard)
+
+    def skip(self, shard: int) -> None:
+        """From now on the samples of a shard are all padding. Raises DataError if none is left."""
+        self._skipped.add(shard)
+        if len(self._skipped) == len(self.shards):
+            raise DataError(f"{self.folder}: none of its {len(self.shards)} shards can be read.")
+
+
+def _shard_info(shard: dict[str, Any]) -> ShardInfo:
+    packed, offsets = shard.get("zip_data"), shard.get("offsets")
+    if packed and not str(shard["compression"]).startswith("zstd"):
+        raise ValueError(f"compression {shard['compression']}")
+    return ShardInfo(
+        int(shard["samples"]),
+        _file_info(shard["raw_data"]),
+        _file_info(packed) if packed else None,
+        _file_info(offsets) if offsets else None,
+    )
+
+
+def _file_info(file: dict[str, Any]) -> FileInfo:
+    return FileInfo(str(file["basename"]), int(file["bytes"]), str(file["hashes"][HASH]))
+
+
+def token_counts(samples: Iterable[Sample]) -> tuple[int, int]:
+    """Padding tokens and labels with a loss in whole samples."""
+    padding = labels = 0
+    for sample in samples:
+        pieces = sample.doc_lens.size - (sample.num_pad > 0)
+        padding += sample.num_pad
+        labels += sample.tokens.size - sample.num_pad - int(pieces)
+    return padding, labels

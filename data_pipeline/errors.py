@@ -1,4 +1,4 @@
-"""The one exception of this package."""
+"""The exceptions of this package."""
 
 
 class DataError(Exception):
@@ -7,3 +7,12 @@ class DataError(Exception):
     the file, shard or field, what was found there, and what to do. The command line prints it
     and exits with 1.
     """
+
+
+class BadShardError(DataError):
+    """A shard that cannot be had whole: missing, damaged, or not to be downloaded."""
+
+    def __init__(self, message: str, folder: str, shard: int) -> None:
+        """folder: of the shards, as it was named; shard: its number in index.json."""
+        super().__init__(message)
+        self.folder, self.shard = folder, shard

@@ -1,73 +1,80 @@
 """Looking into prepared data: what `transxssm data inspect` and `data verify` do."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.dataset import PackedDataset
+from tokenizers import Tokenizer  # type: ignore[import-untyped]
+
+from data_pipeline.dataset import PackedDataset, token_counts
 from data_pipeline.errors import DataError
 from data_pipeline.mds import INDEX
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.meta import META
+from data_pipeline.remote import is_remote, list_names
 
 EXCERPT_TOKENS = 64
 
 
-def inspect_dataset(folder: Path) -> dict[str, dict[str, Any]]:
+def inspect_dataset(folder: Path | str) -> dict[str, dict[str, Any]]:
     """By split: meta.json's fields, fill rate, shards, bytes, and the first sample, decoded.
 
-    `folder` is what `prepare` wrote (OUT) or one split of it. Raises DataError.
+    `folder` is what `prepare` wrote (OUT) or one split of it, or its URL. Raises DataError.
     """
-    return {split.name: _inspect(split) for split in _splits(folder)}
+    return {dataset.name: _inspect(dataset) for dataset in _splits(str(folder))}
 
 
-def _inspect(folder: Path) -> dict[str, Any]:
-    dataset = PackedDataset(folder)
+def _inspect(dataset: PackedDataset) -> dict[str, Any]:
     meta, first = dataset.meta, dataset[0]
     found: dict[str, Any] = {
         **meta.model_dump(),
         "fill_rate": meta.tokens / (meta.tokens + meta.padding),
-        "shards": dataset.num_shards,
-        "bytes": sum(file.stat().st_size for file in folder.glob("shard.*")),
+        "shards": len(dataset.shards),
+        "bytes": sum(file.size for shard in dataset.shards for file in shard.files),
         "token_dtype": first.tokens.dtype.name,
         "first_sample_doc_lens": first.doc_lens.tolist(),
     }
-    if (folder.parent / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(folder.parent)
-        if tokenizer.hash == meta.tokenizer_hash:
-            found["first_sample_text"] = tokenizer.decode(first.tokens[:EXCERPT_TOKENS].tolist())
+    with contextlib.suppress(DataError):  # shards may be moved without it
+        tokenizer = Tokenizer.from_str(dataset.tokenizer().decode())
+        excerpt = first.tokens[:EXCERPT_TOKENS].tolist()
+        found["first_sample_text"] = tokenizer.decode(excerpt, skip_special_tokens=False)
     return found
 
 
-def verify_dataset(folder: Path) -> None:
+def verify_dataset(folder: Path | str) -> None:
     """Check every shard's checksum, decode every sample and compare the counts with meta.json.
 
-    `folder` is what `prepare` wrote (OUT) or one split of it. Raises DataError at the first fault.
+    `folder` is what `prepare` wrote (OUT) or one split of it, or its URL. Raises DataError at the
+    first fault.
     """
-    for split in _splits(folder):
-        dataset = PackedDataset(split)
-        padding = loss_tokens = 0
-        for index in range(len(dataset)):
-            sample = dataset[index]
-            padding += sample.num_pad
-            pieces = sample.doc_lens.size - (sample.num_pad > 0)
-            loss_tokens += sample.tokens.size - sample.num_pad - int(pieces)
+    for dataset in _splits(str(folder)):
+        padding, loss_tokens = token_counts(dataset[index] for index in range(len(dataset)))
         counted = {
             "padding": padding,
             "loss_tokens": loss_tokens,
             "tokens": len(dataset) * (dataset.meta.seq_len + 1) - padding,
         }
         for field, value in counted.items():
-            if value != getattr(dataset.meta, field):
+            if value != (said := getattr(dataset.meta, field)):
                 raise DataError(
-                    f"{split / 'meta.json'}: {field} is {getattr(dataset.meta, field)}, but the "
-                    f"shards hold {value}; the file was changed. Prepare the data again."
+                    f"{dataset.folder}/meta.json: {field} is {said}, but the shards hold {value}; "
+                    "the file was changed. Prepare the data again."
                 )
 
 
-def _splits(folder: Path) -> list[Path]:
+def _splits(folder: str) -> list[PackedDataset]:
     """`folder` itself if it holds shards, else its subfolders that do."""
-    if (folder / INDEX).exists() or (folder / "meta.json").exists():
-        return [folder]
-    splits = sorted(file.parent for file in folder.glob("*/meta.json"))
+    if is_remote(folder):
+        found = list_names(folder, attempts=2)
+        return [PackedDataset(folder)] if META in found else _remote_splits(folder)
+    path = Path(folder)
+    if (path / INDEX).exists() or (path / META).exists():
+        return [PackedDataset(path)]
+    splits = sorted(file.parent for file in path.glob(f"*/{META}"))
     if not splits:
         raise DataError(f"{folder}: no prepared data there. Make it with `transxssm prepare`.")
-    return splits
+    return [PackedDataset(split) for split in splits]
+
+
+def _remote_splits(url: str) -> list[PackedDataset]:
+    places = [f"{url.rstrip('/')}/{split}" for split in ("train", "validation")]
+    return [PackedDataset(place) for place in places if META in list_names(place, attempts=2)]

@@ -6,50 +6,97 @@ for the two parent packages, which are taken away again: a later `import streami
 one. This is the only file that knows.
 """
 
+import importlib
 import importlib.util
+import os
+import struct
 import sys
+from io import FileIO
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from data_pipeline.packing import Sample
+
 INDEX = "index.json"
 HASH = "xxh64"
-COLUMNS = frozenset({"tokens", "doc_lens", "num_pad"})
 
 
-def _format_classes() -> tuple[Any, Any]:
-    """(MDSReader, MDSWriter)."""
-    if "streaming" not in sys.modules:
-        spec = importlib.util.find_spec("streaming")
-        if spec is None or not spec.submodule_search_locations:
-            raise ImportError("mosaicml-streaming is not installed; run `make setup`")
-        (root,) = spec.submodule_search_locations
-        for name, folder in (("streaming", root), ("streaming.base", f"{root}/base")):
-            parent = ModuleType(name)
-            parent.__path__ = [folder]
-            sys.modules[name] = parent
-        try:
-            return _import()
-        finally:
-            # The modules below stay, since the library looks itself up in sys.modules.
-            for name in ("streaming", "streaming.base"):
-                del sys.modules[name]
-    return _import()
+def without_packages(module: str) -> Any:
+    """A module of streaming, imported without its packages' own files."""
+    if "streaming" in sys.modules:
+        return importlib.import_module(module)
+    spec = importlib.util.find_spec("streaming")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("mosaicml-streaming is not installed; run `make setup`")
+    (root,) = spec.submodule_search_locations
+    packages = ("streaming", "streaming.base", "streaming.base.storage")
+    for name in packages:
+        parent = ModuleType(name)
+        parent.__path__ = [f"{root}{name.removeprefix('streaming').replace('.', '/')}"]
+        sys.modules[name] = parent
+    try:
+        return importlib.import_module(module)
+    finally:
+        # What was imported stays, since the library looks itself up in sys.modules.
+        for name in packages:
+            del sys.modules[name]
 
 
-def _import() -> tuple[Any, Any]:
-    from streaming.base.format.mds import MDSReader, MDSWriter
-
-    return MDSReader, MDSWriter
+# the format first: the library's modules import each other in a circle
+MDSWriter = without_packages("streaming.base.format.mds").MDSWriter
 
 
-MDSReader, MDSWriter = _format_classes()
+def columns(token_dtype: str, seq_len: int) -> dict[str, str]:
+    """What a sample's fields are stored as."""
+    return {
+        "doc_lens": "ndarray:int32",
+        "num_pad": "int",
+        "tokens": f"ndarray:{token_dtype}:{seq_len + 1}",
+    }
 
 
 def open_writer(folder: str, token_dtype: str, seq_len: int, shard_bytes: int) -> Any:
     """A writer of uncompressed shards; `tokens` [seq_len + 1] are checked on every write."""
-    columns = {
-        "tokens": f"ndarray:{token_dtype}:{seq_len + 1}",
-        "doc_lens": "ndarray:int32",
-        "num_pad": "int",
-    }
-    return MDSWriter(columns=columns, out=folder, hashes=[HASH], size_limit=shard_bytes)
+    fields = columns(token_dtype, seq_len)
+    return MDSWriter(columns=fields, out=folder, hashes=[HASH], size_limit=shard_bytes)
+
+
+def described(path: Path) -> dict[str, Any]:
+    """A file as index.json lists it."""
+    content = path.read_bytes()
+    digest = xxhash.xxh64_hexdigest(content)
+    return {"basename": path.name, "bytes": len(content), "hashes": {HASH: digest}}
+
+
+class MdsShard:
+    """One shard's samples by number; safe to use from several threads.
+
+    A shard is the number of samples, the uint32 offsets of their begins and of their end, a
+    description, and the samples; a sample is the size of its doc_lens (uint32) and its fields in
+    alphabetical order: doc_lens with a byte for its rank and its length in front, num_pad (int64),
+    tokens. Decoding it here takes a tenth of the library's time (tests compare the two).
+    """
+
+    def __init__(self, path: Path, samples: int, token_dtype: np.dtype[Any], length: int) -> None:
+        """length: tokens of a sample. Raises OSError."""
+        self._file, self._dtype, self._length = FileIO(path), token_dtype, length
+        self._token_bytes = length * token_dtype.itemsize
+        table = os.pread(self._file.fileno(), 4 * (samples + 1), 4)
+        self._offsets: NDArray[np.uint32] = np.frombuffer(table, np.uint32)
+
+    def read(self, number: int) -> Sample:
+        """Raises OSError, ValueError, IndexError or struct.error for a file that is not whole."""
+        begin, end = int(self._offsets[number]), int(self._offsets[number + 1])
+        data = os.pread(self._file.fileno(), end - begin, begin)
+        after = len(data) - self._token_bytes
+        tokens: NDArray[Any] = np.frombuffer(data, self._dtype, self._length, after)
+        (num_pad,) = struct.unpack_from("<q", data, after - 8)
+        shape_bytes = 1 << (data[4] & 3)  # of one dimension
+        lens_at = 5 + shape_bytes
+        count = (after - 8 - lens_at) // 4
+        return Sample(tokens, np.frombuffer(data, np.int32, count, lens_at), num_pad)

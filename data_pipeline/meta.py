@@ -1,9 +1,9 @@
 """meta.json: what a folder of shards holds and how it was made."""
 
 import hashlib
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_pipeline.errors import DataError
@@ -51,16 +51,16 @@ def fingerprint(index: bytes, tokenizer_hash: str) -> str:
     return hashlib.sha256(index + tokenizer_hash.encode()).hexdigest()
 
 
-def read_meta(folder: Path) -> DatasetMeta:
-    """`folder`'s meta.json. Raises DataError when it is missing, damaged or of another version."""
-    file = folder / META
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Of tokens in shards: the smaller of 16 and 32 bits that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def parse_meta(content: bytes, file: str) -> DatasetMeta:
+    """meta.json's content. Raises DataError, naming `file`, when it is damaged or of another
+    version."""
     try:
-        meta = DatasetMeta.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise DataError(
-            f"{file}: cannot be read ({error.strerror}). A folder of shards is what `transxssm "
-            "prepare` wrote: OUT/train or OUT/validation."
-        ) from error
+        meta = DatasetMeta.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"

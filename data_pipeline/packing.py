@@ -26,7 +26,7 @@ class Sample:
 
     tokens:   integers [seq_len + 1]
     doc_lens: int32 [num_segments], all > 0, sum seq_len + 1; the last one is padding if num_pad > 0
-    num_pad:  padding tokens at the end
+    num_pad:  padding tokens at the end; all of them in place of a sample that cannot be read
     """
 
     tokens: NDArray[np.integer]

@@ -17,6 +17,7 @@ import os
 import queue
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -30,11 +31,14 @@ import numpy as np
 from data_pipeline.corpus import Piece, units
 from data_pipeline.errors import DataError
 from data_pipeline.mds import INDEX
-from data_pipeline.meta import FORMAT_VERSION, META, DatasetMeta, Format, fingerprint, read_meta
+from data_pipeline.merge import check_all_done, describe_split, index_of, move_shards, sum_counts
+from data_pipeline.meta import FORMAT_VERSION, META, DatasetMeta, Format, parse_meta
 from data_pipeline.packing import Packing
 from data_pipeline.reading import empty_corpus
+from data_pipeline.remote import is_remote
+from data_pipeline.remote_units import RemoteUnits
 from data_pipeline.tokenizer import TextTokenizer, load_tokenizer
-from data_pipeline.unit import COUNTS, LABELS, Done, Options, write_unit
+from data_pipeline.unit import COUNTS, LABELS, Compression, Done, Options, write_unit
 
 SHARD_BYTES = 1 << 26
 UNIT_BYTES = 1 << 26
@@ -64,7 +68,7 @@ class Progress:
 def prepare(
     inputs: Sequence[Path | str],
     tokenizer_path: Path,
-    out: Path,
+    out: Path | str,
     seq_len: int,
     packing: Packing = "best_fit",
     validation_fraction: float = 0.02,
@@ -73,15 +77,18 @@ def prepare(
     progress: Callable[[Progress], None] | None = None,
     *,
     format: Format = "mds",
+    compression: Compression = "none",
+    end_of_text: str | None = None,
     workers: int = 0,
     share: tuple[int, int] = (1, 1),
     merge: bool = True,
     unit_bytes: int = UNIT_BYTES,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, DatasetMeta]:
-    """Tokenise, pack and write the corpus `inputs`; returns each split's meta.
+    """Tokenise, pack and write the corpus `inputs` to a folder or URL; returns each split's meta.
 
-    workers: processes (0: one a core). share (i, n): do every n-th unit from the i-th on, of jobs
+    end_of_text: the tokenizer's token that ends every document [see load_tokenizer]. workers:
+    processes (0: one a core). share (i, n): do every n-th unit from the i-th on, of jobs
     that work on one OUT together; merge: put the units together, once all are there. `progress` is
     called about once a megabyte of text.
 
@@ -95,12 +102,21 @@ def prepare(
         )
     if not 1 <= share[0] <= share[1]:
         raise DataError(f"share {share[0]}/{share[1]}: write i/n with 1 ≤ i ≤ n.")
-    options = Options(seq_len, packing, validation_fraction, text_field, seed, shard_bytes, format)
-    tokenizer = load_tokenizer(tokenizer_path)
+    options = Options(
+        seq_len, packing, validation_fraction, text_field, seed, shard_bytes, format, compression
+    )
+    tokenizer = load_tokenizer(tokenizer_path, end_of_text)
     plan = list(units(inputs, unit_bytes))
     if not plan:
         raise empty_corpus(inputs)
-    temporary, work = out.with_name(out.name + ".tmp"), _identity(plan, tokenizer, options)
+    mine = range(share[0] - 1, len(plan), share[1])
+    work = _identity(plan, tokenizer, options)
+    if is_remote(str(out)):
+        remote = RemoteUnits(str(out), work)
+        _work_remotely(remote, plan, mine, tokenizer, options, workers, progress)
+        return _merge_remotely(remote, len(plan), tokenizer, options) if merge else {}
+    out = Path(out)
+    temporary = out.with_name(out.name + ".tmp")
     if _state(out) == f"{work} merged":  # killed at its very end
         return _finish(temporary, out, options)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -108,8 +124,9 @@ def prepare(
     resumed = _claim(temporary, work)
     try:
         if _state(temporary) == work:
-            mine = range(share[0] - 1, len(plan), share[1])
-            _work(temporary, plan, mine, tokenizer, options, workers, progress)
+            left = [n for n in mine if not _unit_folder(temporary, n).exists()]
+            do = UnitWork(temporary, None)
+            _work(do, plan, mine, left, tokenizer, options, workers, progress)
             if not merge:
                 return {}
             _merge(temporary, len(plan), tokenizer, options)
@@ -123,9 +140,9 @@ def prepare(
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, DataError):
             raise
-        left = "nothing is left there" if fresh else f"what is done stays in {temporary}"
+        state = "nothing is left there" if fresh else f"what is done stays in {temporary}"
         raise DataError(
-            f"{out}: cannot be written ({error.strerror}); {left}. Free space or mend permissions "
+            f"{out}: cannot be written ({error.strerror}); {state}. Free space or mend permissions "
             "and run again."
         ) from error
 
@@ -136,7 +153,7 @@ def prepare(
 def _identity(plan: list[list[Piece]], tokenizer: TextTokenizer, options: Options) -> str:
     """Of the work: equal if and only if the same units become the same shards."""
     pieces = [[(p.name, p.start, p.end, p.num_bytes) for p in unit] for unit in plan]
-    work = json.dumps([pieces, asdict(options), tokenizer.hash, FORMAT_VERSION])
+    work = json.dumps([pieces, asdict(options), tokenizer.hash, tokenizer.eod_id, FORMAT_VERSION])
     return hashlib.sha256(work.encode()).hexdigest()
 
 
@@ -185,7 +202,9 @@ _tokenizer: TextTokenizer
 _reports: Any
 
 
-def _start_worker(parent: int, tokenizer_file: Path, threads: int, reports: Any) -> None:
+def _start_worker(
+    parent: int, tokenizer_file: Path, end_of_text: str, threads: int, reports: Any
+) -> None:
     """Of a worker process: it ends with its parent, and tokenises with its share of the cores."""
     global _tokenizer, _reports
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -193,26 +212,49 @@ def _start_worker(parent: int, tokenizer_file: Path, threads: int, reports: Any)
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
-    _tokenizer, _reports = load_tokenizer(tokenizer_file), reports
+    _tokenizer, _reports = load_tokenizer(tokenizer_file, end_of_text), reports
 
 
-def _do_unit(folder: Path, unit: list[Piece], options: Options) -> None:
-    write_unit(folder, unit, _tokenizer, options, _reports.put)
+@dataclass(frozen=True)
+class UnitWork:
+    """Where units are written, and brought to if they do not stay there."""
+
+    folder: Path
+    remote: RemoteUnits | None
+
+    def do(
+        self,
+        number: int,
+        unit: list[Piece],
+        tokenizer: TextTokenizer,
+        options: Options,
+        report: Callable[[Done], None],
+    ) -> None:
+        """Make one unit, whole or not at all."""
+        folder = _unit_folder(self.folder, number)
+        write_unit(folder, unit, tokenizer, options, report)
+        if self.remote is not None:
+            self.remote.put(number, folder, options.splits)
+            shutil.rmtree(folder)
+
+
+def _do_unit(work: UnitWork, number: int, unit: list[Piece], options: Options) -> None:
+    work.do(number, unit, _tokenizer, options, _reports.put)
 
 
 def _work(
-    temporary: Path,
+    work: UnitWork,
     plan: list[list[Piece]],
     mine: range,
+    left: list[int],
     tokenizer: TextTokenizer,
     options: Options,
     workers: int,
     progress: Callable[[Progress], None] | None,
 ) -> None:
-    """Do those of `mine` that are not done."""
+    """Do the units `left` of `mine`."""
     begin = time.monotonic()
     total = sum(piece.num_bytes for number in mine for piece in plan[number])
-    left = [number for number in mine if not _unit_folder(temporary, number).exists()]
     done = total - sum(piece.num_bytes for number in left for piece in plan[number])
     sums = np.array([done, 0, 0])
 
@@ -226,18 +268,20 @@ def _work(
     processes = min(workers or cores or 1, len(left))
     if processes <= 1:
         for number in left:
-            write_unit(_unit_folder(temporary, number), plan[number], tokenizer, options, tell)
+            work.do(number, plan[number], tokenizer, options, tell)
         return
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         reports = manager.Queue()
         threads = max(1, (cores or 1) // processes)
         with ProcessPoolExecutor(
-            processes, context, _start_worker, (os.getpid(), tokenizer.file, threads, reports)
+            processes,
+            context,
+            _start_worker,
+            (os.getpid(), tokenizer.file, tokenizer.end_of_text, threads, reports),
         ) as pool:
             pending: set[Future[None]] = {
-                pool.submit(_do_unit, _unit_folder(temporary, number), plan[number], options)
-                for number in left
+                pool.submit(_do_unit, work, number, plan[number], options) for number in left
             }
             try:
                 while pending:
@@ -268,43 +312,14 @@ def _drain(reports: Any, tell: Callable[[Done], None]) -> None:
 def _merge(temporary: Path, num_units: int, tokenizer: TextTokenizer, options: Options) -> None:
     """All units' shards as one folder a split. May be cut off at any point and repeated."""
     folders = [_unit_folder(temporary, number) for number in range(num_units)]
-    if missing := [folder.name for folder in folders if not folder.exists()]:
-        raise DataError(
-            f"{len(missing)} of {num_units} units are not done (the first: {missing[0]}); run "
-            "`prepare` with the same options for every share before it is merged"
-        )
+    check_all_done([number for number in range(num_units) if not folders[number].exists()])
     counts = [json.loads((folder / COUNTS).read_text()) for folder in folders]
-    labels = sum(np.load(folder / LABELS) for folder in folders)
+    labels = np.sum([np.load(folder / LABELS) for folder in folders], axis=0)
     for number, split in enumerate(options.splits):
-        summed = {
-            field: sum(unit[split][field] for unit in counts)
-            for field in ("documents", "cut_documents", "samples", "tokens", "padding")
-        }
-        if not summed["samples"]:
-            raise DataError(
-                f"No document fell into the {split} split. The corpus has too few documents for "
-                "this validation fraction: give more (a line of a .jsonl file is one), or another "
-                "--validation-fraction (0: no validation split)."
-            )
-        index = _move_shards([folder / split for folder in folders], temporary / split)
-        loss_tokens = int(labels[number].sum())
-        p = labels[number][labels[number] > 0] / max(1, loss_tokens)
-        meta = DatasetMeta(
-            format_version=FORMAT_VERSION,
-            format=options.format,
-            seq_len=options.seq_len,
-            packing=options.packing,
-            seed=options.seed,
-            tokenizer_hash=tokenizer.hash,
-            vocab_size=tokenizer.vocab_size,
-            eod_id=tokenizer.eod_id,
-            pad_id=tokenizer.pad_id,
-            **summed,
-            loss_tokens=loss_tokens,
-            unigram_entropy=float(-(p * np.log(p)).sum()),
-            fingerprint=fingerprint(index, tokenizer.hash),
-        )
-        (temporary / split / META).write_text(json.dumps(meta.model_dump(), indent=2) + "\n")
+        summed = sum_counts(counts, split)
+        index = move_shards([folder / split for folder in folders], temporary / split)
+        meta = describe_split(summed, labels[number], index, tokenizer, options)
+        (temporary / split / META).write_text(meta)
     shutil.copyfile(tokenizer.file, temporary / "tokenizer.json")
 
 
@@ -316,29 +331,49 @@ def _finish(temporary: Path, out: Path, options: Options) -> dict[str, DatasetMe
             stray.unlink()
         os.rename(temporary, out)  # replaces an empty folder
     (out / STATE).unlink()
-    return {split: read_meta(out / split) for split in options.splits}
+    files = {split: out / split / META for split in options.splits}
+    return {split: parse_meta(file.read_bytes(), str(file)) for split, file in files.items()}
 
 
-def _move_shards(sources: list[Path], target: Path) -> bytes:
-    """Number the units' shards through and move them to `target`; its index.json."""
-    target.mkdir(exist_ok=True)
-    shards: list[dict[str, Any]] = []
-    for source in sources:
-        if not (source / INDEX).exists():  # no document of this unit fell into this split
-            continue
-        for shard in json.loads((source / INDEX).read_bytes())["shards"]:
-            for file in filter(None, (shard["raw_data"], shard.get("offsets"))):
-                old = source / file["basename"]
-                suffixes = "".join(old.suffixes[1:])
-                new = target / f"shard.{len(shards):06d}{suffixes}"
-                if old.exists():
-                    os.rename(old, new)
-                elif not new.exists():
-                    raise DataError(
-                        f"{old}: is missing; remove {source.parents[2]} and prepare anew."
-                    )
-                file["basename"] = new.name
-            shards.append(shard)
-    index = json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode()
-    (target / INDEX).write_bytes(index)
-    return index
+# -- at a URL -------------------------------------------------------------------------------------
+
+
+def _work_remotely(
+    remote: RemoteUnits,
+    plan: list[list[Piece]],
+    mine: range,
+    tokenizer: TextTokenizer,
+    options: Options,
+    workers: int,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    """Do those of `mine` that are not there, in a temporary folder from which each is uploaded."""
+    done = remote.done()
+    with tempfile.TemporaryDirectory(prefix="transxssm-prepare.") as folder:
+        do = UnitWork(Path(folder), remote)
+        left = [number for number in mine if number not in done]
+        _work(do, plan, mine, left, tokenizer, options, workers, progress)
+
+
+def _merge_remotely(
+    remote: RemoteUnits, num_units: int, tokenizer: TextTokenizer, options: Options
+) -> dict[str, DatasetMeta]:
+    """Indexes and descriptions, uploaded last: what has no meta.json is no dataset."""
+    done = remote.done()
+    check_all_done([number for number in range(num_units) if number not in done])
+    with tempfile.TemporaryDirectory(prefix="transxssm-prepare.") as name:
+        folder = Path(name)
+        parts = remote.collect(num_units, folder)
+        labels = np.sum([part.labels for part in parts], axis=0)
+        metas = {}
+        for number, split in enumerate(options.splits):
+            summed = sum_counts([part.counts for part in parts], split)
+            index = index_of([shard for part in parts for shard in part.shards[split]])
+            meta = describe_split(summed, labels[number], index, tokenizer, options)
+            (folder / split).mkdir()
+            (folder / split / INDEX).write_bytes(index)
+            (folder / split / META).write_text(meta)
+            metas[split] = parse_meta(meta.encode(), f"{remote.url}/{split}/{META}")
+        shutil.copyfile(tokenizer.file, folder / "tokenizer.json")
+        remote.finish(folder, options.splits)
+    return metas

@@ -8,16 +8,15 @@ and checksums as that of MDS does.
 import io
 import json
 import os
-import threading
-from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from data_pipeline.mds import HASH, INDEX
+from data_pipeline.mds import INDEX, described
+from data_pipeline.packing import Sample
 
 BLOCK = 512  # of a tar: a header is one, a member's bytes are padded to whole ones
 OFFSETS = ".offsets.npy"
@@ -63,8 +62,8 @@ class TarShardWriter:
             {
                 "format": "webdataset",
                 "samples": len(self._offsets),
-                "raw_data": _described(path),
-                "offsets": _described(path.with_suffix(OFFSETS)),
+                "raw_data": described(path),
+                "offsets": described(path.with_suffix(OFFSETS)),
             }
         )
         self._offsets = []
@@ -82,48 +81,22 @@ class TarShardWriter:
             self._tar.close()
 
 
-def _described(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    digest = xxhash.xxh64(content).hexdigest()
-    return {"basename": path.name, "bytes": len(content), "hashes": {HASH: digest}}
+class TarShard:
+    """One shard's samples by number; safe to use from several threads."""
 
+    def __init__(self, path: Path, offsets: Path, token_dtype: np.dtype[Any], length: int) -> None:
+        """length: tokens of a sample. Raises OSError, or ValueError for damaged offsets."""
+        self._file, self._offsets = FileIO(path), np.load(offsets)
+        self._dtype, self._length = token_dtype, length
+        self._token_bytes = length * token_dtype.itemsize
 
-@dataclass(frozen=True)
-class FileInfo:
-    """A file that index.json lists."""
-
-    basename: str
-    bytes: int
-    hashes: dict[str, str]
-
-
-class TarReader:
-    """One shard, read by sample number; safe to use from several threads."""
-
-    def __init__(self, folder: Path, shard: dict[str, Any]) -> None:
-        self.samples = int(shard["samples"])
-        self.raw_data = FileInfo(**shard["raw_data"])
-        self.offsets_info = FileInfo(**shard["offsets"])
-        self._folder, self._lock = folder, threading.Lock()
-        self._file: int | None = None
-        self._offsets: NDArray[np.int64] | None = None
-
-    def get_item(self, number: int) -> dict[str, Any]:
-        """tokens, doc_lens and num_pad of a sample."""
-        file, offsets = self._opened()
-        begin, size, tokens_begin, tokens_size = (int(n) for n in offsets[number])
-        fields = json.loads(os.pread(file, size, begin))
-        tokens = np.load(io.BytesIO(os.pread(file, tokens_size, tokens_begin)))
-        lens = np.array(fields["doc_lens"], np.int32)
-        return {"tokens": tokens, "doc_lens": lens, "num_pad": fields["num_pad"]}
-
-    def _opened(self) -> tuple[int, NDArray[np.int64]]:
-        with self._lock:
-            if self._file is None or self._offsets is None:
-                self._offsets = np.load(self._folder / self.offsets_info.basename)
-                self._file = os.open(self._folder / self.raw_data.basename, os.O_RDONLY)
-            return self._file, self._offsets
-
-    def __del__(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
+    def read(self, number: int) -> Sample:
+        """Raises OSError, or ValueError, KeyError or IndexError for a file that is not whole."""
+        begin, size, tokens_begin, tokens_size = self._offsets[number].tolist()
+        data = os.pread(self._file.fileno(), tokens_begin + tokens_size - begin, begin)
+        fields = json.loads(data[:size])
+        # a .npy file ends with its numbers
+        tokens: NDArray[Any] = np.frombuffer(
+            data, self._dtype, self._length, len(data) - self._token_bytes
+        )
+        return Sample(tokens, np.array(fields["doc_lens"], np.int32), fields["num_pad"])

@@ -17,6 +17,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.reading import documents
 
 END_OF_TEXT = "<|endoftext|>"
+# of GPT-2 and GPT-NeoX; Llama 3; Llama 2; Gemma
+KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 PADDING = "<|padding|>"
 MIN_VOCAB_SIZE = 256 + 2
 CHUNK = 1 << 16
@@ -30,11 +32,12 @@ class TextTokenizer:
     file: Path
     hash: str
     vocab_size: int
+    end_of_text: str
     eod_id: int
     pad_id: int
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text. `<|endoftext|>` inside a text is plain text, not token 0."""
+        """Token ids of each text. What spells a special token inside a text is plain text."""
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -81,10 +84,11 @@ def _texts(inputs: Sequence[Path | str], text_field: str) -> Iterator[str]:
             yield document.text[at : at + CHUNK]
 
 
-def load_tokenizer(path: Path) -> TextTokenizer:
+def load_tokenizer(path: Path, end_of_text: str | None = None) -> TextTokenizer:
     """The tokenizer at `path`: a tokenizer.json or a folder that holds one.
 
-    Its end-of-text token must be `<|endoftext|>`; without `<|padding|>` that one also pads.
+    end_of_text: the token that ends documents [the first of KNOWN_ENDS that it has]; without
+    `<|padding|>` that one also pads.
     Raises DataError when it is missing, unreadable or lacks the end-of-text token.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -102,18 +106,23 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     tokenizer.encode_special_tokens = True  # text that spells a special token stays text
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    eod_id = tokenizer.token_to_id(END_OF_TEXT)
-    if eod_id is None:
+    names = KNOWN_ENDS if end_of_text is None else (end_of_text,)
+    end = next((name for name in names if tokenizer.token_to_id(name) is not None), None)
+    if end is None:
+        special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+        shown = ", ".join(special[:20]) or "none"
         raise DataError(
-            f"{file}: has no token {END_OF_TEXT!r}, which ends every document; add it as a special "
-            "token."
+            f"{file}: has no token {' or '.join(map(repr, names))}, which ends every document; "
+            f"name another with --end-of-text (special tokens: {shown})."
         )
+    eod_id = tokenizer.token_to_id(end)
     pad_id = tokenizer.token_to_id(PADDING)
     return TextTokenizer(
         tokenizer=tokenizer,
         file=file,
         hash=hashlib.sha256(data).hexdigest(),
         vocab_size=max(tokenizer.get_vocab().values()) + 1,  # ids may have gaps
+        end_of_text=end,
         eod_id=eod_id,
         pad_id=eod_id if pad_id is None else pad_id,
     )

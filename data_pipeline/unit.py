@@ -11,15 +11,16 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
+import zstandard
 from numpy.typing import NDArray
 
 from data_pipeline.corpus import Piece
-from data_pipeline.mds import open_writer
-from data_pipeline.meta import Format
+from data_pipeline.mds import INDEX, described, open_writer
+from data_pipeline.meta import Format, token_dtype
 from data_pipeline.packing import Packing, PackingCounts, Sample, make_packer
 from data_pipeline.reading import Document, unit_documents
 from data_pipeline.tar import TarShardWriter
@@ -27,6 +28,8 @@ from data_pipeline.tokenizer import TextTokenizer
 
 BATCH_BYTES = 1 << 20  # text tokenised at once; bounds memory and feeds the tokenizer's threads
 COUNTS, LABELS = "counts.json", "labels.npy"
+ZSTD_LEVEL = 3
+Compression = Literal["none", "zstd"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Options:
     seed: int
     shard_bytes: int
     format: Format
+    compression: Compression = "none"
 
     @property
     def splits(self) -> list[str]:
@@ -122,7 +126,7 @@ class SplitWriter:
         self.packer = make_packer(
             options.packing, options.seq_len, tokenizer.eod_id, tokenizer.pad_id
         )
-        self.dtype = token_dtype(tokenizer)
+        self.dtype = token_dtype(tokenizer.vocab_size)
         self.writer: Any = None  # opened with the first sample: a unit may have none
         self.label_counts: NDArray[np.int64] = np.zeros(tokenizer.vocab_size, np.int64)
 
@@ -159,6 +163,8 @@ class SplitWriter:
         self._write(self.packer.finish())
         if self.writer is not None:
             self.writer.finish()
+            if self.options.compression == "zstd":
+                compress_shards(self.folder)
         return self.packer.counts
 
     def cancel(self) -> None:
@@ -167,6 +173,18 @@ class SplitWriter:
             self.writer.cancel_future_jobs()
 
 
-def token_dtype(tokenizer: TextTokenizer) -> np.dtype[Any]:
-    """Of tokens in shards: the smaller of 16 and 32 bits that holds every id."""
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+def compress_shards(folder: Path) -> None:
+    """Replace every shard by FILE.zstd, as mosaicml-streaming names it, and say so in index.json.
+
+    One thread each: with several, the bytes would depend on their number.
+    """
+    index = json.loads((folder / INDEX).read_text())
+    compressor = zstandard.ZstdCompressor(ZSTD_LEVEL)
+    for shard in index["shards"]:
+        raw = folder / shard["raw_data"]["basename"]
+        packed = raw.with_name(f"{raw.name}.zstd")
+        packed.write_bytes(compressor.compress(raw.read_bytes()))
+        raw.unlink()
+        shard["compression"] = f"zstd:{ZSTD_LEVEL}"
+        shard["zip_data"] = described(packed)
+    (folder / INDEX).write_text(json.dumps(index, sort_keys=True))

@@ -45,6 +45,8 @@ class PackedBatch(Protocol):
     def position_ids(self) -> Tensor: ...
     @property
     def cu_seqlens(self) -> Tensor: ...
+    @property
+    def sources(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class LocalBatch:
 
     tokens, labels, position_ids int64, loss_mask float32, all [B, L / context]; position_ids go on
     counting from the document's first token, wherever that is. cu_seqlens: int32 borders of whole
-    rows over B·L tokens; local_cu_seqlens: of the parts, over B·L / context tokens.
+    rows over B·L tokens; local_cu_seqlens: of the parts, over B·L / context tokens. sources: int64
+    [B], which of the run's sources a row is of.
     """
 
     tokens: Tensor
@@ -62,6 +65,7 @@ class LocalBatch:
     position_ids: Tensor
     cu_seqlens: Tensor
     local_cu_seqlens: Tensor
+    sources: Tensor
 
 
 def local_batch(batch: PackedBatch, device: torch.device) -> LocalBatch:
@@ -72,7 +76,8 @@ def local_batch(batch: PackedBatch, device: torch.device) -> LocalBatch:
     part = slice(rank * length // size, (rank + 1) * length // size)
     fields = (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
     borders = local_borders(batch.cu_seqlens, batch.tokens.shape[0], length, part)
-    parts = [field[:, part].contiguous() for field in fields] + [batch.cu_seqlens, borders]
+    parts = [field[:, part].contiguous() for field in fields]
+    parts += [batch.cu_seqlens, borders, batch.sources]
     return LocalBatch(*(t.to(device, non_blocking=True) for t in parts))
 
 

@@ -40,6 +40,11 @@ class Workload:
         """Of one micro-batch on one context-parallel rank."""
         return self.micro_batch_size * self.seq_len // parallel.context
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all data-parallel ranks."""
+        return self.data * self.micro_batches * self.micro_batch_size * self.seq_len
+
     def shards(self, parallel: ParallelConfig) -> int:
         """Ranks over which optimizer state is divided."""
         return self.data * parallel.context if parallel.zero_stage else 1

@@ -17,13 +17,17 @@ from torch import Tensor
 from parallel.sizes import head_block_tokens
 
 
-def head_loss(h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int) -> Tensor:
-    """Summed loss, float32 scalar, of hidden states h [T, hidden] under a head weight [V, hidden].
+def head_loss(
+    h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int
+) -> tuple[Tensor, Tensor]:
+    """Loss of hidden states h [T, hidden] under a head weight [V, hidden]: its sum, a float32
+    scalar, and that of every token, float32 [T], which has no gradient.
 
     labels int64 [T] in the whole vocabulary; loss_mask float32 [T]; valid: rows of this rank's
     weight that are tokens, the rest being padding of the vocabulary.
     """
-    return _HeadLoss.apply(h, weight, labels, loss_mask, valid)
+    total, by_token = _HeadLoss.apply(h, weight, labels, loss_mask, valid)
+    return total, by_token
 
 
 def head_logits(h: Tensor, weight: Tensor, valid: int) -> Tensor:
@@ -35,17 +39,18 @@ def head_logits(h: Tensor, weight: Tensor, valid: int) -> Tensor:
 
 
 def _block_loss(h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int) -> Tensor:
+    """Of every token [t]."""
     logits = head_logits(h, weight, valid).float().unsqueeze(1)  # [t, 1, V]
-    return torch.dot(vocab_parallel_cross_entropy(logits, labels.unsqueeze(1)).view(-1), loss_mask)
+    return vocab_parallel_cross_entropy(logits, labels.unsqueeze(1)).view(-1) * loss_mask
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         block = head_block_tokens(weight.shape[0], h.is_cuda)
-        total = torch.zeros((), dtype=torch.float32, device=h.device)
+        by_token = torch.empty_like(loss_mask)
         with_grad = ctx.needs_input_grad[0]
         if with_grad:
             grad_h = torch.empty_like(h)
@@ -53,18 +58,21 @@ class _HeadLoss(torch.autograd.Function):
         for at in range(0, h.shape[0], block):
             part = slice(at, at + block)
             if not with_grad:
-                total += _block_loss(h[part], weight, labels[part], loss_mask[part], valid)
+                by_token[part] = _block_loss(h[part], weight, labels[part], loss_mask[part], valid)
                 continue
             with torch.enable_grad():
                 h_part = h[part].detach().requires_grad_()
                 weight_part = weight.detach().requires_grad_()
                 loss = _block_loss(h_part, weight_part, labels[part], loss_mask[part], valid)
-                grad_h[part], part_grad_weight = torch.autograd.grad(loss, (h_part, weight_part))
+                grad_h[part], part_grad_weight = torch.autograd.grad(
+                    loss.sum(), (h_part, weight_part)
+                )
             grad_weight += part_grad_weight
-            total += loss.detach()
+            by_token[part] = loss.detach()
         if with_grad:
             ctx.save_for_backward(grad_h, grad_weight.to(weight.dtype))
-        return total
+        ctx.mark_non_differentiable(by_token)
+        return by_token.sum(), by_token
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -184,11 +184,11 @@ class PipelineStage(nn.Module):
         position_ids: Tensor,
         cu_seqlens: Tensor,
         local_cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Of a `parallel.context.LocalBatch`; without context parallelism cu_seqlens is enough.
 
         Returns hidden states [T or T/tp, 1, hidden]; on the last stage the summed loss, a float32
-        scalar.
+        scalar, and that of every token, float32 [T], which has no gradient.
         """
         h = self.hidden(tokens, position_ids, cu_seqlens, local_cu_seqlens)
         if not self.last:

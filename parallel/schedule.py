@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -17,18 +18,35 @@ from parallel.context import LocalBatch
 from parallel.zero import ZeroOptimizer
 
 
+@dataclass(frozen=True)
+class LossSums:
+    """Over a global batch, by source of the rows; float64 [sources], the same on every rank."""
+
+    loss: Tensor
+    """Nats."""
+    tokens: Tensor
+    """Those with a loss."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Per token of all sources, float64 scalar."""
+        return self.loss.sum() / self.tokens.sum().clamp(min=1)
+
+
 def count_tokens(batches: Sequence[LocalBatch], device: torch.device) -> Tensor:
     """Tokens with a loss in the global batch: float64 scalar, the same on every rank."""
     count = torch.stack([b.loss_mask.sum(dtype=torch.float64) for b in batches]).sum().to(device)
     dist.all_reduce(count, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    return count
+    return count.clamp(min=1)  # a batch of padding alone has no loss, and no gradient
 
 
-def forward_backward(zero: ZeroOptimizer, batches: Sequence[LocalBatch], tokens: Tensor) -> Tensor:
+def forward_backward(
+    zero: ZeroOptimizer, batches: Sequence[LocalBatch], tokens: Tensor, num_sources: int = 1
+) -> LossSums:
     """Accumulate the gradients of the mean loss per token over the global batch.
 
-    batches: this rank's micro-batches; tokens: count_tokens of them. Returns the mean loss in nats,
-    float64 scalar, the same on every rank. Gradients are reduced when this returns.
+    batches: this rank's micro-batches, of `num_sources` sources; tokens: count_tokens of them.
+    Gradients are reduced when this returns.
     """
     # ZeRO averages over data- and context-parallel ranks; the loss is to be a mean over all tokens
     replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
@@ -36,30 +54,35 @@ def forward_backward(zero: ZeroOptimizer, batches: Sequence[LocalBatch], tokens:
     zero.set_no_sync(True)
     losses = _run(zero.scheduled_modules, batches, scale.float(), forward_only=False)
     zero.reduce_gradients()
-    return _sum_everywhere(losses, tokens.device) / tokens
+    return _sum_everywhere(losses, num_sources, tokens.device)
 
 
 @torch.no_grad()
-def evaluate_loss(zero: ZeroOptimizer, batches: Sequence[LocalBatch]) -> tuple[Tensor, Tensor]:
-    """Σ loss and Σ tokens over data- and context-parallel ranks' micro-batches, as many on each."""
-    tokens = count_tokens(batches, batches[0].tokens.device)
+def evaluate_loss(zero: ZeroOptimizer, batches: Sequence[LocalBatch]) -> LossSums:
+    """Over data- and context-parallel ranks' micro-batches, as many on each."""
+    device = batches[0].tokens.device
     zero.set_no_sync(False)
     modules = zero.scheduled_modules
     if len(modules) > 1:  # interleaved stages take micro-batches by as many as there are stages
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         blank = replace(batches[0], loss_mask=torch.zeros_like(batches[0].loss_mask))
         batches = [*batches, *[blank] * (-len(batches) % stages)]
-    losses = _run(modules, batches, torch.ones_like(tokens).float(), True)
-    return _sum_everywhere(losses, tokens.device), tokens
+    losses = _run(modules, batches, torch.ones((), device=device), True)
+    return _sum_everywhere(losses, 1, device)
 
 
 def _run(
     modules: list[Any], batches: Sequence[LocalBatch], scale: Tensor, forward_only: bool
 ) -> list[Tensor]:
-    """Summed loss of every micro-batch, on the last stage; an empty list elsewhere."""
+    """Of every micro-batch, on the last stage: source, summed loss and tokens of its rows, float64
+    [3, B]. An empty list elsewhere."""
 
-    def scaled(batch: LocalBatch, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return loss * scale, batch.loss_mask.sum().int(), loss.detach()
+    def scaled(batch: LocalBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        loss, by_token = output
+        by_row = by_token.view_as(batch.loss_mask).sum(1, dtype=torch.float64)
+        tokens = batch.loss_mask.sum(1, dtype=torch.float64)
+        rows = torch.stack((batch.sources.double(), by_row, tokens))
+        return loss * scale, tokens.sum().int(), rows
 
     def forward_step(iterator: Iterator[LocalBatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(iterator)
@@ -89,12 +112,13 @@ def _run(
         )
 
 
-def _sum_everywhere(losses: list[Tensor], device: torch.device) -> Tensor:
-    """Sum over micro-batches, data- and context-parallel ranks; from the last stage to all."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
+def _sum_everywhere(losses: list[Tensor], num_sources: int, device: torch.device) -> LossSums:
+    """Over micro-batches, data- and context-parallel ranks; from the last stage to all."""
+    sums = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
     if losses:
-        total = torch.stack(losses).sum(dtype=torch.float64)
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        sources, *rows = torch.cat(losses, dim=1)
+        sums = torch.stack(rows) @ F.one_hot(sources.long(), num_sources).double()
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    return total
+        dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+    return LossSums(*sums)

@@ -174,7 +174,9 @@ def estimate(
 @app.command()
 def prepare(
     inputs: Inputs,
-    out: Annotated[Path, typer.Option(help="New folder for train/ and validation/ shards.")],
+    out: Annotated[
+        str, typer.Option(help="New folder for train/ and validation/ shards, or a URL (s3://...).")
+    ],
     tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, or a folder that holds one.")],
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens a sequence.")] = 1024,
     packing: Annotated[
@@ -184,8 +186,14 @@ def prepare(
         float, typer.Option(min=0, max=1, help="Share of documents held out.")
     ] = 0.02,
     text_field: Annotated[str, typer.Option(help="Field of jsonl records.")] = "text",
+    end_of_text: Annotated[
+        str | None, typer.Option(help="Token that ends every document [as the tokenizer has it].")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the train/validation split.")] = 1234,
     format: Annotated[Literal["mds", "webdataset"], typer.Option(help="Of the shards.")] = "mds",
+    compression: Annotated[
+        Literal["none", "zstd"], typer.Option(help="Of the shards; readers keep them unpacked.")
+    ] = "none",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
     shard: Annotated[
         str, typer.Option(help="i/n: do the i-th of n shares of the work, for a job array.")
@@ -220,6 +228,8 @@ def prepare(
             seed=seed,
             progress=report,
             format=format,
+            compression=compression,
+            end_of_text=end_of_text,
             workers=workers,
             share=_share(shard),
             merge=merge or not shard,
@@ -227,7 +237,7 @@ def prepare(
     for split, meta in metas.items():
         filled = meta.tokens / (meta.tokens + meta.padding)
         print(
-            f"{out / split}: {meta.samples:,} sequences, {meta.tokens:,} tokens from "
+            f"{out}/{split}: {meta.samples:,} sequences, {meta.tokens:,} tokens from "
             f"{meta.documents:,} documents ({meta.cut_documents:,} cut), {filled:.2%} filled, "
             f"unigram entropy {meta.unigram_entropy:.4f} nats"
         )
@@ -266,7 +276,11 @@ def tokenizer_inspect(
 
 
 @data_app.command("inspect")
-def data_inspect(folder: Path) -> None:
+def data_inspect(
+    folder: Annotated[
+        str, typer.Argument(help="What `prepare` wrote, or one split of it; or a URL.")
+    ],
+) -> None:
     """Show counts, lengths, the fingerprint and a decoded sample."""
     from data_pipeline.inspection import inspect_dataset
 
@@ -275,7 +289,11 @@ def data_inspect(folder: Path) -> None:
 
 
 @data_app.command("verify")
-def data_verify(folder: Path) -> None:
+def data_verify(
+    folder: Annotated[
+        str, typer.Argument(help="What `prepare` wrote, or one split of it; or a URL.")
+    ],
+) -> None:
     """Read every shard and check it against its size and hash."""
     from data_pipeline.inspection import verify_dataset
 

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from checkpoints_tools.config import CheckpointConfig
 from data_pipeline.config import DataConfig
 from parallel.config import ModelConfig, ParallelConfig, Section
+from pretrain.phases import Phase, run_phases
 
 
 class ConfigError(Exception):
@@ -108,14 +109,32 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
 
     @property
-    def total_steps(self) -> int:
-        """Updates of the whole run."""
-        return self.training.steps or math.ceil(self.training.tokens / self.tokens_per_step)
+    def phases(self) -> list[Phase]:
+        """The parts of the run, in order."""
+        return run_phases(
+            self.data, self.training.global_batch_size, self.training.micro_batch_size
+        )
+
+    def phase_at(self, step: int) -> Phase:
+        """The part of the run that makes the step after so many."""
+        return next(phase for phase in reversed(self.phases) if phase.first_step <= step)
 
     @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one global batch, padding included."""
-        return self.training.global_batch_size * self.data.seq_len
+    def total_steps(self) -> int:
+        """Updates of the whole run."""
+        tokens = self.training.tokens
+        last = next(phase for phase in reversed(self.phases) if phase.first_token <= tokens)
+        return self.training.steps or last.step_of_token(tokens)
+
+    @property
+    def total_tokens(self) -> int:
+        """Of the whole run, padding included."""
+        return self.phase_at(self.total_steps).tokens_at(self.total_steps)
+
+    @property
+    def seq_lens(self) -> list[int]:
+        """Of every phase."""
+        return [phase.seq_len for phase in self.phases]
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -144,28 +163,27 @@ class Config(Section):
                 "processes or use a smaller layout"
             )
         data_parallel = world_size // model_ranks
-        self._check_batch(data_parallel)
+        for phase in self.phases:
+            self._check_batch(phase, data_parallel)
         return data_parallel
 
-    def _check_batch(self, data_parallel: int) -> None:
-        parallel = self.parallel
-        share = self.training.micro_batch_size * data_parallel
-        if self.training.global_batch_size % share:
+    def _check_batch(self, phase: Phase, data_parallel: int) -> None:
+        parallel, batch, micro = self.parallel, phase.global_batch_size, phase.micro_batch_size
+        where = "training" if not phase.first_step else f"data.stages from step {phase.first_step}"
+        share = micro * data_parallel
+        if batch % share:
             raise ConfigError(
-                f"training.global_batch_size={self.training.global_batch_size} is not a multiple "
-                f"of training.micro_batch_size={self.training.micro_batch_size} × data parallel "
-                f"{data_parallel} = {share}; use "
-                f"{_nearest_multiple(self.training.global_batch_size, share)}"
+                f"{where}.global_batch_size={batch} is not a multiple of {where}.micro_batch_size="
+                f"{micro} × data parallel {data_parallel} = {share}; use "
+                f"{_nearest_multiple(batch, share)}"
             )
-        micro_batches = self.training.global_batch_size // share
+        micro_batches = batch // share
         if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
-            block = share * parallel.pipeline
             raise ConfigError(
                 f"parallel.virtual_pipeline={parallel.virtual_pipeline} takes micro-batches by "
-                f"parallel.pipeline={parallel.pipeline}, and training.global_batch_size="
-                f"{self.training.global_batch_size} gives each rank {micro_batches} of them; use "
-                f"training.global_batch_size="
-                f"{_nearest_multiple(self.training.global_batch_size, block)}, or "
+                f"parallel.pipeline={parallel.pipeline}, and {where}.global_batch_size="
+                f"{batch} gives each rank {micro_batches} of them; use {where}.global_batch_size="
+                f"{_nearest_multiple(batch, share * parallel.pipeline)}, or "
                 "parallel.virtual_pipeline=1"
             )
 
@@ -188,9 +206,9 @@ def _check_training(config: Config) -> None:
             f"training.eval_every={training.eval_every} needs data.validation; name a prepared "
             "folder or set training.eval_every=0"
         )
-    if config.data.seq_len > config.model.max_position_embeddings:
+    if max(config.seq_lens) > config.model.max_position_embeddings:
         raise ValueError(
-            f"data.seq_len={config.data.seq_len} exceeds model.max_position_embeddings="
+            f"data.seq_len={max(config.seq_lens)} exceeds model.max_position_embeddings="
             f"{config.model.max_position_embeddings}; raise the latter or shorten the sequences"
         )
 
@@ -303,15 +321,15 @@ def _check_context(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -
 
 def _check_sequence(config: Config) -> None:
     parallel = config.parallel
-    _check_context(config.model, parallel, config.data.seq_len)
-    tokens = config.training.micro_batch_size * config.data.seq_len // parallel.context
-    if parallel.sequence_parallel and tokens % parallel.tensor:
-        raise ValueError(
-            f"training.micro_batch_size × data.seq_len / parallel.context = {tokens} tokens cannot "
-            "be split over "
-            f"parallel.tensor={parallel.tensor} ranks; choose sizes it divides, or set "
-            "parallel.sequence=false"
-        )
+    for phase in config.phases:
+        _check_context(config.model, parallel, phase.seq_len)
+        tokens = phase.micro_batch_size * phase.seq_len // parallel.context
+        if parallel.sequence_parallel and tokens % parallel.tensor:
+            raise ValueError(
+                f"training.micro_batch_size × data.seq_len / parallel.context = {tokens} tokens "
+                f"cannot be split over parallel.tensor={parallel.tensor} ranks; choose sizes it "
+                "divides, or set parallel.sequence=false"
+            )
 
 
 def _divisors(n: int) -> list[int]:

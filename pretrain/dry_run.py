@@ -89,11 +89,12 @@ def trace(config: Config, world_size: int, rank: int) -> tuple[BuiltStage, Colle
 
 def _micro_batch(config: Config, chunk: Any) -> None:
     """Forward and backward of a batch of whole-row documents."""
-    rows, length = config.training.micro_batch_size, config.data.seq_len
+    work = workload(config, 1)
+    rows, length = work.micro_batch_size, work.seq_len
     part = length // config.parallel.context
     ids = torch.zeros(rows, part, dtype=torch.int64)
-    borders = [torch.arange(rows + 1, dtype=torch.int32) * size for size in (length, part)]
-    batch = LocalBatch(ids, ids, torch.ones(rows, part), ids, *borders)
+    whole, parts = (torch.arange(rows + 1, dtype=torch.int32) * size for size in (length, part))
+    batch = LocalBatch(ids, ids, torch.ones(rows, part), ids, whole, parts, ids[:, 0])
     if not chunk.first:
         tensor = config.parallel.tensor if config.parallel.sequence_parallel else 1
         shape = (rows * part // tensor, 1, config.model.hidden_size)
@@ -104,6 +105,7 @@ def _micro_batch(config: Config, chunk: Any) -> None:
         batch.tokens, batch.labels, batch.loss_mask, batch.position_ids, batch.cu_seqlens,
         batch.local_cu_seqlens,
     )  # fmt: skip
+    out = out[0] if chunk.last else out  # the loss, without that of every token
     out.backward(torch.empty_like(out))
 
 
@@ -131,7 +133,7 @@ def dry_run(config: Config, world_size: int, rank: int, ranks_per_node: int) -> 
     numel = sum(parameter.numel() for _, parameter in built.named_parameters())
     console.print(f"{numel:,} parameters here, of {model.num_params()['total']:,}")
     work = workload(config, data)
-    chunks = layer_chunks(model, parallel, work.seq_len)
+    chunks = layer_chunks(model, parallel, max(config.seq_lens))
     memory = memory_by_stage(model, parallel, work, chunks)[place["pipeline"]]
     table = Table("memory", "GiB")
     for category, size in (memory.by_category() | {"peak": memory.peak}).items():

@@ -64,7 +64,7 @@ class Estimate:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.config.tokens_per_step / self.time.total
+        return self.work.tokens_per_step / self.time.total
 
 
 def one_replica(config: Config) -> tuple[int, int]:
@@ -90,14 +90,15 @@ def parse_memory(text: str) -> int:
 
 
 def workload(config: Config, data: int) -> Workload:
-    """One step of a rank of `data` data-parallel ones, on a GPU."""
-    training = config.training
+    """One step of a rank of `data` data-parallel ones, on a GPU, of the run's phase that has the
+    most tokens in a micro-batch."""
+    phase = max(config.phases, key=lambda p: p.micro_batch_size * p.seq_len)
     return Workload(
         data=data,
-        seq_len=config.data.seq_len,
-        micro_batch_size=training.micro_batch_size,
-        micro_batches=training.global_batch_size // (training.micro_batch_size * data),
-        itemsize=2 if training.dtype == "bf16" else 4,
+        seq_len=phase.seq_len,
+        micro_batch_size=phase.micro_batch_size,
+        micro_batches=phase.global_batch_size // (phase.micro_batch_size * data),
+        itemsize=2 if config.training.dtype == "bf16" else 4,
     )
 
 
@@ -107,7 +108,7 @@ def estimate(config: Config, job: Job) -> Estimate:
     data = config.data_parallel(job.world_size)
     work = workload(config, data)
     top = topology(parallel, data, job.gpus_per_node)
-    chunks = layer_chunks(model, parallel, work.seq_len)
+    chunks = layer_chunks(model, parallel, max(config.seq_lens))
     memory = memory_by_stage(model, parallel, work, chunks)
     time = step_time(model, parallel, work, chunks, GPUS[job.gpu], top)
     return Estimate(config, work, top, chunks, memory, time)

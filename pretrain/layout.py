@@ -19,7 +19,7 @@ def print_layout(config: Config, nodes: int, gpus_per_node: int) -> None:
     console = whole_console()
     console.print(f"{world_size} ranks on {nodes} nodes: {sizes}, tensor fastest")
     console.print(_rank_map(top))
-    chunks = layer_chunks(config.model, config.parallel, config.data.seq_len)
+    chunks = layer_chunks(config.model, config.parallel, max(config.seq_lens))
     for stage in range(top.pipeline):
         parts = [
             f"{layers.start} to {layers.stop - 1}  "

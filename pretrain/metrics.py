@@ -25,10 +25,13 @@ TENSORBOARD_GROUPS = {
     "tokens_per_second": "speed/tokens_per_second",
     "model_flops_per_second": "speed/model_flops_per_second",
     "memory_bytes": "memory/peak_bytes",
+    "skipped_shards": "data/skipped_shards",
     "time_data": "time/data",
     "time_forward_backward": "time/forward_backward",
     "time_step": "time/optimizer_step",
 }
+# of one source or validation set each
+TENSORBOARD_PREFIXES = {"loss_": "train", "tokens_": "data", "validation_loss_": "validation"}
 
 
 class MetricsWriter:
@@ -66,9 +69,9 @@ class MetricsWriter:
         self.file.flush()
         step = metrics["step"]
         if self.tensorboard is not None:
-            for name, tag in TENSORBOARD_GROUPS.items():
-                if name in metrics:
-                    self.tensorboard.add_scalar(tag, metrics[name], step)
+            for name, value in metrics.items():
+                if tag := _tag(name):
+                    self.tensorboard.add_scalar(tag, value, step)
         line = _line(metrics)
         self.progress.update(self.task, completed=step, description=line)
         if step % self.every == 0 or "validation_loss" in metrics:
@@ -80,6 +83,14 @@ class MetricsWriter:
         self.file.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
+
+
+def _tag(name: str) -> str | None:
+    """TensorBoard's name of a metric, or None if it does not go there."""
+    for prefix, group in TENSORBOARD_PREFIXES.items():
+        if name.startswith(prefix) and name not in TENSORBOARD_GROUPS:
+            return f"{group}/{name}"
+    return TENSORBOARD_GROUPS.get(name)
 
 
 def peak_memory(device: torch.device) -> int:

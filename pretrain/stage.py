@@ -11,7 +11,7 @@ def configured_stage(config: Config, device: torch.device) -> BuiltStage:
     return build_stage(
         config.model,
         config.parallel,
-        seq_len=config.data.seq_len,
+        seq_len=max(config.seq_lens),
         dtype=DTYPES[config.training.dtype],
         seed=config.training.seed,
         deterministic=config.training.deterministic,

@@ -17,19 +17,19 @@ from megatron.core import parallel_state
 from checkpoints_tools import folder as folders
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.sharded import load_checkpoint, save_checkpoint
-from data_pipeline.blend import Blend, Stage
+from data_pipeline.blend import Blend
 from data_pipeline.dataset import PackedDataset
-from data_pipeline.errors import DataError
-from data_pipeline.loader import BatchLoader, sequential_batches
+from data_pipeline.loader import sequential_batches
 from parallel.compat import prepare_host
 from parallel.context import local_batch
 from parallel.flops import training_flops_per_token
 from parallel.groups import destroy_groups, from_rank_0, init_distributed, init_groups
 from parallel.launch import Launch
-from parallel.schedule import count_tokens, evaluate_loss, forward_backward
+from parallel.schedule import LossSums, count_tokens, evaluate_loss, forward_backward
 from parallel.topology import topology
 from parallel.zero import ZeroOptimizer
 from pretrain.config import Config
+from pretrain.data import TrainingBatches, keep_tokenizer, open_data, warn_of_epochs
 from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
 from pretrain.run_dir import git_revision, record_start, start_log
@@ -59,6 +59,7 @@ def train(config: Config, launch: Launch) -> None:
     # one decision for all: ranks may see the folder differently
     start = from_rank_0(lambda: find_start(config, data))
     from_rank_0(lambda: record_start(config, launch.world_size))
+    from_rank_0(lambda: keep_tokenizer(data, Path(config.logging.run_dir)))
     trainer = Trainer(config, data, validation, device)
     log.info(
         "%s parameters, %d ranks: tensor %d × context %d × data %d × pipeline %d, ZeRO %d, %s, %s",
@@ -86,61 +87,6 @@ def train(config: Config, launch: Launch) -> None:
         log.info("resumed from %s", start)
     trainer.run()
     destroy_groups()
-
-
-def open_data(config: Config) -> tuple[Blend, PackedDataset | None]:
-    """Training and validation shards, checked against the configuration and each other."""
-    data = open_blend(config)
-    if not tokenizer_file(data).is_file():  # now rather than at the first save
-        raise DataError(
-            f"{tokenizer_file(data)}: no such file, and checkpoints carry the tokenizer; copy the "
-            "tokenizer.json that the data was prepared with there"
-        )
-    if not config.data.validation:
-        return data, None
-    return data, PackedDataset(
-        config.data.validation,
-        seq_len=config.data.seq_len,
-        tokenizer_hash=data.meta.tokenizer_hash,
-    )
-
-
-def open_blend(config: Config) -> Blend:
-    """The training sources by their weights. Raises DataError."""
-    data, step = config.data, config.tokens_per_step
-    paths = [data.train] if data.train else [source.path for source in data.sources]
-    sources = [
-        PackedDataset(path, seq_len=data.seq_len, vocab_size=config.model.vocab_size)
-        for path in paths
-    ]
-    if data.train:
-        return Blend(sources, seed=data.seed)
-    names = [source.name for source in data.sources]
-    stages = [Stage(0, tuple(source.weight for source in data.sources))]
-    for stage in data.stages:
-        first = math.ceil(stage.from_tokens / step) * config.training.global_batch_size
-        stages.append(Stage(first, tuple(stage.weights.get(name, 0.0) for name in names)))
-    try:
-        return Blend(sources, seed=data.seed, names=names, stages=stages)
-    except ValueError as error:
-        raise DataError(f"data.stages: two of them begin in one step of {step} tokens") from error
-
-
-def warn_of_epochs(config: Config, data: Blend) -> None:
-    """Say which sources the run will read more often than their max_epochs."""
-    bounds = {source.name: source.max_epochs for source in config.data.sources}
-    samples = config.total_steps * config.training.global_batch_size
-    for name, epochs in data.epochs(samples).items():
-        if epochs > bounds.get(name, math.inf):
-            log.warning(
-                "the run reads data.sources %s %.1f times, more than its max_epochs %.1f",
-                *(name, epochs, bounds[name]),
-            )
-
-
-def tokenizer_file(data: Blend) -> Path:
-    """Where `transxssm prepare` put the tokenizer: beside the (first source's) splits."""
-    return data.sources[0].folder.parent / "tokenizer.json"
 
 
 def find_start(config: Config, data: Blend) -> Path | None:
@@ -208,11 +154,16 @@ def _check_same_run(candidate: Path, state: dict[str, Any], config: Config, data
                 "choose another logging.run_dir"
             )
     if state["data_fingerprint"] != data.fingerprint:
-        raise CheckpointError(
+        difference = (
             f"{candidate} was trained on other data than {data.sources[0].folder} (fingerprint "
-            f"{state['data_fingerprint'][:12]}… there, {data.fingerprint[:12]}… here); point "
-            "data.train at the data it was trained on, or choose another logging.run_dir"
+            f"{state['data_fingerprint'][:12]}… there, {data.fingerprint[:12]}… here)"
         )
+        if not config.checkpoint.allow_data_change:
+            raise CheckpointError(
+                f"{difference}; point data.train at the data it was trained on, choose another "
+                "logging.run_dir, or go on with --checkpoint.allow_data_change true"
+            )
+        log.warning("%s; going on at sample %d of these", difference, state["samples"])
 
 
 @dataclass
@@ -238,13 +189,14 @@ class Trainer:
         self,
         config: Config,
         data: Blend,
-        validation: PackedDataset | None,
+        validation: dict[str, PackedDataset],
         device: torch.device,
     ) -> None:
         self.config, self.data, self.validation = config, data, validation
         self.device, self.run_dir = device, Path(config.logging.run_dir)
         self.step = 0
         self.samples = 0
+        self.skipped: list[tuple[str, int]] = []  # shards, as TrainingBatches has them
         self.revision = git_revision() if dist.get_rank() == 0 else ""
         optimizer = config.optimizer
         self.zero = ZeroOptimizer(
@@ -256,12 +208,12 @@ class Trainer:
             weight_decay=optimizer.weight_decay,
             clip_grad_norm=optimizer.clip_grad_norm,
         )
-        self.flops_per_token = training_flops_per_token(config.model, config.data.seq_len)
 
     def resume(self, step_dir: Path) -> None:
         """Take over a checkpoint's state."""
         state = load_checkpoint(step_dir, self.zero)
         self.step, self.samples = state["step"], state["samples"]
+        self.skipped = [(name, shard) for name, shard in state.get("skipped_shards", [])]
 
     def run(self) -> None:
         """Train to the end of the run; leaves a final checkpoint."""
@@ -269,7 +221,7 @@ class Trainer:
         if self.step >= total:
             log.info("nothing to do: step %d of %d", self.step, total)
             return
-        loader = self.loader()
+        batches = self.batches()
         rank_0 = dist.get_rank() == 0
         writer = (
             MetricsWriter(
@@ -280,10 +232,9 @@ class Trainer:
         )
         try:
             while self.step < total:
-                metrics = self.train_step(loader)
-                if self.validation is not None and self._evaluates_now():
-                    loss = self.evaluate(self.validation)
-                    metrics |= {"validation_loss": loss, "validation_perplexity": _exp(loss)}
+                metrics = self.train_step(batches)
+                if self.validation and self._evaluates_now():
+                    metrics |= self.evaluate()
                 if writer is not None:
                     writer.write(metrics)  # first: a resumed run does not make this step again
                 if self._saves_now():
@@ -291,7 +242,7 @@ class Trainer:
                     path = self.save()
                     log.info("saved %s in %.2f s", path, time.perf_counter() - begin)
         finally:
-            loader.close()
+            batches.close()
             if writer is not None:
                 writer.close()
         log.info("done: %d steps, checkpoint %s", self.step, self.config.checkpoint_dir)
@@ -304,83 +255,97 @@ class Trainer:
         every = self.config.checkpoint.every
         return self.step == self.config.total_steps or bool(every and self.step % every == 0)
 
-    def loader(self) -> BatchLoader:
+    def batches(self) -> TrainingBatches:
         """This rank's batches from the present position on."""
-        return BatchLoader(
-            self.data,
-            global_batch_size=self.config.training.global_batch_size,
-            micro_batch_size=self.config.training.micro_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=parallel_state.get_data_parallel_world_size(),
-            samples_consumed=self.samples,
-        )
+        return TrainingBatches(self.config, self.data, self.samples, self.skipped, self.device)
 
-    def train_step(self, loader: BatchLoader) -> dict[str, Any]:
+    def train_step(self, batches: TrainingBatches) -> dict[str, Any]:
         """One update. Returns the step's metrics."""
-        config = self.config
+        config, phase = self.config, self.config.phase_at(self.step)
         watch = Stopwatch()
         begin = time.perf_counter()
         with watch.phase("data", self.device):
-            batches = [local_batch(batch, self.device) for batch in loader.next_step()]
+            read = [local_batch(batch, self.device) for batch in batches.next_step()]
         with watch.phase("forward_backward", self.device):
-            loss = forward_backward(self.zero, batches, count_tokens(batches, self.device))
-        tokens = (self.step + 1) * config.tokens_per_step
-        lr = learning_rate(config.optimizer, tokens, config.total_steps * config.tokens_per_step)
+            tokens_here = count_tokens(read, self.device)
+            sums = forward_backward(self.zero, read, tokens_here, len(self.data.names))
+        tokens = phase.tokens_at(self.step + 1)
+        lr = learning_rate(config.optimizer, tokens, config.total_tokens)
         with watch.phase("step", self.device):
             grad_norm = self.zero.step(lr)
-        self.step, self.samples = self.step + 1, loader.samples_consumed
-        if not math.isfinite(float(loss)) or not math.isfinite(grad_norm):
+        self.step, self.samples = self.step + 1, batches.samples_consumed
+        self.skipped = batches.skipped
+        loss = float(sums.mean)
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise TrainingError(
-                f"step {self.step}: loss {float(loss)}, gradient norm {grad_norm}; stopped. The "
-                f"newest checkpoint in {config.checkpoint_dir} is from before; lower optimizer.lr "
-                "or optimizer.clip_grad_norm and start again"
+                f"step {self.step}: loss {loss}, gradient norm {grad_norm}; stopped. The newest "
+                f"checkpoint in {config.checkpoint_dir} is from before; lower optimizer.lr or "
+                "optimizer.clip_grad_norm and start again"
             )
-        rate = config.tokens_per_step / (time.perf_counter() - begin)
+        rate = phase.tokens_per_step / (time.perf_counter() - begin)
+        flops_per_token = training_flops_per_token(config.model, phase.seq_len)
         return {
             "step": self.step,
             "tokens": tokens,
             "samples": self.samples,
-            **self._samples_by_source(),
-            "loss": float(loss),
-            "perplexity": _exp(float(loss)),
+            "loss": loss,
+            "perplexity": _exp(loss),
+            **self._by_source(sums),
             "grad_norm": grad_norm,
             "lr": lr,
             "tokens_per_second": rate,
-            "model_flops_per_second": rate * self.flops_per_token,
+            "model_flops_per_second": rate * flops_per_token,
             "memory_bytes": peak_memory(self.device),
+            "skipped_shards": len(self.skipped),
             **{f"time_{name}": seconds for name, seconds in watch.seconds.items()},
         }
 
-    def _samples_by_source(self) -> dict[str, int]:
-        """Samples read of each source so far, where there are several."""
-        if len(self.data.names) == 1:
+    def _by_source(self, sums: LossSums) -> dict[str, float]:
+        """Where there are several: the step's loss and the run's tokens so far, of each."""
+        names = self.data.names
+        if len(names) == 1:
             return {}
-        return {f"samples_{name}": n for name, n in self.data.drawn(self.samples).items()}
+        losses, tokens = sums.loss.tolist(), sums.tokens.tolist()
+        found = {
+            f"loss_{name}": loss / count
+            for name, loss, count in zip(names, losses, tokens, strict=True)
+            if count
+        }
+        return found | {f"tokens_{name}": n for name, n in self.data.tokens(self.samples).items()}
 
-    def evaluate(self, dataset: PackedDataset) -> float:
-        """Mean loss per token in nats over eval_batches global batches (or all there is).
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss per token in nats, over eval_batches global batches (or all there is) of each
+        validation set; of all sets together, and of each where they have names.
 
         The samples do not depend on the layout.
         """
         training = self.config.training
-        batches = [
-            local_batch(batch, self.device)
-            for batch in sequential_batches(
-                dataset,
-                training.micro_batch_size,
-                training.eval_batches * training.global_batch_size,
-                data_parallel_rank=parallel_state.get_data_parallel_rank(),
-                data_parallel_size=parallel_state.get_data_parallel_world_size(),
-            )
-        ]
-        total, tokens = evaluate_loss(self.zero, batches)
-        return float(total / tokens)
+        loss = tokens = 0.0
+        found = {}
+        for name, dataset in self.validation.items():
+            read = [
+                local_batch(batch, self.device)
+                for batch in sequential_batches(
+                    dataset,
+                    training.micro_batch_size,
+                    training.eval_batches * training.global_batch_size,
+                    data_parallel_rank=parallel_state.get_data_parallel_rank(),
+                    data_parallel_size=parallel_state.get_data_parallel_world_size(),
+                )
+            ]
+            sums = evaluate_loss(self.zero, read)
+            loss, tokens = loss + float(sums.loss.sum()), tokens + float(sums.tokens.sum())
+            if name:
+                found[f"validation_loss_{name}"] = float(sums.mean)
+        mean = loss / tokens
+        return {"validation_loss": mean, "validation_perplexity": _exp(mean)} | found
 
     def save(self) -> Path:
         """Write and commit a checkpoint of this step; its folder."""
         state = {
             "samples": self.samples,
-            "tokens": self.step * self.config.tokens_per_step,
+            "tokens": self.config.phase_at(self.step).tokens_at(self.step),
+            "skipped_shards": self.skipped,
             "config": self.config.model_dump(mode="json"),
             "data_fingerprint": self.data.fingerprint,
             "tokenizer_hash": self.data.meta.tokenizer_hash,
@@ -393,7 +358,7 @@ class Trainer:
             self.step,
             self.zero,
             state,
-            tokenizer=tokenizer_file(self.data),
+            tokenizer=self.run_dir / "tokenizer.json",
             keep_last=self.config.checkpoint.keep_last,
             keep_every=self.config.checkpoint.keep_every,
         )

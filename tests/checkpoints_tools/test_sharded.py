@@ -42,9 +42,10 @@ def through(config: Config, source: Path | None, target: Path, steps: int) -> li
     """Load `source`, train some steps, save to `target`; the losses."""
     from checkpoints_tools.sharded import load_checkpoint, save_checkpoint
     from parallel.compat import prepare_host
-    from parallel.groups import init_distributed, init_groups
+    from parallel.groups import from_rank_0, init_distributed, init_groups
     from parallel.launch import launch_from_environment
-    from pretrain.trainer import Trainer, open_data, tokenizer_file
+    from pretrain.data import keep_tokenizer, open_data
+    from pretrain.trainer import Trainer
 
     device = prepare_host()
     init_distributed(launch_from_environment(), device)
@@ -53,10 +54,11 @@ def through(config: Config, source: Path | None, target: Path, steps: int) -> li
     trainer = Trainer(config, data, validation, device)
     if source is not None:
         load_checkpoint(source, trainer.zero)
-    loader = trainer.loader()
-    losses = [trainer.train_step(loader)["loss"] for _ in range(steps)]
-    loader.close()
-    tokenizer = tokenizer_file(data)
+    batches = trainer.batches()
+    losses = [trainer.train_step(batches)["loss"] for _ in range(steps)]
+    batches.close()
+    target.mkdir(exist_ok=True)
+    tokenizer = from_rank_0(lambda: keep_tokenizer(data, target.parent))
     save_checkpoint(target, 1, trainer.zero, {}, tokenizer=tokenizer, keep_last=1, keep_every=0)
     return losses
 
@@ -97,12 +99,13 @@ def training_logits(config: Config, step_dir: Path, ids: torch.Tensor) -> torch.
     from parallel.compat import prepare_host
     from parallel.groups import init_distributed, init_groups
     from parallel.launch import launch_from_environment
-    from pretrain.trainer import Trainer, open_data
+    from pretrain.data import open_data
+    from pretrain.trainer import Trainer
 
     device = prepare_host()
     init_distributed(launch_from_environment(), device)
     init_groups(config.parallel)
-    trainer = Trainer(config, open_data(config)[0], None, device)
+    trainer = Trainer(config, open_data(config)[0], {}, device)
     load_checkpoint(step_dir, trainer.zero)
     positions = torch.arange(ids.shape[1])[None]
     cu_seqlens = torch.tensor([0, ids.shape[1]], dtype=torch.int32)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_pipeline.blend import PERIOD, Blend, BlendOrder, Stage, interleaved
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
-from data_pipeline.loader import BatchLoader
+from data_pipeline.loader import BatchLoader, BatchSize
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import train_tokenizer
 from tests.data_pipeline.conftest import SEQ_LEN
@@ -110,7 +110,7 @@ def batches(folders: list[Path], size: int, micro: int, start: int, steps: int) 
     whole: list[list[Any]] = [[] for _ in range(steps)]
     for rank in range(size):
         loader = BatchLoader(
-            blend(folders), global_batch_size=GLOBAL, micro_batch_size=micro,
+            blend(folders), [BatchSize(0, GLOBAL, micro)],
             data_parallel_rank=rank, data_parallel_size=size, samples_consumed=start * GLOBAL,
         )  # fmt: skip
         for step in range(steps):
@@ -164,8 +164,15 @@ def test_a_run_blends_counts_warns_and_resumes_on_other_ranks(
     assert end.code == 0, end.output
     assert "the run reads data.sources kernels" in end.output
     metrics = read_metrics(tmp_path / "run")
-    assert [m["samples_code"] + m["samples_kernels"] for m in metrics] == [4, 8, 12, 16, 20, 24]
-    assert metrics[2]["samples_kernels"] == metrics[5]["samples_kernels"] == 3  # until the stage
+    tokens = [m["tokens_code"] + m["tokens_kernels"] for m in metrics]
+    assert tokens == [m["tokens"] for m in metrics] == [n * 4 * 64 for n in range(1, 7)]
+    until_stage = {metrics[step]["tokens_kernels"] for step in (2, 5)}
+    assert until_stage == {3 * 64}
+    assert "loss_kernels" not in metrics[5]
+    assert metrics[5]["loss_code"] == pytest.approx(metrics[5]["loss"])
+    mixed = next(m for m in metrics if "loss_kernels" in m and "loss_code" in m)
+    assert min(mixed["loss_code"], mixed["loss_kernels"]) <= mixed["loss"]
+    assert max(mixed["loss_code"], mixed["loss_kernels"]) >= mixed["loss"]
     resume = tmp_path / "run/checkpoints/step-00000002"
     succeed(
         "pretrain", path, f"--logging.run_dir={tmp_path / 'again'}",
@@ -174,7 +181,7 @@ def test_a_run_blends_counts_warns_and_resumes_on_other_ranks(
     again = read_metrics(tmp_path / "again")
     for one, two in zip(metrics[2:], again, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-        assert two["samples_kernels"] == one["samples_kernels"]
+        assert two["tokens_kernels"] == one["tokens_kernels"]
 
 
 def test_another_blend_is_other_data(

@@ -45,7 +45,8 @@ def test_batch_equals_its_definition(samples):
     assert batch.cu_seqlens.diff().min() > 0
     assert batch.tokens.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
     assert (batch.loss_mask.dtype, batch.cu_seqlens.dtype) == (torch.float32, torch.int32)
-    assert all(tensor.is_contiguous() for tensor in vars(batch).values())
+    assert all(tensor.stride(-1) == 1 for tensor in vars(batch).values())
+    assert batch.sources.tolist() == [0] * len(samples)
 
 
 def test_filling_rows_have_no_loss():

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.order import permute, sample_index, sample_indices
+from data_pipeline.order import Windows, permute, sample_index, sample_indices
 
 
 @settings(deadline=None)
@@ -51,3 +51,46 @@ def test_run_visits_every_sample_once_an_epoch_in_another_order():
 def test_positions_outside_are_refused():
     with pytest.raises(ValueError, match="outside"):
         permute(np.array([5]), 5, seed=0, epoch=0)
+
+
+@settings(deadline=None)
+@given(
+    n=st.integers(1, 500),
+    seed=st.integers(0, 99),
+    block=st.integers(1, 40),
+    blocks=st.integers(1, 9),
+)
+def test_windows_move_samples_among_few_blocks_and_lose_none(n, seed, block, blocks):
+    windows = Windows(block, blocks)
+    order = sample_indices(seed, np.arange(2 * n), n, windows=windows).reshape(2, n)
+    assert (np.sort(order, axis=1) == np.arange(n)).all()
+    for k in (0, n - 1, n, 2 * n - 1):  # whoever asks, and for whatever else
+        alone = sample_indices(seed, np.array([k]), n, windows=windows)
+        assert alone[0] == order.reshape(-1)[k]
+    for epoch in order:
+        seen: list[int] = []  # blocks of the window
+        done: set[int] = set()
+        for index in epoch.tolist():
+            if index // block not in seen:
+                if len(seen) == blocks:  # the next window begins when this one is read whole
+                    done.update(seen)
+                    seen = []
+                seen.append(index // block)
+            assert index // block not in done
+
+
+def test_a_window_is_shuffled_as_a_whole():
+    windows = Windows(100, 10)
+    order = sample_indices(3, np.arange(10_000), 10_000, windows=windows)
+    first = order[:1000]
+    assert np.unique(first // 100).size == 10
+    for part in np.split(first, 10):
+        assert np.unique(part // 100).size == 10
+    again = sample_indices(3, np.arange(10_000, 20_000), 10_000, windows=windows)
+    assert set((again[:1000] // 100).tolist()) != set((first // 100).tolist())
+
+
+def test_windowed_order_is_fixed_for_ever():
+    """A change here breaks the resumption of every existing run."""
+    found = sample_indices(1234, np.arange(10), 10, source=1, windows=Windows(2, 2))
+    assert found.tolist() == [5, 1, 0, 4, 2, 8, 3, 9, 7, 6]

@@ -11,7 +11,7 @@ from data_pipeline.blend import Blend
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
 from data_pipeline.inspection import inspect_dataset, verify_dataset
-from data_pipeline.loader import BatchLoader
+from data_pipeline.loader import BatchLoader, BatchSize
 from data_pipeline.prepare import prepare
 from tests.data_pipeline.conftest import SEQ_LEN
 from tests.data_pipeline.test_prepare import contents
@@ -21,7 +21,7 @@ def test_samples_are_those_of_mds(prepared: Path, prepared_tars: Path) -> None:
     for split in ("train", "validation"):
         one, two = PackedDataset(prepared / split), PackedDataset(prepared_tars / split)
         assert len(one) == len(two)
-        assert two.num_shards > 1
+        assert len(two.shards) > 1
         for index in range(len(one)):
             a, b = one[index], two[index]
             assert np.array_equal(a.tokens, b.tokens)
@@ -36,8 +36,8 @@ def test_batches_are_those_of_mds(prepared: Path, prepared_tars: Path) -> None:
     read = []
     for folder in (prepared, prepared_tars):
         loader = BatchLoader(
-            Blend([PackedDataset(folder / "train")], seed=1), global_batch_size=6,
-            micro_batch_size=3, data_parallel_rank=0, data_parallel_size=1, samples_consumed=60,
+            Blend([PackedDataset(folder / "train")], seed=1), [BatchSize(0, 6, 3)],
+            data_parallel_rank=0, data_parallel_size=1, samples_consumed=60,
         )  # fmt: skip
         read.append([batch.tokens.tolist() for _ in range(40) for batch in loader.next_step()])
         loader.close()

@@ -136,9 +136,9 @@ def test_a_killed_worker_loses_nothing_that_was_done(
     """What `prepare` does when its pool of workers breaks, with one in the killed one's place."""
     work, done = preparing._work, []
 
-    def some(temporary: Path, plan: Any, mine: range, *rest: Any) -> None:
-        work(temporary, plan, mine[:5], *rest)
-        done.extend((temporary / "units").iterdir())
+    def some(place: Any, plan: Any, mine: range, left: list[int], *rest: Any) -> None:
+        work(place, plan, mine, left[:5], *rest)
+        done.extend((place.folder / "units").iterdir())
         raise preparing.WorkerKilledError("killed")
 
     with monkeypatch.context() as patch:

@@ -44,23 +44,26 @@ def train_trace(config: Config, steps: int) -> Trace:
     from parallel.groups import init_distributed, init_groups
     from parallel.launch import launch_from_environment
     from parallel.schedule import count_tokens, forward_backward
-    from pretrain.trainer import Trainer, open_data
+    from pretrain.data import open_data
+    from pretrain.trainer import Trainer
 
     launch, device = launch_from_environment(), prepare_host()
     init_distributed(launch, device)
     init_groups(config.parallel)
     data, validation = open_data(config)
     trainer = Trainer(config, data, validation, device)
-    loader = trainer.loader()
+    reading = trainer.batches()
     losses, norms, gradients = [], [], {}
     for step in range(steps):
-        batches = [local_batch(batch, device) for batch in loader.next_step()]
-        losses.append(float(forward_backward(trainer.zero, batches, count_tokens(batches, device))))
+        batches = [local_batch(batch, device) for batch in reading.next_step()]
+        losses.append(
+            float(forward_backward(trainer.zero, batches, count_tokens(batches, device)).mean)
+        )
         if step == 0:
             for name, gradient in trainer.zero.full_gradients().items():
                 gradients[name] = (trainer.zero.infos[name], gradient)
         norms.append(trainer.zero.step(config.optimizer.lr))
-    loader.close()
+    reading.close()
     return losses, norms, gradients
 
 

@@ -115,7 +115,7 @@ def test_tokens_set_the_number_of_steps() -> None:
     config = parse_config(
         tree(training={"steps": 0, "tokens": 8 * 1024 * 10 + 1}, data={"seq_len": 1024})
     )
-    assert (config.tokens_per_step, config.total_steps) == (8 * 1024, 11)
+    assert (config.phases[0].tokens_per_step, config.total_steps) == (8 * 1024, 11)
 
 
 def test_tokens_alone_replace_the_default_number_of_steps(tmp_path: Path) -> None:

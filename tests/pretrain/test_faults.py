@@ -199,7 +199,7 @@ def shard_met_by_one(folder: Path, rank: int, global_batch: int, steps: range) -
                 first[reader].setdefault(int(shard), step)
     for shard, step in first[rank].items():
         if step in steps and first[1 - rank].get(shard, step + 1) > step:
-            return folder / dataset._readers[shard].raw_data.basename
+            return folder / dataset.shards[shard].raw.name
     raise AssertionError("no such shard: make them smaller")
 
 

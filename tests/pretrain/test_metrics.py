@@ -95,6 +95,7 @@ def test_run_directory_is_complete(run: tuple[Path, float]) -> None:
     run_dir = run[0]
     assert sorted(p.name for p in run_dir.iterdir()) == [
         "checkpoints", "config.toml", "environment.json", "logs", "metrics.jsonl", "tensorboard",
+        "tokenizer.json",
     ]  # fmt: skip
     assert sorted(p.name for p in (run_dir / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
     log = (run_dir / "logs/rank-0.log").read_text()

@@ -43,7 +43,7 @@ def test_preset_has_the_size_of_its_name(name: str, params: float) -> None:
 def test_preset_trains_as_the_papers_table_4(name: str) -> None:
     config = load(name)
     tokens_per_step, lr = PAPER[name]
-    assert config.tokens_per_step == tokens_per_step
+    assert config.phases[0].tokens_per_step == tokens_per_step
     assert config.optimizer.lr == lr
     assert config.optimizer.betas == [0.9, 0.999]
     assert config.optimizer.weight_decay == 0.01

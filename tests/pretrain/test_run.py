@@ -245,7 +245,8 @@ def start_of(config: Path, *overrides: str) -> str:
 
     from checkpoints_tools.errors import CheckpointError
     from pretrain.config import load_config
-    from pretrain.trainer import find_start, open_blend
+    from pretrain.data import open_blend
+    from pretrain.trainer import find_start
 
     warnings: list[str] = []
 

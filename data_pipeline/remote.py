@@ -1,0 +1,127 @@
+"""Files in object storage, by mosaicml-streaming's downloaders and uploaders.
+
+A URL has a scheme that streaming knows (s3://, gs://, oci://, ...); file:///folder is a directory
+that is treated as if it were remote. What fails is tried again, after waits that double.
+"""
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from data_pipeline.errors import DataError
+from data_pipeline.mds import without_packages
+
+log = logging.getLogger("transxssm")
+
+FIRST_WAIT = 0.5  # seconds before the second attempt
+WATCH_SECONDS = 0.2
+Result = TypeVar("Result")
+
+
+def is_remote(location: str) -> bool:
+    """Whether it is a URL rather than a path."""
+    return "://" in location
+
+
+def download(url: str, target: Path, *, timeout: float, attempts: int) -> None:
+    """Copy the file at `url` to `target`. Raises DataError naming the URL.
+
+    timeout: seconds that the storage may be silent.
+    """
+
+    storage = without_packages("streaming.base.storage.download")
+
+    def once() -> None:
+        with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as folder:
+            part = Path(folder) / target.name
+            _watched(
+                lambda: storage.CloudDownloader.direct_download(_known(url), str(part), timeout),
+                Path(folder),
+                timeout,
+            )
+            os.replace(part, target)
+
+    _retried(once, f"{url}: cannot be downloaded", attempts)
+
+
+def _watched(action: Callable[[], None], folder: Path, timeout: float) -> None:
+    """Give up on a download into `folder`, whose own time-out may not work, when nothing comes."""
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            action()
+        except Exception as error:  # raised below
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="download")
+    thread.start()
+    size, since = 0, time.monotonic()
+    while True:
+        thread.join(WATCH_SECONDS)
+        if not thread.is_alive():
+            break
+        arrived = sum(path.stat().st_size for path in folder.iterdir())
+        if arrived != size:
+            size, since = arrived, time.monotonic()
+        elif time.monotonic() - since > timeout:
+            raise TimeoutError(f"nothing came for {timeout:g} s")
+    if failures:
+        raise failures[0]
+
+
+def upload(folder: Path, names: list[str], url: str, *, attempts: int) -> None:
+    """Copy the files `names` of `folder` into the folder at `url`. Raises DataError."""
+    storage = without_packages("streaming.base.storage.upload")
+
+    def once() -> None:
+        uploader = storage.CloudUploader.get(
+            (str(folder), _known(url)), keep_local=True, retry=1, exist_ok=True
+        )
+        for name in names:
+            uploader.upload_file(name)
+
+    logging.getLogger(storage.__name__).setLevel(logging.ERROR)  # that `folder` exists
+    _retried(once, f"{url}: cannot be written", attempts)
+
+
+def list_names(url: str, *, attempts: int) -> set[str]:
+    """Names of the files in the folder at `url`, none if there is no such folder."""
+    known = _known(url)
+    if "://" not in known:
+        return set(os.listdir(known)) if os.path.isdir(known) else set()
+    storage = without_packages("streaming.base.storage.upload")
+
+    def once() -> set[str]:
+        uploader = storage.CloudUploader.get(known.rstrip("/") + "/", keep_local=True)
+        os.rmdir(uploader.local)  # a folder of its own that it does not need
+        return {name.rsplit("/", 1)[-1] for name in uploader.list_objects() or []}
+
+    return _retried(once, f"{url}: cannot be listed", attempts)
+
+
+def _known(url: str) -> str:
+    """`url` as streaming spells it, to whom a directory is a plain path."""
+    return url.removeprefix("file://")
+
+
+def _retried(action: Callable[[], Result], what: str, attempts: int) -> Result:
+    for attempt in range(1, attempts + 1):
+        try:
+            return action()
+        except Exception as error:  # each storage's client has its own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if attempt == attempts:
+                raise DataError(
+                    f"{what} after {attempts} attempts ({reason}). Check the address, the "
+                    "credentials in the environment and the network."
+                ) from error
+            wait = FIRST_WAIT * 2 ** (attempt - 1)
+            log.warning("%s (%s); attempt %d in %.1f s", what, reason, attempt + 1, wait)
+            time.sleep(wait)
+    raise ValueError(f"attempts={attempts}: use 1 or more")
