@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlparse
 
 from data_pipeline.errors import DataError
 from data_pipeline.mds import without_packages
@@ -98,9 +99,12 @@ def list_names(url: str, *, attempts: int) -> set[str]:
     storage = without_packages("streaming.base.storage.upload")
 
     def once() -> set[str]:
-        uploader = storage.CloudUploader.get(known.rstrip("/") + "/", keep_local=True)
+        folder = known.rstrip("/") + "/"
+        uploader = storage.CloudUploader.get(folder, keep_local=True)
         os.rmdir(uploader.local)  # a folder of its own that it does not need
-        return {name.rsplit("/", 1)[-1] for name in uploader.list_objects() or []}
+        prefix = urlparse(folder).path.lstrip("/")
+        names = [key.removeprefix(prefix) for key in uploader.list_objects() or []]
+        return {name for name in names if "/" not in name}  # others are of folders below
 
     return _retried(once, f"{url}: cannot be listed", attempts)
 

@@ -60,5 +60,5 @@ def test_what_is_not_there_is_named(bucket: str, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache", attempts=2)
     with pytest.raises(DataError, match=r"s3://corpus/nothing/meta\.json: cannot be downloaded"):
         PackedDataset(f"{bucket}/nothing", cache=cache)
-    with pytest.raises(DataError, match="gopher://x/y/meta.json.*Unsupported remote path"):
+    with pytest.raises(DataError, match=r"gopher://x/y/meta\.json.*Unsupported remote path"):
         PackedDataset("gopher://x/y", cache=cache)
