@@ -28,7 +28,7 @@ from data_pipeline.tar import TarShard
 MAX_OPEN = 256  # shards with an open file, of a process
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardInfo:
     """What index.json says of a shard."""
 

@@ -10,8 +10,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlparse
 
 from data_pipeline.errors import DataError
@@ -35,19 +36,24 @@ def download(url: str, target: Path, *, timeout: float, attempts: int) -> None:
     timeout: seconds that the storage may be silent.
     """
 
-    storage = without_packages("streaming.base.storage.download")
-
     def once() -> None:
         with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as folder:
             part = Path(folder) / target.name
             _watched(
-                lambda: storage.CloudDownloader.direct_download(_known(url), str(part), timeout),
+                lambda: _downloader(urlparse(url).scheme).download(_known(url), str(part), timeout),
                 Path(folder),
                 timeout,
             )
             os.replace(part, target)
 
     _retried(once, f"{url}: cannot be downloaded", attempts)
+
+
+@lru_cache
+def _downloader(scheme: str) -> Any:
+    """One for all files, since connecting takes longer than fetching a small one."""
+    storage = without_packages("streaming.base.storage.download")
+    return storage.CloudDownloader.get(_known(f"{scheme}://"))
 
 
 def _watched(action: Callable[[], None], folder: Path, timeout: float) -> None:

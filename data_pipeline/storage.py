@@ -24,6 +24,7 @@ from data_pipeline.remote import download, is_remote
 
 BLOCK = 1 << 22
 LOCK = ".lock"
+MANY_RANKS = 16  # that may fill one cache at once
 
 
 def default_cache_dir() -> Path:
@@ -41,7 +42,7 @@ class Cache:
     timeout: float = 60.0  # seconds that a remote may be silent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileInfo:
     """A file that index.json lists; `digest`: xxh64, hexadecimal."""
 
@@ -59,6 +60,7 @@ class Storage:
         key = hashlib.sha256(self.location.encode()).hexdigest()[:16]
         self._copies = cache.folder / "shards" / key
         self._markers = cache.folder / "sound"
+        self._room = 0  # bytes that the cache can take at least, whatever other ranks do
 
     def name(self, file: str) -> str:
         """What to call a file in messages: its path or URL."""
@@ -89,7 +91,7 @@ class Storage:
         with self._locked(path):
             if not path.exists():
                 self._fetch(path, raw, packed)
-        self._evict(path)
+        self._evict(path, raw.size)
         return path
 
     def _check_once(self, path: Path, info: FileInfo, name: str) -> None:
@@ -127,8 +129,11 @@ class Storage:
     def _download(self, file: str, target: Path) -> None:
         download(self.name(file), target, timeout=self.cache.timeout, attempts=self.cache.attempts)
 
-    def _evict(self, keep: Path) -> None:
+    def _evict(self, keep: Path, added: int) -> None:
         """Remove what was used longest ago until the cache is within its bound."""
+        self._room -= MANY_RANKS * added
+        if self._room > 0:  # as much as looking at every file has found, and not taken since
+            return
         root = self.cache.folder / "shards"
         with self._locked(root / "evict"):
             files = []
@@ -139,11 +144,10 @@ class Storage:
                         files.append((stat.st_mtime_ns, stat.st_size, path))
             excess = sum(size for _, size, _ in files) - self.cache.limit_bytes
             for _, size, path in sorted(files):
-                if excess <= 0:
-                    return
-                if path != keep:
+                if excess > 0 and path != keep:
                     path.unlink(missing_ok=True)  # a rank that reads it keeps its open file
                     excess -= size
+            self._room = -excess
 
     @contextmanager
     def _locked(self, path: Path) -> Iterator[None]:

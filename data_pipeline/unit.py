@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,9 +75,8 @@ def write_unit(
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     splits = {name: SplitWriter(temporary / name, tokenizer, options) for name in options.splits}
     try:
-        for batch, done in _batches(unit, options.text_field):
-            texts = [document.text for document in batch]
-            for document, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
+        for batch, tokens, done in _encoded(_batches(unit, options.text_field), tokenizer):
+            for document, ids in zip(batch, tokens, strict=True):
                 share = xxhash.xxh64_intdigest(f"{options.seed}:{document.id}") / 2**64
                 held_out = share < options.validation_fraction
                 splits["validation" if held_out else "train"].add(ids)
@@ -116,6 +116,21 @@ def _batches(unit: Sequence[Piece], text_field: str) -> Iterator[tuple[list[Docu
         reported += piece.num_bytes - read
     if batch or reported:
         yield batch, Done(reported, len(batch), 0)
+
+
+def _encoded(
+    batches: Iterator[tuple[list[Document], Done]], tokenizer: TextTokenizer
+) -> Iterator[tuple[list[Document], list[list[int]], Done]]:
+    """With token ids; the next batch is tokenised while the caller works on one."""
+    ahead: tuple[list[Document], Future[list[list[int]]], Done] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for batch, done in batches:
+            texts = [document.text for document in batch]
+            now, ahead = ahead, (batch, pool.submit(tokenizer.encode_batch, texts), done)
+            if now is not None:
+                yield now[0], now[1].result(), now[2]
+        if ahead is not None:
+            yield ahead[0], ahead[1].result(), ahead[2]
 
 
 class SplitWriter:

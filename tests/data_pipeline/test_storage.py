@@ -52,10 +52,11 @@ def test_samples_are_the_same_wherever_they_are_stored(
 ) -> None:  # fmt: skip
     """`prepared` is local, uncompressed MDS."""
     arguments = ([corpus], tokenizer_file)
-    options = {"validation_fraction": 0.2, "format": format, "compression": compression}
-    prepare(*arguments, tmp_path / "local", SEQ_LEN, workers=1, shard_bytes=4096, **options)
+    options: dict[str, Any] = {"validation_fraction": 0.2, "workers": 1, "format": format}
+    options |= {"compression": compression, "shard_bytes": 4096 if format == "mds" else 40960}
+    prepare(*arguments, tmp_path / "local", SEQ_LEN, **options)
     url = f"file://{tmp_path}/bucket/data"
-    prepare(*arguments, url, SEQ_LEN, workers=1, shard_bytes=4096, **options)
+    prepare(*arguments, url, SEQ_LEN, **options)
     for split in ("train", "validation"):
         expected = samples(PackedDataset(prepared / split))
         assert samples(PackedDataset(tmp_path / "local" / split, cache=cache)) == expected
@@ -136,8 +137,8 @@ class Failing:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failures: int, only: str) -> None:
         downloads = remote.without_packages("streaming.base.storage.download")
-        self.real, self.left, self.only = downloads.CloudDownloader.direct_download, failures, only
-        monkeypatch.setattr(downloads.CloudDownloader, "direct_download", self)
+        self.real, self.left, self.only = downloads.LocalDownloader().download, failures, only
+        monkeypatch.setattr(downloads.LocalDownloader, "download", self)
 
     def __call__(self, url: str, target: str, timeout: float) -> None:
         if self.only in url and self.left > 0:
@@ -182,7 +183,7 @@ def test_a_remote_that_goes_silent_is_given_up(
         Path(target).write_bytes(b"half")
         end.wait(20)
 
-    monkeypatch.setattr(downloads.CloudDownloader, "direct_download", silent)
+    monkeypatch.setattr(downloads.LocalDownloader, "download", staticmethod(silent))
     cache, begin = Cache(tmp_path / "cache", attempts=2, timeout=0.5), time.monotonic()
     with pytest.raises(DataError, match=r"meta\.json.* 2 attempts \(nothing came for 0\.5 s\)"):
         PackedDataset(f"file://{bucket}/train", cache=cache)
@@ -239,7 +240,7 @@ def test_what_was_used_longest_ago_goes_first(bucket: Path, tmp_path: Path) -> N
 
 def _read_all(url: str, cache: Cache, log: Path) -> None:
     downloads = remote.without_packages("streaming.base.storage.download")
-    real = downloads.CloudDownloader.direct_download
+    real = downloads.LocalDownloader().download
 
     def counted(source: str, target: str, timeout: float) -> None:
         if "shard" in source:
@@ -247,7 +248,7 @@ def _read_all(url: str, cache: Cache, log: Path) -> None:
                 file.write(source + "\n")
         real(source, target, timeout)
 
-    downloads.CloudDownloader.direct_download = counted
+    downloads.LocalDownloader.download = staticmethod(counted)
     samples(PackedDataset(url, cache=cache))
 
 

@@ -36,7 +36,7 @@ def fail_downloads(behave: str, name: str) -> None:
     from data_pipeline import remote
 
     storage = remote.without_packages("streaming.base.storage.download")
-    real = storage.CloudDownloader.direct_download
+    real = storage.LocalDownloader().download
 
     def bad(url: str, target: str, timeout: float) -> None:
         if name in url and behave == "fails":
@@ -45,7 +45,7 @@ def fail_downloads(behave: str, name: str) -> None:
             time.sleep(60)
         real(url, target, timeout)
 
-    storage.CloudDownloader.direct_download = bad
+    storage.LocalDownloader.download = staticmethod(bad)
 
 
 def check_ends(ends: list[Ended], run: Path, name: str, message: str) -> None:
