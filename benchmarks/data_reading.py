@@ -1,4 +1,4 @@
-"""How fast data is read, prepared and opened, as ratios to the least that it could take.
+"""How fast data is read and opened, as ratios to the least that it could take.
 
     python -m benchmarks.data_reading [--quick]
 
@@ -6,14 +6,12 @@
   same tokens: samples as they are stored, and batches with labels, mask, positions and borders,
   made where they are used or by threads that read ahead.
 - The same against what the demo's model consumes, forward and backward, on this machine.
-- `transxssm prepare` of this Python's standard library, in one process, against the tokenizer
-  library alone on the same documents.
 - Opening 100 million samples (an index of such a size on disk, no shards) in 8 processes at once:
   seconds, and memory of all of them together.
 
 Every ratio is of medians over interleaved repeats. Exits with 1 when a bound is missed: samples at
-50 % of numpy's rate, every way of reading at 100 times what the demo consumes, preparing at 80 % of
-the tokenizer's rate, opening in 5 s and 1 GB.
+50 % of numpy's rate, every way of reading at 100 times what the demo consumes, opening in 5 s
+and 1 GB.
 """
 
 import argparse
@@ -35,21 +33,17 @@ from rich.table import Table
 from data_pipeline.blend import Blend
 from data_pipeline.collate import collate
 from data_pipeline.dataset import PackedDataset
-from data_pipeline.demo import demo_corpus
 from data_pipeline.loader import BatchLoader, BatchSize
 from data_pipeline.mds import INDEX, columns, open_writer
 from data_pipeline.meta import FORMAT_VERSION, META, DatasetMeta, Format, fingerprint
 from data_pipeline.packing import Sample
-from data_pipeline.prepare import prepare
-from data_pipeline.reading import documents
 from data_pipeline.tar import TarShardWriter
-from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
 
 BATCH, SEQ_LEN, SAMPLES, VOCAB_SIZE = 8, 4096, 2048, 50_000
 PIECES = 4  # documents in a sample
 CONFIG = Path(__file__).parents[1] / "configs/demo.toml"
 MANY, SHARD_SAMPLES, PROCESSES = 100_000_000, 8192, 8
-BOUNDS = {"read": 0.5, "demo": 100.0, "prepare": 0.8, "seconds": 5.0, "bytes": 1e9}
+BOUNDS = {"read": 0.5, "demo": 100.0, "seconds": 5.0, "bytes": 1e9}
 
 
 def describe(folder: Path, format: Format, samples: int) -> None:
@@ -167,24 +161,6 @@ def _demo_rate() -> float:
     return rows * length / statistics.median(seconds[1:])
 
 
-def preparing(folder: Path, repeats: int) -> tuple[float, float]:
-    """Seconds of prepare in one process, and of the tokenizer alone, of the demo's corpus."""
-    corpus = demo_corpus(folder / "corpus").folder
-    file = train_tokenizer([corpus], folder / "tokenizer.json", 8192)
-    tokenizer = load_tokenizer(file)
-    texts = [document.text for document in documents([corpus])]
-    whole, alone = [], []
-    for repeat in range(repeats):
-        begin = time.perf_counter()
-        for at in range(0, len(texts), 64):
-            tokenizer.encode_batch(texts[at : at + 64])
-        alone.append(time.perf_counter() - begin)
-        begin = time.perf_counter()
-        prepare([corpus], file, folder / f"out-{repeat}", 1024, workers=1)
-        whole.append(time.perf_counter() - begin)
-    return statistics.median(whole), statistics.median(alone)
-
-
 def write_index(folder: Path) -> None:
     """index.json and meta.json of MANY samples."""
     folder.mkdir()
@@ -262,11 +238,6 @@ def main(arguments: list[str]) -> int:
         stored = [rate for label, rate in found.items() if label.endswith("samples")]
         slowest = min(found.values())
         met += [min(stored) / bare >= BOUNDS["read"], slowest / demo >= BOUNDS["demo"]]
-        whole, alone = preparing(folder, 1 if quick else 5)
-        console.print(
-            f"prepare {whole:.2f} s, its tokenizer alone {alone:.2f} s: {alone / whole:.0%}"
-        )
-        met.append(alone / whole >= BOUNDS["prepare"])
         seconds, size = opening(folder / "many")
         console.print(
             f"opening {MANY:,} samples in {PROCESSES} processes at once: {seconds:.2f} s, "
