@@ -157,6 +157,11 @@ class PackedDataset:
         """Last part of the folder's path or URL."""
         return self.folder.rpartition("/")[2]
 
+    @property
+    def is_copied(self) -> bool:
+        """Whether shards are read from copies on this node."""
+        return self._storage.remote or any(shard.packed for shard in self.shards)
+
     def __len__(self) -> int:
         return self.meta.samples
 

@@ -1,6 +1,7 @@
 """Looking into prepared data: what `transxssm data inspect` and `data verify` do."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ from data_pipeline.dataset import PackedDataset, token_counts
 from data_pipeline.errors import DataError
 from data_pipeline.mds import INDEX
 from data_pipeline.meta import META
+from data_pipeline.packing import Sample
 from data_pipeline.remote import is_remote, list_names
 
 EXCERPT_TOKENS = 64
+SHOWN = 3  # samples
 
 
 def inspect_dataset(folder: Path | str) -> dict[str, dict[str, Any]]:
-    """By split: meta.json's fields, fill rate, shards, bytes, and the first sample, decoded.
+    """By split: meta.json's fields, fill rate, lengths, shards, bytes, and some samples, decoded.
 
     `folder` is what `prepare` wrote (OUT) or one split of it, or its URL. Raises DataError.
     """
@@ -24,19 +27,23 @@ def inspect_dataset(folder: Path | str) -> dict[str, dict[str, Any]]:
 
 
 def _inspect(dataset: PackedDataset) -> dict[str, Any]:
-    meta, first = dataset.meta, dataset[0]
+    meta = dataset.meta
+    numbers = sorted({len(dataset) * n // SHOWN for n in range(SHOWN)})
+    samples = {f"sample_{n}": dataset[n] for n in numbers}
     found: dict[str, Any] = {
         **meta.model_dump(),
         "fill_rate": meta.tokens / (meta.tokens + meta.padding),
+        "tokens_per_document": meta.tokens / meta.documents,
         "shards": len(dataset.shards),
         "bytes": sum(file.size for shard in dataset.shards for file in shard.files),
-        "token_dtype": first.tokens.dtype.name,
-        "first_sample_doc_lens": first.doc_lens.tolist(),
+        "token_dtype": dataset.dtype.name,
+        **{f"{name}_doc_lens": sample.doc_lens.tolist() for name, sample in samples.items()},
     }
     with contextlib.suppress(DataError):  # shards may be moved without it
         tokenizer = Tokenizer.from_str(dataset.tokenizer().decode())
-        excerpt = first.tokens[:EXCERPT_TOKENS].tolist()
-        found["first_sample_text"] = tokenizer.decode(excerpt, skip_special_tokens=False)
+        for name, sample in samples.items():
+            excerpt = sample.tokens[:EXCERPT_TOKENS].tolist()
+            found[f"{name}_text"] = tokenizer.decode(excerpt, skip_special_tokens=False)
     return found
 
 
@@ -47,7 +54,7 @@ def verify_dataset(folder: Path | str) -> None:
     first fault.
     """
     for dataset in _splits(str(folder)):
-        padding, loss_tokens = token_counts(dataset[index] for index in range(len(dataset)))
+        padding, loss_tokens = token_counts(_samples(dataset))
         counted = {
             "padding": padding,
             "loss_tokens": loss_tokens,
@@ -59,6 +66,18 @@ def verify_dataset(folder: Path | str) -> None:
                     f"{dataset.folder}/meta.json: {field} is {said}, but the shards hold {value}; "
                     "the file was changed. Prepare the data again."
                 )
+
+
+def _samples(dataset: PackedDataset) -> Iterator[Sample]:
+    """All of them, with token ids of the vocabulary."""
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        if (largest := int(sample.tokens.max())) >= dataset.meta.vocab_size:
+            raise DataError(
+                f"{dataset.folder}: sample {index} has the token {largest}, but the vocabulary has "
+                f"{dataset.meta.vocab_size}; prepare the data again."
+            )
+        yield sample
 
 
 def _splits(folder: str) -> list[PackedDataset]:

@@ -54,7 +54,10 @@ class WorkerKilledError(DataError):
 class Progress:
     """How far `prepare` is."""
 
+    bytes_before: int
+    """Done by an earlier start."""
     bytes_done: int
+    """Those included."""
     bytes_total: int
     documents: int
     tokens: int
@@ -62,7 +65,11 @@ class Progress:
 
     @property
     def megabytes_per_second(self) -> float:
-        return self.bytes_done / 1e6 / max(self.seconds, 1e-9)
+        return (self.bytes_done - self.bytes_before) / 1e6 / max(self.seconds, 1e-9)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
 
 
 def prepare(
@@ -262,7 +269,8 @@ def _work(
         sums[:] += (change.num_bytes, change.documents, change.tokens)
         if progress is not None:
             num_bytes, count, tokens = sums.tolist()
-            progress(Progress(num_bytes, total, count, tokens, time.monotonic() - begin))
+            seconds = time.monotonic() - begin
+            progress(Progress(done, num_bytes, total, count, tokens, seconds))
 
     cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
     processes = min(workers or cores or 1, len(left))

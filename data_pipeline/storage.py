@@ -84,7 +84,7 @@ class Storage:
             path = Path(self.location) / raw.name
             self._check_once(path, raw, f"{path}")
             return path
-        path = self._copies / raw.name
+        path = self._copies / f"{raw.digest}-{raw.name}"  # other data may come to be there
         with self._cache_errors(), contextlib.suppress(FileNotFoundError):
             os.utime(path)  # it is in use
             return path  # only what is sound is ever given its name

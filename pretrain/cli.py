@@ -214,7 +214,8 @@ def prepare(
         task = bar.add_task("preparing", total=None)
 
         def report(done: Done) -> None:
-            text = f"{done.megabytes_per_second:.1f} MB/s  {done.tokens:,} tokens"
+            rates = f"{done.megabytes_per_second:.1f} MB/s  {done.tokens_per_second:,.0f} tokens/s"
+            text = f"{rates}  {done.tokens:,} tokens"
             bar.update(task, completed=done.bytes_done, total=done.bytes_total, description=text)
 
         metas = run(

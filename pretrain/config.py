@@ -410,8 +410,9 @@ def _annotation(section: str, field: str) -> Any:
 
 
 def _explain(error: Any) -> str:
-    members = ("literal[", "list[", "bool")  # pydantic's names for the members of a union
-    path = [str(part) for part in error["loc"] if not str(part).startswith(members)]
+    members = ("literal[", "list[", "dict[", "bool")  # pydantic's names of a union's members
+    parts = [str(part) for part in error["loc"]]
+    path = [part for part in parts if part != "str" and not part.startswith(members)]
     name = ".".join(path)
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, _all_names(), n=1, cutoff=0.0)

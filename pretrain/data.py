@@ -90,6 +90,22 @@ def warn_of_epochs(config: Config, data: Blend) -> None:
             )
 
 
+def warn_of_cache(config: Config, data: Blend) -> None:
+    """Say so when copies of remote or compressed shards would go before they are used up."""
+    window = config.data.shuffle_window
+    needed = sum(
+        2 * min(window, source.meta.tokens) * source.dtype.itemsize
+        for source in data.sources
+        if source.is_copied
+    )
+    if needed > config.data.cache_gib * 2**30:
+        log.warning(
+            "data.cache_gib=%g is less than two windows of shards (%.1f GiB): some will be fetched "
+            "again and again; raise it, or lower data.shuffle_window",
+            *(config.data.cache_gib, needed / 2**30),
+        )
+
+
 class TrainingBatches:
     """This rank's micro-batches, step by step; bad shards are passed over by all ranks alike.
 

@@ -29,7 +29,13 @@ from parallel.schedule import LossSums, count_tokens, evaluate_loss, forward_bac
 from parallel.topology import topology
 from parallel.zero import ZeroOptimizer
 from pretrain.config import Config
-from pretrain.data import TrainingBatches, keep_tokenizer, open_data, warn_of_epochs
+from pretrain.data import (
+    TrainingBatches,
+    keep_tokenizer,
+    open_data,
+    warn_of_cache,
+    warn_of_epochs,
+)
 from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
 from pretrain.run_dir import git_revision, record_start, start_log
@@ -82,6 +88,7 @@ def train(config: Config, launch: Launch) -> None:
         )
     if launch.rank == 0:
         warn_of_epochs(config, data)
+        warn_of_cache(config, data)
     if start is not None:
         trainer.resume(start)
         log.info("resumed from %s", start)

@@ -110,7 +110,7 @@ def test_inspect_and_verify(prepared):
     assert list(found) == ["train", "validation"]
     assert found["train"]["shards"] > 2
     assert found["train"]["fill_rate"] > 0.9
-    assert "scan" in found["train"]["first_sample_text"]
+    assert "scan" in found["train"]["sample_0_text"]
     assert list(inspect_dataset(prepared / "train")) == ["train"]
     verify_dataset(prepared)
     with pytest.raises(DataError, match="no prepared data"):

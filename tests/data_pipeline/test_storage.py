@@ -44,6 +44,11 @@ def copies(cache: Cache) -> list[Path]:
     return [p for p in (cache.folder / "shards").glob("*/*") if p.suffix != storage.LOCK]
 
 
+def copied(cache: Cache) -> set[str]:
+    """Their names, without the checksums in front."""
+    return {path.name.partition("-")[2] for path in copies(cache)}
+
+
 @pytest.mark.parametrize("format", ["mds", "webdataset"])
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_samples_are_the_same_wherever_they_are_stored(
@@ -63,7 +68,7 @@ def test_samples_are_the_same_wherever_they_are_stored(
         assert samples(PackedDataset(f"{url}/{split}", cache=cache)) == expected
     verify_dataset(tmp_path / "local")
     verify_dataset(url)
-    assert inspect_dataset(url)["train"]["first_sample_text"]
+    assert inspect_dataset(url)["train"]["sample_0_text"]
 
 
 def test_the_library_reads_compressed_shards(
@@ -170,7 +175,7 @@ def test_a_remote_that_goes_on_failing_is_named(
     with pytest.raises(DataError, match=rf"file://.*/{name}.*after 3 attempts \(reset by peer\)"):
         samples(PackedDataset(f"file://{bucket}/train", cache=cache))
     assert time.monotonic() - begin < 2
-    assert not any(path.name.startswith("shard.000001") for path in copies(cache))
+    assert not any(name.startswith("shard.000001") for name in copied(cache))
 
 
 def test_a_remote_that_goes_silent_is_given_up(
@@ -210,7 +215,20 @@ def test_a_damaged_remote_shard_never_enters_the_cache(
         with pytest.raises(BadShardError, match=rf"{shard.name}: checksum") as found:
             samples(PackedDataset(f"{url}/train", cache=cache))
         assert found.value.shard == 2
-    assert not any(path.name.startswith("shard.000000-002") for path in copies(cache))
+    assert not any(name.startswith("shard.000000-002") for name in copied(cache))
+
+
+def test_other_data_at_the_same_url_is_other_data(
+    corpus: Path, tokenizer_file: Path, tmp_path: Path, cache: Cache
+) -> None:
+    url, found = f"file://{tmp_path}/b", []
+    for seed in (1, 2):
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+        prepare([corpus], tokenizer_file, url, SEQ_LEN, seed=seed, validation_fraction=0.5,
+                workers=1)  # fmt: skip
+        found.append(samples(PackedDataset(f"{url}/train", cache=cache)))
+        assert found[-1] == samples(PackedDataset(tmp_path / "b/train"))
+    assert found[0] != found[1]
 
 
 def test_copies_stay_below_the_bound(bucket: Path, tmp_path: Path) -> None:
@@ -235,7 +253,7 @@ def test_what_was_used_longest_ago_goes_first(bucket: Path, tmp_path: Path) -> N
         dataset._open.clear()
         _ = dataset[starts[shard]]
         time.sleep(0.01)
-    assert {path.name for path in copies(cache)} == {"shard.000000.mds", "shard.000002.mds"}
+    assert copied(cache) == {"shard.000000.mds", "shard.000002.mds"}
 
 
 def _read_all(url: str, cache: Cache, log: Path) -> None:
