@@ -101,7 +101,7 @@ class Storage:
         except OSError as error:
             raise _missing(name, error) from error
         parts = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino, info)
-        marker = self._markers / xxhash.xxh128_hexdigest(repr(parts))
+        marker = self._markers / xxhash.xxh128_hexdigest(repr(parts).encode())
         if marker.exists():
             return
         with self._locked(marker):

@@ -77,7 +77,8 @@ def write_unit(
     try:
         for batch, tokens, done in _encoded(_batches(unit, options.text_field), tokenizer):
             for document, ids in zip(batch, tokens, strict=True):
-                share = xxhash.xxh64_intdigest(f"{options.seed}:{document.id}") / 2**64
+                name = f"{options.seed}:{document.id}".encode()
+                share = xxhash.xxh64_intdigest(name) / 2**64
                 held_out = share < options.validation_fraction
                 splits["validation" if held_out else "train"].add(ids)
                 done = Done(done.num_bytes, done.documents, done.tokens + len(ids))

@@ -9,6 +9,7 @@ from kernels.audit.traffic import count_traffic
 from kernels.norm import fused
 from kernels.norm.norm import rms_norm
 from kernels.target import INTERPRETED
+from tests.conftest import counts_traffic
 from tests.kernels.norm_cases import OPERATIONS, inputs
 from tests.kernels.operation_cases import (
     DTYPES,
@@ -49,6 +50,7 @@ def test_repeatable(name):
 
 
 @names
+@counts_traffic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_launch_each_way_and_its_traffic(name, dtype):
     rows, channels = 700, 17

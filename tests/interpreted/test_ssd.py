@@ -149,7 +149,7 @@ def test_tiles_of_every_gpu(head_dim, state_dim, dtype, target, shape, monkeypat
 
 
 def test_tuning_tries_tiles_through_the_scan_itself(shape):
-    inputs = make_tuned(1, 40, 2, 32, 16, torch.float32, torch.device("cpu"))
+    inputs = make_tuned(1, 40, 2, 32, 16, torch.float32, torch.get_default_device())
     tried = [tiles.Tile(16, 32, 8, 1, None), tiles.Tile(32, 16, 8, 1, None)]
     chunks = []
 

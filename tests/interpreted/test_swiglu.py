@@ -7,6 +7,7 @@ from kernels.audit.traffic import count_traffic
 from kernels.swiglu import fused
 from kernels.swiglu.naive import swiglu_naive
 from kernels.swiglu.swiglu import swiglu
+from tests.conftest import counts_traffic
 from tests.kernels.operation_cases import (
     DTYPES,
     assert_matches,
@@ -43,6 +44,7 @@ def test_saves_its_inputs_alone():
     assert [t.data_ptr() for t in saved] == [gate.data_ptr(), up.data_ptr()]
 
 
+@counts_traffic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_launch_each_way_and_its_traffic(dtype):
     with count_traffic() as traffic:
