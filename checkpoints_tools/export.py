@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from checkpoints_tools import folder as folders
 from checkpoints_tools.errors import CheckpointError
+from checkpoints_tools.manifest import read_manifest
 from checkpoints_tools.single_gpu import TransXSSM, TransXSSMConfig
 
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,7 +29,7 @@ def export_checkpoint(step_dir: Path, out: Path, dtype: str = "fp32") -> int:
     the model it says it is, or when `out` exists.
     """
     step_dir = folders.resolve(step_dir)
-    state = folders.read_state(step_dir)
+    state = read_manifest(step_dir)
     if out.exists():
         raise CheckpointError(f"{out} exists; name a new folder for the exported model")
     config = single_gpu_config(state, dtype)
@@ -96,7 +97,7 @@ def _read_weights(step_dir: Path, config: TransXSSMConfig) -> dict[str, torch.Te
     if stored != wanted:
         different = sorted(set(stored.items()) ^ set(wanted.items()))
         raise CheckpointError(
-            f"{step_dir} does not hold the model its state.json describes: "
+            f"{step_dir} does not hold the model its manifest.json describes: "
             f"{len(different)} tensors differ, first {different[:2]}"
         )
     tensors = {PREFIX + name: torch.empty(shape) for name, shape in wanted.items()}

@@ -4,7 +4,6 @@ A step folder is written as step-N.tmp and renamed when everything in it is on d
 named step-N is whole. `latest` is moved after the rename, old steps are removed after that.
 """
 
-import json
 import os
 import re
 import shutil
@@ -12,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.errors import CheckpointError
-
-STATE_FILE = "state.json"
-FORMAT_VERSION = 1
+from checkpoints_tools.manifest import FORMAT_VERSION, MANIFEST, file_entry, manifest_text
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -35,12 +32,12 @@ def resolve(path: Path) -> Path:
 
     Raises CheckpointError when there is none.
     """
-    if (path / STATE_FILE).exists():
+    if (path / MANIFEST).exists():
         return path
     steps = committed_steps(path) or committed_steps(path / "checkpoints")
     if not steps:
         raise CheckpointError(
-            f"{path} is not a checkpoint: neither {STATE_FILE} nor step-* folders in it; name a "
+            f"{path} is not a checkpoint: neither {MANIFEST} nor step-* folders in it; name a "
             "step-* folder, a checkpoints folder or a run directory"
         )
     return step_folder(path if committed_steps(path) else path / "checkpoints", steps[-1])
@@ -70,8 +67,9 @@ def commit(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Make step-N.tmp the checkpoint of the step, point `latest` at it; all durable on return."""
     target = step_folder(folder, step)
     temporary = target.with_suffix(".tmp")
-    sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-    write_durably(temporary / STATE_FILE, json.dumps(state | {"files": sizes}, indent=1))
+    entries = {path.name: file_entry(path) for path in sorted(temporary.iterdir())}
+    manifest = {"format_version": FORMAT_VERSION, "step": step} | state | {"files": entries}
+    write_durably(temporary / MANIFEST, manifest_text(manifest))
     _sync_folder(temporary)
     if target.exists():  # the same step, saved again after a resume from an older checkpoint
         target.rename(target.with_suffix(".old"))
@@ -90,35 +88,6 @@ def remove_old(folder: Path, newest: int, keep_last: int, keep_every: int) -> No
     for step in steps[:-keep_last]:
         if not keep_every or step % keep_every:
             shutil.rmtree(step_folder(folder, step))
-
-
-def read_state(step_dir: Path) -> dict[str, Any]:
-    """state.json of a committed checkpoint. Raises CheckpointError when it is not one, or files are
-    missing or of another size than when they were written."""
-    path = step_dir / STATE_FILE
-    try:
-        state = json.loads(path.read_text())
-        if not isinstance(state, dict):
-            raise ValueError("it holds no JSON object")
-    except OSError as error:
-        raise CheckpointError(
-            f"{step_dir} is not a checkpoint: cannot read {STATE_FILE} ({error.strerror}); name a "
-            "step-* folder"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}; use another checkpoint") from error
-    if state.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{step_dir} has format version {state.get('format_version')}, this program reads "
-            f"{FORMAT_VERSION}; use the version that wrote it"
-        )
-    for name, size in state["files"].items():
-        file = step_dir / name
-        found = file.stat().st_size if file.exists() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise CheckpointError(f"{file} {what}; use another checkpoint than {step_dir.name}")
-    return state
 
 
 def write_durably(path: Path, text: str) -> None:

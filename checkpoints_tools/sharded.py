@@ -27,6 +27,7 @@ from checkpoints_tools.global_tensors import (
     SavePlanner,
     global_parts,
 )
+from checkpoints_tools.manifest import read_manifest
 from parallel.groups import from_rank_0, replicas_group
 from parallel.zero import ZeroOptimizer
 
@@ -66,8 +67,6 @@ def save_checkpoint(
             f"saving {temporary} failed: {cause}; earlier checkpoints are intact"
         ) from error
     state = state | {
-        "format_version": folders.FORMAT_VERSION,
-        "step": step,
         "adam_step": zero.adam_step(),
         "world_size": dist.get_world_size(),
     }
@@ -86,7 +85,7 @@ def load_checkpoint(step_dir: Path, zero: ZeroOptimizer) -> dict[str, Any]:
 
     Raises CheckpointError when it is damaged or of another model.
     """
-    state = folders.read_state(step_dir)
+    state = read_manifest(step_dir)
     tensors: dict[str, Any] = _owned_tensors(zero, for_saving=False)
     reader = FileSystemReader(step_dir)
     rng_name = f"rng.{dist.get_rank()}"

@@ -305,14 +305,15 @@ def data_verify(
 @checkpoint_app.command("list")
 def checkpoint_list(folder: Path) -> None:
     """List the committed checkpoints of a run or a checkpoints folder."""
-    from checkpoints_tools.folder import committed_steps, read_state, resolve, step_folder
+    from checkpoints_tools.folder import committed_steps, resolve, step_folder
+    from checkpoints_tools.manifest import read_manifest
 
     folder = resolve(folder).parent
     table = Table("step", "tokens", "processes", "MiB", Column("folder", overflow="fold"))
     for step in committed_steps(folder):
         path = step_folder(folder, step)
-        state = read_state(path)
-        mebibytes = sum(state["files"].values()) / 2**20
+        state = read_manifest(path)
+        mebibytes = sum(entry["bytes"] for entry in state["files"].values()) / 2**20
         row = (f"{step:,}", f"{state['tokens']:,}", str(state["world_size"]), f"{mebibytes:,.1f}")
         table.add_row(*row, str(path))
     whole_console().print(table)

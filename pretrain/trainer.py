@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 
 from checkpoints_tools import folder as folders
 from checkpoints_tools.errors import CheckpointError
+from checkpoints_tools.manifest import read_manifest
 from checkpoints_tools.sharded import load_checkpoint, save_checkpoint
 from data_pipeline.blend import Blend
 from data_pipeline.dataset import PackedDataset
@@ -124,7 +125,7 @@ def find_start(config: Config, data: Blend) -> Path | None:
             candidates = [named]
     for candidate in candidates:
         try:
-            state = folders.read_state(candidate)
+            state = read_manifest(candidate)
         except CheckpointError as error:
             if candidate.parent.resolve() != folder.resolve():
                 raise

@@ -13,6 +13,7 @@ import torch
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import train_tokenizer
 from kernels.target import interpreting
+from tests.tiny import write_text
 
 # `make gpu-check`: what the tests of kernels allocate is on the GPU, which runs compiled kernels.
 ON_GPU = os.environ.get("TRANSXSSM_TEST_DEVICE", "cpu") == "cuda"
@@ -42,9 +43,9 @@ VOCAB_SIZE = 300
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/ and validation/ shards of sequences of SEQ_LEN tokens, of this project's own text."""
+    """train/ and validation/ shards of sequences of SEQ_LEN tokens."""
     folder = tmp_path_factory.mktemp("tiny")
-    sources = sorted(Path(__file__).parents[1].glob("*/*.py"))
+    sources = write_text(folder / "text", 400_000)
     train_tokenizer(sources, folder / "tokenizer", VOCAB_SIZE)
     prepare(sources, folder / "tokenizer", folder / "out", SEQ_LEN, validation_fraction=0.2)
     return folder / "out"

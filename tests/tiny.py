@@ -1,7 +1,9 @@
-"""A tiny configuration for runs in tests: both kinds of layers, groups, GQA, P ≠ N."""
+"""A tiny configuration for runs in tests: both kinds of layers, groups, GQA, P ≠ N; and text."""
 
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pretrain.config import Config, parse_config
 
@@ -43,3 +45,20 @@ def tiny_config(data: Path, run_dir: Path, /, **sections: dict[str, Any]) -> Con
     for name, fields in sections.items():
         tree.setdefault(name, {}).update(fields)
     return parse_config(tree)
+
+
+def write_text(folder: Path, num_bytes: int) -> list[Path]:
+    """Files of made-up words, frequent and rare ones, the same in every run of the tests."""
+    random = np.random.default_rng(0)
+    letters = np.array(list("etaoinshrdlu"))
+    words = ["".join(random.choice(letters, random.integers(2, 8))) for _ in range(400)]
+    odds = 1 / np.arange(1, len(words) + 1)
+    files, written = [], 0
+    folder.mkdir()
+    while written < num_bytes:
+        length = int(random.lognormal(4.5, 1.0)) + 5
+        text = " ".join(random.choice(words, length, p=odds / odds.sum())) + ".\n"
+        files.append(folder / f"{len(files):05d}.txt")
+        files[-1].write_text(text)
+        written += len(text)
+    return files

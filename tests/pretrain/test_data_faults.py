@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from checkpoints_tools import folder as folders
+from checkpoints_tools.manifest import read_manifest
 from data_pipeline.dataset import PackedDataset
 from tests.pretrain.command import Ended, paragraph, read_metrics, run_command, write_config
 from tests.pretrain.test_faults import shards as shards  # the fixture
@@ -149,7 +149,7 @@ def test_bad_shards_are_passed_over_by_all_ranks_up_to_the_cap(
     assert ends[0].output.count("skipping bad shard") == 2
     metrics = read_metrics(tmp_path / "run")
     assert metrics[-1]["skipped_shards"] == 2
-    state = folders.read_state(tmp_path / "run/checkpoints/step-00000030")
+    state = read_manifest(tmp_path / "run/checkpoints/step-00000030")
     assert sorted(shard for _, shard in state["skipped_shards"]) == [3, 5]
     # one rank that never sees the damage, told at the start which shards to leave out
     assert metrics[-1]["loss"] == pytest.approx(alone(shards, tmp_path / "alone", [3, 5]), rel=1e-4)

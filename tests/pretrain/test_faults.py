@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from checkpoints_tools import folder as folders
+from checkpoints_tools.manifest import read_manifest
 from data_pipeline import prepare as preparing
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.order import sample_indices
@@ -28,6 +29,7 @@ from tests.pretrain.command import (
     succeed,
     write_config,
 )
+from tests.tiny import write_text
 
 SECONDS = 20  # a run of one of these sizes takes 1 to 2 to start
 
@@ -179,10 +181,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from data_pipeline.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("shards")
-    sources = sorted((Path(__file__).parents[2] / "data_pipeline").glob("*.py"))
+    sources = write_text(folder / "text", 40_000)  # less than runs of 60 steps read
     train_tokenizer(sources, folder / "tokenizer", 300)
     preparing.prepare(
-        sources, folder / "tokenizer", folder / "out", 64, validation_fraction=0.3, shard_bytes=4096
+        sources, folder / "tokenizer", folder / "out", 64, validation_fraction=0.3, shard_bytes=3072
     )
     return folder / "out"
 
@@ -226,7 +228,7 @@ def test_shard_that_one_rank_finds_damaged_ends_both(
     steps = folders.committed_steps(tmp_path / "run/checkpoints")
     assert steps == [read_metrics(tmp_path / "run")[-1]["step"] - i for i in (2, 1, 0)]
     for step in steps:
-        folders.read_state(folders.step_folder(tmp_path / "run/checkpoints", step))
+        read_manifest(folders.step_folder(tmp_path / "run/checkpoints", step))
 
 
 def break_rank_1_at_step(step: int) -> None:
@@ -315,7 +317,7 @@ def test_full_disk_on_save_leaves_the_earlier_checkpoint(
         assert len(error) < 1000
     checkpoints = small_disk / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000002"]
-    folders.read_state(checkpoints / "step-00000002")
+    read_manifest(checkpoints / "step-00000002")
     assert (checkpoints / "latest").read_text() == "step-00000002\n"
     if free == 8192:  # once there is space, the same command goes on
         (small_disk / "filler").unlink()

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.ranks import run_ranks
 from checkpoints_tools import folder as folders
+from checkpoints_tools.manifest import read_manifest
 from tests.pretrain.command import read_metrics, run_command, succeed, write_config
 
 STEPS = 6
@@ -148,7 +149,7 @@ def test_run_that_has_ended_changes_nothing(tiny_data: Path, tmp_path: Path) -> 
     config = write_config(tmp_path, tiny_data, training={"steps": 2})
     succeed("pretrain", config)
     metrics = (tmp_path / "run/metrics.jsonl").read_bytes()
-    state = tmp_path / "run/checkpoints/step-00000002/state.json"
+    state = tmp_path / "run/checkpoints/step-00000002/manifest.json"
     written = state.stat().st_mtime_ns
     succeed("pretrain", config)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
@@ -225,15 +226,15 @@ def lose_a_file(step_dir: Path) -> None:
 
 
 def garble_state(step_dir: Path) -> None:
-    (step_dir / "state.json").write_text('{"step": 6, "files": {')
+    (step_dir / "manifest.json").write_text('{"step": 6, "files": {')
 
 
 def empty_state(step_dir: Path) -> None:
-    (step_dir / "state.json").write_text("null")
+    (step_dir / "manifest.json").write_text("null")
 
 
 def lose_state(step_dir: Path) -> None:
-    (step_dir / "state.json").unlink()
+    (step_dir / "manifest.json").unlink()
 
 
 DAMAGES = [truncate, lose_a_file, garble_state, empty_state, lose_state]
@@ -307,7 +308,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(copy: Path, ende
     ]  # fmt: skip
     assert (checkpoints / "latest").read_text() == "step-00000006\n"
     for step in folders.committed_steps(checkpoints):
-        folders.read_state(folders.step_folder(checkpoints, step))
+        read_manifest(folders.step_folder(checkpoints, step))
 
 
 def test_retention_never_removes_what_was_just_saved(copy: Path) -> None:
@@ -317,7 +318,7 @@ def test_retention_never_removes_what_was_just_saved(copy: Path) -> None:
     before = partial(die_after_save, 5)
     (end,) = run_command("pretrain", copy / "config.toml", *overrides, before=before)
     assert end.code == -signal.SIGKILL, end.output
-    folders.read_state(checkpoints / "step-00000005")
+    read_manifest(checkpoints / "step-00000005")
     assert (checkpoints / (checkpoints / "latest").read_text().strip()).is_dir()
 
 
