@@ -12,8 +12,9 @@ class CheckpointConfig(Section):
     """Folder of the step-* folders; empty: checkpoints/ in the run directory."""
     every: int = Field(100, ge=0)
     """Steps between checkpoints, besides the one at the end; 0 saves only that one."""
-    allow_data_change: bool = False
-    """Go on from a checkpoint over other data than it was trained on."""
+    async_save: bool = True
+    """Train on while a checkpoint is written, from a copy in host memory: twelve bytes for every
+    parameter whose optimizer state a rank owns."""
     keep_last: int = Field(3, ge=1)
     """Newest checkpoints kept; older ones go once a newer one is committed."""
     keep_every: int = Field(0, ge=0)
@@ -21,3 +22,11 @@ class CheckpointConfig(Section):
     resume: str = "auto"
     """auto: the newest checkpoint if there is one; none: start anew; or a folder
     of another run, to start from its state."""
+    load_weights_only: str = ""
+    """Begin a new run with these weights: of a checkpoint, or of an exported model's folder."""
+    allow_data_change: bool = False
+    """Go on from a checkpoint over other data, or in another order, than it was trained on."""
+    allow_tokenizer_change: bool = False
+    """Go on from a checkpoint with another tokenizer: token ids will mean other text."""
+    allow_model_change: bool = False
+    """Go on from a checkpoint with other [model] fields, where its tensors still fit."""

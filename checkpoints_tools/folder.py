@@ -63,12 +63,19 @@ def remove_temporary(folder: Path) -> None:
             old.rename(old.with_suffix(""))
 
 
-def commit(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Make step-N.tmp the checkpoint of the step, point `latest` at it; all durable on return."""
+def commit(
+    folder: Path, step: int, state: dict[str, Any], entries: dict[str, dict[str, Any]]
+) -> Path:
+    """Make step-N.tmp the checkpoint of the step, point `latest` at it; all durable on return.
+
+    state: of the manifest, beside its files; entries: size and checksum of those files that are
+    known already.
+    """
     target = step_folder(folder, step)
     temporary = target.with_suffix(".tmp")
-    entries = {path.name: file_entry(path) for path in sorted(temporary.iterdir())}
-    manifest = {"format_version": FORMAT_VERSION, "step": step} | state | {"files": entries}
+    names = sorted(path.name for path in temporary.iterdir())
+    files = {name: entries.get(name) or file_entry(temporary / name) for name in names}
+    manifest = {"format_version": FORMAT_VERSION, "step": step} | state | {"files": files}
     write_durably(temporary / MANIFEST, manifest_text(manifest))
     _sync_folder(temporary)
     if target.exists():  # the same step, saved again after a resume from an older checkpoint
@@ -87,7 +94,9 @@ def remove_old(folder: Path, newest: int, keep_last: int, keep_every: int) -> No
     steps = [step for step in committed_steps(folder) if step <= newest]
     for step in steps[:-keep_last]:
         if not keep_every or step % keep_every:
-            shutil.rmtree(step_folder(folder, step))
+            path = step_folder(folder, step)
+            path.rename(path.with_suffix(".tmp"))  # what is half removed has no step's name
+            shutil.rmtree(path.with_suffix(".tmp"))
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -1,14 +1,12 @@
-"""Save and load the sharded training state: float32 weights, Adam moments, RNG, counters.
+"""The sharded training state as global tensors: what a rank saves, and loading it again.
 
-Every rank writes the fragments it owns (ZeRO) under the global parameter names; of ranks that hold
-the same values (replicated parameters, the tied embedding's copy) one writes. Model weights in bf16
-are the rounded float32 ones, so they are not stored twice.
+Float32 weights and Adam moments under the names of the single-GPU model, and the state of random
+numbers. Every rank saves the fragments it owns (ZeRO); what several ranks hold alike is shared out
+among them, so that all write about as much. Model weights in bf16 are the rounded float32 ones, so
+they are not stored twice.
 """
 
-import contextlib
-import shutil
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,179 +14,153 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import parallel_state
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
-from checkpoints_tools import folder as folders
 from checkpoints_tools.errors import CheckpointError
-from checkpoints_tools.global_tensors import (
-    GlobalTensor,
-    LoadPlanner,
-    Part,
-    SavePlanner,
-    global_parts,
-)
+from checkpoints_tools.global_tensors import GlobalTensor, LoadPlanner, Part, global_parts
 from checkpoints_tools.manifest import read_manifest
-from parallel.groups import from_rank_0, replicas_group
-from parallel.zero import ZeroOptimizer
+from parallel.groups import replicas_group
+from parallel.zero import Fragment, ZeroOptimizer
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    zero: ZeroOptimizer,
-    state: dict[str, Any],
-    *,
-    tokenizer: Path,
-    keep_last: int,
-    keep_every: int,
-) -> Path:
-    """Write step-N, commit it, remove old ones. A collective of all ranks.
-
-    state: what else a resumed run needs (JSON); tokenizer: file that travels along. Raises
-    CheckpointError on every rank when any of them failed; earlier checkpoints are untouched then.
-    """
-    temporary = folders.step_folder(folder, step).with_suffix(".tmp")
-
-    def begin() -> None:
-        folders.begin(folder, step)
-        folders.write_durably(temporary / "tokenizer.json", tokenizer.read_text("utf-8"))
-
-    _on_rank_0(begin, f"cannot begin {temporary}", folder)
-    tensors: dict[str, Any] = _owned_tensors(zero, for_saving=True)
-    tensors[f"rng.{dist.get_rank()}"] = _rng_state()
-    try:
-        dcp.save(tensors, storage_writer=FileSystemWriter(temporary), planner=SavePlanner())
-    except (CheckpointException, OSError) as error:
-        cause = f"{_causes(error)}{_free_space(folder)}"
-        _on_rank_0(lambda: folders.remove_temporary(folder), f"cannot clean up {folder}", folder)
-        raise CheckpointError(
-            f"saving {temporary} failed: {cause}; earlier checkpoints are intact"
-        ) from error
-    state = state | {
-        "adam_step": zero.adam_step(),
-        "world_size": dist.get_world_size(),
+def tensors_to_save(zero: ZeroOptimizer) -> dict[str, GlobalTensor | Tensor]:
+    """What this rank is to write: its parts of global tensors, views of the live state; and its
+    random state, if it is the first that reads its stream of samples."""
+    parts: dict[str, list[Part]] = defaultdict(list)
+    shapes = {}
+    for fragment in zero.fragments():
+        info = fragment.info
+        if info.duplicate:  # the first stage has it too
+            continue
+        begin, end = _share(fragment, zero.zero_stage)
+        for kind in KINDS:
+            name = f"{kind}.{info.name}"
+            flat = getattr(fragment, kind)[begin:end]
+            parts[name] += global_parts(info, fragment.start + begin, flat)
+            shapes[name] = info.global_shape
+    found: dict[str, GlobalTensor | Tensor] = {
+        name: GlobalTensor(shapes[name], held) for name, held in parts.items() if held
     }
+    if _is_first_of_its_samples():
+        found[_rng_name()] = _rng_state()
+    return found
 
-    def finish() -> None:
-        _check_all_files_here(temporary)
-        folders.commit(folder, step, state)
-        folders.remove_old(folder, step, keep_last, keep_every)
 
-    _on_rank_0(finish, f"committing {temporary} failed", folder)
-    return folders.step_folder(folder, step)
+def _share(fragment: Fragment, zero_stage: int) -> tuple[int, int]:
+    """Begin and end of a fragment's elements that this rank writes, of all that hold them."""
+    index, count = 0, 1
+    if zero_stage == 0:
+        index, count = replicas_group().rank(), replicas_group().size()
+    if not fragment.info.tensor_parallel:
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        index = index * size + parallel_state.get_tensor_model_parallel_rank()
+        count *= size
+    return fragment.numel * index // count, fragment.numel * (index + 1) // count
 
 
 def load_checkpoint(step_dir: Path, zero: ZeroOptimizer) -> dict[str, Any]:
-    """Fill weights, moments, RNG from a committed checkpoint of any layout; returns its state.
+    """Fill weights, moments, random state from a committed checkpoint of any layout; its manifest.
 
-    Raises CheckpointError when it is damaged or of another model.
+    Raises CheckpointError when it is damaged or of another model. A collective.
     """
-    state = read_manifest(step_dir)
-    tensors: dict[str, Any] = _owned_tensors(zero, for_saving=False)
+    manifest = read_manifest(step_dir)
+    tensors: dict[str, Any] = _tensors_to_load(zero, KINDS)
+    rng_name = _rng_name()
     reader = FileSystemReader(step_dir)
-    rng_name = f"rng.{dist.get_rank()}"
     try:
         stored = reader.read_metadata().state_dict_metadata
-        _check_names(step_dir, set(tensors), {n for n in stored if not n.startswith("rng.")})
+        check_names(step_dir, set(tensors), {n for n in stored if not n.startswith("rng.")})
         rng = _rng_state()
         if getattr(stored.get(rng_name), "size", None) == rng.size():
             tensors[rng_name] = rng
         dcp.load(tensors, storage_reader=reader, planner=LoadPlanner())
-    except (CheckpointException, OSError, EOFError) as error:
+    except (CheckpointException, OSError, EOFError, ValueError) as error:
         raise CheckpointError(
             f"loading {step_dir} failed: {_causes(error)}; use another checkpoint"
         ) from error
-    zero.set_adam_step(state["adam_step"])
+    zero.set_adam_step(manifest["adam_step"])
     zero.refresh_parameters()
     if rng_name in tensors:
         _set_rng_state(tensors[rng_name])
-    return state
+    return manifest
 
 
-def _owned_tensors(zero: ZeroOptimizer, *, for_saving: bool) -> dict[str, GlobalTensor]:
-    """This rank's parts of every global tensor; with for_saving, of what this rank is to write.
+def weights_to_load(zero: ZeroOptimizer) -> dict[str, GlobalTensor]:
+    """This rank's parts of every weight, under the single-GPU model's names."""
+    (kind,) = KINDS[:1]
+    found = _tensors_to_load(zero, (kind,))
+    return {name.removeprefix(f"{kind}."): tensor for name, tensor in found.items()}
 
-    Names with no part here are present too when loading, so that names can be compared.
-    """
-    first_tensor_rank = parallel_state.get_tensor_model_parallel_rank() == 0
-    if for_saving and zero.zero_stage == 0 and replicas_group().rank() > 0:
-        return {}  # every rank of the group holds everything
+
+def load_stored_weights(step_dir: Path, zero: ZeroOptimizer) -> None:
+    """Fill the weights alone, and nothing else, from a checkpoint. Raises CheckpointError. A
+    collective."""
+    tensors = _tensors_to_load(zero, KINDS[:1])
+    reader = FileSystemReader(step_dir)
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+        check_names(step_dir, set(tensors), {n for n in stored if n.startswith(f"{KINDS[0]}.")})
+        dcp.load(dict(tensors), storage_reader=reader, planner=LoadPlanner())
+    except (CheckpointException, OSError, EOFError, ValueError) as error:
+        raise CheckpointError(f"loading {step_dir} failed: {_causes(error)}") from error
+    zero.refresh_parameters()
+
+
+def _tensors_to_load(zero: ZeroOptimizer, kinds: tuple[str, ...]) -> dict[str, GlobalTensor]:
+    """All this rank holds. Names with no part here are present too, so that they can be compared"""
     parts: dict[str, list[Part]] = defaultdict(list)
     for fragment in zero.fragments():
-        info = fragment.info
-        if for_saving and (info.duplicate or not (info.tensor_parallel or first_tensor_rank)):
-            continue
-        for kind in KINDS:
+        for kind in kinds:
             flat = getattr(fragment, kind)
-            parts[f"{kind}.{info.name}"] += global_parts(info, fragment.start, flat)
-    shapes = {f"{k}.{i.name}": i.global_shape for i in zero.infos.values() for k in KINDS}
-    return {
-        name: GlobalTensor(shape, parts[name])
-        for name, shape in shapes.items()
-        if parts[name] or not for_saving
-    }
+            name = f"{kind}.{fragment.info.name}"
+            parts[name] += global_parts(fragment.info, fragment.start, flat)
+    shapes = {f"{k}.{i.name}": i.global_shape for i in zero.infos.values() for k in kinds}
+    return {name: GlobalTensor(shape, parts[name]) for name, shape in shapes.items()}
 
 
-def _check_names(step_dir: Path, wanted: set[str], stored: set[str]) -> None:
+def check_names(source: Path, wanted: set[str], stored: set[str]) -> None:
+    """Raise CheckpointError where the ranks want other tensors than are stored. A collective."""
     gathered: list[set[str]] = [set() for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, wanted)
     everywhere = set().union(*gathered)
     missing, unknown = sorted(everywhere - stored), sorted(stored - everywhere)
     if missing or unknown:
         raise CheckpointError(
-            f"{step_dir} is of another model: "
+            f"{source} is of another model: "
             f"{len(missing)} tensors missing {missing[:2]}, {len(unknown)} unknown {unknown[:2]}; "
             "use the [model] section it was trained with (config.toml of its run)"
         )
 
 
-def _rng_state() -> torch.Tensor:
+# -- random numbers: one state for each stream of samples ------------------------------------------
+
+
+def _rng_name() -> str:
+    return f"rng.{parallel_state.get_data_parallel_rank()}"
+
+
+def _is_first_of_its_samples() -> bool:
+    return (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+        and parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    )
+
+
+def _rng_state() -> Tensor:
     if torch.cuda.is_available():
         return torch.cat((torch.get_rng_state(), torch.cuda.get_rng_state()))
     return torch.get_rng_state()
 
 
-def _set_rng_state(state: torch.Tensor) -> None:
+def _set_rng_state(state: Tensor) -> None:
     cpu_size = torch.get_rng_state().numel()
     torch.set_rng_state(state[:cpu_size])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(state[cpu_size:])
-
-
-def _on_rank_0(action: Callable[[], None], what: str, folder: Path) -> None:
-    """Run `action` on rank 0; its OSError becomes a CheckpointError on every rank."""
-
-    def explained() -> None:
-        try:
-            action()
-        except OSError as error:
-            message = f"{what}: {error}{_free_space(folder)}"
-            with contextlib.suppress(OSError):
-                folders.remove_temporary(folder)
-            raise CheckpointError(message) from error
-
-    from_rank_0(explained)
-
-
-def _check_all_files_here(step_dir: Path) -> None:
-    """Every rank's file must be where rank 0 commits: the folder must be shared by all nodes."""
-    stored = FileSystemReader(step_dir).read_metadata().storage_data.values()
-    missing = sorted({s.relative_path for s in stored if not (step_dir / s.relative_path).exists()})
-    if missing:
-        raise CheckpointError(
-            f"{step_dir} lacks {len(missing)} files that other ranks wrote ({missing[0]}, ...): "
-            "checkpoint.dir (or logging.run_dir) must lie on a file system that all nodes share"
-        )
-
-
-def _free_space(folder: Path) -> str:
-    """How full the disk is, for messages: DCP does not say that it was the reason."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    full = "No space left on device: " if free < 2**20 else ""
-    return f" ({full}{free / 2**20:,.1f} MiB free on the file system of {existing})"
 
 
 def _causes(error: BaseException) -> str:

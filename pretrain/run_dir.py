@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,21 @@ def _record_environment(path: Path, world_size: int) -> None:
         }
     )
     _replace(path, json.dumps(starts, indent=1))
+
+
+VERSIONS = ("transxssm", "torch", "triton", "deepspeed", "megatron-core", "numpy")
+
+
+def package_versions() -> dict[str, str]:
+    """Of this program and what it computes with."""
+    return {name: version(name) for name in VERSIONS if _is_installed(name)}
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 def _replace(path: Path, text: str) -> None:

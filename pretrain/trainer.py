@@ -14,10 +14,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from checkpoints_tools import folder as folders
-from checkpoints_tools.errors import CheckpointError
-from checkpoints_tools.manifest import read_manifest
-from checkpoints_tools.sharded import load_checkpoint, save_checkpoint
+from checkpoints_tools.saving import CheckpointSaver
+from checkpoints_tools.sharded import load_checkpoint
 from data_pipeline.blend import Blend
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.loader import sequential_batches
@@ -39,7 +37,8 @@ from pretrain.data import (
 )
 from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
-from pretrain.run_dir import git_revision, record_start, start_log
+from pretrain.resume import find_start, load_weights
+from pretrain.run_dir import git_revision, package_versions, record_start, start_log
 from pretrain.stage import configured_stage
 
 log = logging.getLogger("transxssm")
@@ -63,8 +62,7 @@ def train(config: Config, launch: Launch) -> None:
     init_groups(config.parallel)
     start_log(Path(config.logging.run_dir), launch.rank)
     data, validation = open_data(config)
-    # one decision for all: ranks may see the folder differently
-    start = from_rank_0(lambda: find_start(config, data))
+    start = find_start(config, data)
     from_rank_0(lambda: record_start(config, launch.world_size))
     from_rank_0(lambda: keep_tokenizer(data, Path(config.logging.run_dir)))
     trainer = Trainer(config, data, validation, device)
@@ -93,85 +91,11 @@ def train(config: Config, launch: Launch) -> None:
     if start is not None:
         trainer.resume(start)
         log.info("resumed from %s", start)
+    elif config.checkpoint.load_weights_only:
+        load_weights(Path(config.checkpoint.load_weights_only), trainer.zero)
+        log.info("beginning with the weights of %s", config.checkpoint.load_weights_only)
     trainer.run()
     destroy_groups()
-
-
-def find_start(config: Config, data: Blend) -> Path | None:
-    """The checkpoint to go on from, by checkpoint.resume, checked against config and data.
-
-    `auto` skips damaged checkpoints with a warning. Raises CheckpointError when the checkpoint is
-    of another model or other data, or when `none` would mix two runs in one folder.
-    """
-    folder, resume = config.checkpoint_dir, config.checkpoint.resume
-    folders.remove_temporary(folder)
-    steps = folders.committed_steps(folder)
-    if resume == "none":
-        if steps:
-            raise CheckpointError(
-                f'checkpoint.resume="none", but {folder} holds checkpoints up to step {steps[-1]}; '
-                'choose another logging.run_dir, or checkpoint.resume="auto" to go on from them'
-            )
-        return None
-    candidates = [folders.step_folder(folder, s) for s in reversed(steps)]
-    if resume != "auto":
-        named = folders.resolve(Path(resume))
-        if named.resolve() in {path.resolve() for path in candidates[1:]}:
-            raise CheckpointError(
-                f"checkpoint.resume={named}, but the run has later checkpoints, up to step "
-                f'{steps[-1]}; move those away to go back to it, or use checkpoint.resume="auto"'
-            )
-        if not candidates:  # else the run goes on from its own
-            candidates = [named]
-    for candidate in candidates:
-        try:
-            state = read_manifest(candidate)
-        except CheckpointError as error:
-            if candidate.parent.resolve() != folder.resolve():
-                raise
-            log.warning("skipping a damaged checkpoint: %s", error)
-            continue
-        _check_same_run(candidate, state, config, data)
-        return candidate
-    if candidates:
-        raise CheckpointError(
-            f"none of the {len(candidates)} checkpoints in {folder} is sound; restore one, or "
-            "choose another logging.run_dir to start anew"
-        )
-    return None
-
-
-def _check_same_run(candidate: Path, state: dict[str, Any], config: Config, data: Blend) -> None:
-    ours, theirs = config.model.model_dump(), state["config"]["model"]
-    changed = [
-        f"model.{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"{candidate} is of another model ({'; '.join(changed)}); restore these fields, or "
-            "choose another logging.run_dir"
-        )
-    for section, name in (("data", "seed"), ("data", "seq_len"), ("training", "global_batch_size")):
-        there, here = state["config"][section][name], getattr(getattr(config, section), name)
-        if there != here:
-            raise CheckpointError(
-                f"{candidate} was trained with {section}.{name}={there}, not {here}: the order of "
-                "the data and the schedule would no longer be those of one run; restore it, or "
-                "choose another logging.run_dir"
-            )
-    if state["data_fingerprint"] != data.fingerprint:
-        difference = (
-            f"{candidate} was trained on other data than {data.sources[0].folder} (fingerprint "
-            f"{state['data_fingerprint'][:12]}… there, {data.fingerprint[:12]}… here)"
-        )
-        if not config.checkpoint.allow_data_change:
-            raise CheckpointError(
-                f"{difference}; point data.train at the data it was trained on, choose another "
-                "logging.run_dir, or go on with --checkpoint.allow_data_change true"
-            )
-        log.warning("%s; going on at sample %d of these", difference, state["samples"])
 
 
 @dataclass
@@ -206,6 +130,7 @@ class Trainer:
         self.samples = 0
         self.skipped: list[tuple[str, int]] = []  # shards, as TrainingBatches has them
         self.revision = git_revision() if dist.get_rank() == 0 else ""
+        self.versions = package_versions()
         optimizer = config.optimizer
         self.zero = ZeroOptimizer(
             configured_stage(config, device),
@@ -215,6 +140,14 @@ class Trainer:
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
             clip_grad_norm=optimizer.clip_grad_norm,
+        )
+        self.saver = CheckpointSaver(
+            config.checkpoint_dir,
+            self.zero,
+            tokenizer=self.run_dir / "tokenizer.json",
+            keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+            asynchronous=config.checkpoint.async_save,
         )
 
     def resume(self, step_dir: Path) -> None:
@@ -240,15 +173,18 @@ class Trainer:
         )
         try:
             while self.step < total:
+                self.saver.poll()
                 metrics = self.train_step(batches)
                 if self.validation and self._evaluates_now():
                     metrics |= self.evaluate()
                 if writer is not None:
                     writer.write(metrics)  # first: a resumed run does not make this step again
                 if self._saves_now():
-                    begin = time.perf_counter()
-                    path = self.save()
-                    log.info("saved %s in %.2f s", path, time.perf_counter() - begin)
+                    self.save()
+            self.saver.drain()
+        except TrainingError:  # which all ranks raise alike
+            self.saver.drain()
+            raise
         finally:
             batches.close()
             if writer is not None:
@@ -279,6 +215,7 @@ class Trainer:
             sums = forward_backward(self.zero, read, tokens_here, len(self.data.names))
         tokens = phase.tokens_at(self.step + 1)
         lr = learning_rate(config.optimizer, tokens, config.total_tokens)
+        self.saver.before_update()
         with watch.phase("step", self.device):
             grad_norm = self.zero.step(lr)
         self.step, self.samples = self.step + 1, batches.samples_consumed
@@ -305,6 +242,7 @@ class Trainer:
             "model_flops_per_second": rate * flops_per_token,
             "memory_bytes": peak_memory(self.device),
             "skipped_shards": len(self.skipped),
+            "time_checkpoint": self.saver.take_stall(),
             **{f"time_{name}": seconds for name, seconds in watch.seconds.items()},
         }
 
@@ -348,28 +286,25 @@ class Trainer:
         mean = loss / tokens
         return {"validation_loss": mean, "validation_perplexity": _exp(mean)} | found
 
-    def save(self) -> Path:
-        """Write and commit a checkpoint of this step; its folder."""
+    def save(self) -> None:
+        """Write a checkpoint of this step, or begin to. A collective."""
+        parallel = self.config.parallel
         state = {
             "samples": self.samples,
             "tokens": self.config.phase_at(self.step).tokens_at(self.step),
             "skipped_shards": self.skipped,
             "config": self.config.model_dump(mode="json"),
+            "layout": parallel.model_dump(mode="json")
+            | {"data": parallel_state.get_data_parallel_world_size()},
             "data_fingerprint": self.data.fingerprint,
             "tokenizer_hash": self.data.meta.tokenizer_hash,
             "eod_id": self.data.meta.eod_id,
             "pad_id": self.data.meta.pad_id,
             "git_revision": self.revision,
+            "versions": self.versions,
+            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        return save_checkpoint(
-            self.config.checkpoint_dir,
-            self.step,
-            self.zero,
-            state,
-            tokenizer=self.run_dir / "tokenizer.json",
-            keep_last=self.config.checkpoint.keep_last,
-            keep_every=self.config.checkpoint.keep_every,
-        )
+        self.saver.save(self.step, state)
 
 
 def _exp(loss: float) -> float:

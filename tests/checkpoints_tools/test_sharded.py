@@ -40,7 +40,8 @@ def train(config: Config) -> None:
 
 def through(config: Config, source: Path | None, target: Path, steps: int) -> list[float]:
     """Load `source`, train some steps, save to `target`; the losses."""
-    from checkpoints_tools.sharded import load_checkpoint, save_checkpoint
+    from checkpoints_tools.saving import save_checkpoint
+    from checkpoints_tools.sharded import load_checkpoint
     from parallel.compat import prepare_host
     from parallel.groups import from_rank_0, init_distributed, init_groups
     from parallel.launch import launch_from_environment
@@ -59,7 +60,7 @@ def through(config: Config, source: Path | None, target: Path, steps: int) -> li
     batches.close()
     target.mkdir(exist_ok=True)
     tokenizer = from_rank_0(lambda: keep_tokenizer(data, target.parent))
-    save_checkpoint(target, 1, trainer.zero, {}, tokenizer=tokenizer, keep_last=1, keep_every=0)
+    save_checkpoint(target, 1, trainer.zero, {}, tokenizer=tokenizer)
     return losses
 
 

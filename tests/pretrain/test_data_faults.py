@@ -110,11 +110,11 @@ def test_other_data_is_refused_unless_told_otherwise(
     ends = run_command("pretrain", other, ranks=RANKS)
     for end in ends:
         assert end.code == 1
-        assert "was trained on other data" in paragraph(end.output)
+        assert "was trained with another data" in paragraph(end.output)
         assert "--checkpoint.allow_data_change true" in end.output
     told = run_command("pretrain", other, "--checkpoint.allow_data_change=true", ranks=RANKS)
     assert {end.code for end in told} == {0}, told[0].output
-    assert "going on at sample 8 of these" in told[0].output
+    assert "going on at sample 8" in told[0].output
     assert [m["step"] for m in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 

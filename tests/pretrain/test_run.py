@@ -43,6 +43,7 @@ def die_before_step(step: int) -> None:
 
     def fatal(trainer: Trainer, loader: Any) -> dict[str, Any]:
         if trainer.step == step - 1:
+            trainer.saver.drain()
             die()
         return train_step(trainer, loader)
 
@@ -58,6 +59,7 @@ def die_after_save(step: int) -> None:
     def fatal(trainer: Trainer) -> None:
         save(trainer)
         if trainer.step == step:
+            trainer.saver.drain()
             die()
 
     Trainer.save = fatal  # type: ignore[method-assign]
@@ -225,6 +227,13 @@ def lose_a_file(step_dir: Path) -> None:
     (step_dir / ".metadata").unlink()
 
 
+def flip_a_bit(step_dir: Path) -> None:
+    file = max(step_dir.iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
 def garble_state(step_dir: Path) -> None:
     (step_dir / "manifest.json").write_text('{"step": 6, "files": {')
 
@@ -237,7 +246,7 @@ def lose_state(step_dir: Path) -> None:
     (step_dir / "manifest.json").unlink()
 
 
-DAMAGES = [truncate, lose_a_file, garble_state, empty_state, lose_state]
+DAMAGES = [truncate, flip_a_bit, lose_a_file, garble_state, empty_state, lose_state]
 
 
 def start_of(config: Path, *overrides: str) -> str:
@@ -245,9 +254,14 @@ def start_of(config: Path, *overrides: str) -> str:
     import logging
 
     from checkpoints_tools.errors import CheckpointError
+    from parallel.compat import prepare_host
+    from parallel.groups import init_distributed
+    from parallel.launch import launch_from_environment
     from pretrain.config import load_config
     from pretrain.data import open_blend
-    from pretrain.trainer import find_start
+    from pretrain.resume import find_start
+
+    init_distributed(launch_from_environment(), prepare_host())
 
     warnings: list[str] = []
 
@@ -285,7 +299,7 @@ def test_auto_falls_back_from_damaged_checkpoints_with_a_warning(
     (answers,) = run_ranks(1, starts_of, one_damaged + all_damaged)
     for damage, answer in zip(DAMAGES, answers[: len(DAMAGES)], strict=True):
         warning, start = answer.split("\n")
-        assert warning.startswith("WARNING skipping a damaged checkpoint"), damage.__name__
+        assert warning.startswith("WARNING SKIPPING A DAMAGED CHECKPOINT"), damage.__name__
         assert "step-00000006" in warning, damage.__name__
         assert start == "step-00000004", damage.__name__
     for damage, answer in zip(DAMAGES, answers[len(DAMAGES) :], strict=True):
@@ -301,7 +315,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(copy: Path, ende
     (checkpoints / "step-00000008.tmp/part").write_text("of an interrupted save")
     (end,) = run_command("pretrain", copy / "config.toml")
     assert end.code == 0, end.output
-    assert "WARNING skipping a damaged checkpoint" in (copy / "run/logs/rank-0.log").read_text()
+    assert "WARNING SKIPPING A DAMAGED CHECKPOINT" in (copy / "run/logs/rank-0.log").read_text()
     assert curve(copy / "run") == curve(ended / "run")
     assert sorted(p.name for p in checkpoints.iterdir()) == [
         "latest", "step-00000002", "step-00000004", "step-00000006",

@@ -1,0 +1,55 @@
+"""Weights of an exported single-GPU model, read into the shards of a training layout."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from checkpoints_tools.errors import CheckpointError
+from checkpoints_tools.sharded import check_names, weights_to_load
+from parallel.zero import ZeroOptimizer
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether `folder` looks like what `transxssm checkpoint export` writes."""
+    return (folder / SINGLE).exists() or (folder / INDEX).exists()
+
+
+def load_exported_weights(folder: Path, zero: ZeroOptimizer) -> None:
+    """Fill the weights of every rank, each reading its own parts alone. A collective.
+
+    Raises CheckpointError naming tensors that are missing, unknown or of another shape.
+    """
+    try:
+        places = _places(folder)
+        wanted = weights_to_load(zero)
+        check_names(folder, set(wanted), set(places))
+        for file in sorted(set(places.values())):
+            with safe_open(folder / file, framework="pt") as tensors:
+                for name in (name for name, place in places.items() if place == file):
+                    if name not in wanted:  # of another pipeline stage
+                        continue
+                    stored, target = tensors.get_slice(name), wanted[name]
+                    if (shape := stored.get_shape()) != list(target.shape):
+                        raise CheckpointError(
+                            f"{folder / file}: {name} has shape {shape}, but the [model] section "
+                            f"gives it {list(target.shape)}; use the section it was trained with"
+                        )
+                    for part in target.parts:
+                        ends = zip(part.offsets, part.data.shape, strict=True)
+                        box = tuple(slice(begin, begin + size) for begin, size in ends)
+                        part.data.copy_(stored[box])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: its weights cannot be read: {error}") from error
+    zero.refresh_parameters()
+
+
+def _places(folder: Path) -> dict[str, str]:
+    """The file of every tensor."""
+    if (folder / INDEX).exists():
+        found = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in found.items()}
+    with safe_open(folder / SINGLE, framework="pt") as tensors:
+        return dict.fromkeys(tensors.keys(), SINGLE)

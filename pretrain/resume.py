@@ -1,0 +1,175 @@
+"""What a run starts from: the newest sound checkpoint, checked against configuration and data."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from checkpoints_tools import folder as folders
+from checkpoints_tools.errors import CheckpointError
+from checkpoints_tools.exported_weights import is_exported, load_exported_weights
+from checkpoints_tools.manifest import damaged_files, read_manifest
+from checkpoints_tools.sharded import load_stored_weights
+from data_pipeline.blend import Blend
+from parallel.groups import from_rank_0
+from parallel.zero import ZeroOptimizer
+from pretrain.config import Config
+
+log = logging.getLogger("transxssm")
+
+# Fields that only say how the same function is computed, or from where it once began.
+FREE_MODEL_FIELDS = {"chunk_size", "init_std"}
+# With these the order of samples or the schedule would no longer be that of one run.
+ORDER_FIELDS = ("data.seed", "data.shuffle_window")
+FIXED_FIELDS = ("data.seq_len", "training.global_batch_size")
+# Where things lie and how a run is watched says nothing of what it computes.
+QUIET_FIELDS = ("checkpoint.", "logging.")
+
+
+def find_start(config: Config, data: Blend) -> Path | None:
+    """The checkpoint to go on from, by checkpoint.resume, sound to its last byte. A collective.
+
+    `auto` passes over damaged ones with a warning that names the file. Raises CheckpointError, on
+    every rank, when the checkpoint is of another model, tokenizer or data and the configuration
+    does not allow it, or when `none` would mix two runs in one folder.
+    """
+    candidates = from_rank_0(lambda: _candidates(config))
+    for number, candidate in enumerate(candidates):
+        fault = _fault(candidate)
+        if fault is None:
+            from_rank_0(lambda: _check_same_run(candidate, config, data))  # noqa: B023 (called now)
+            return candidate
+        if candidate.parent.resolve() != config.checkpoint_dir.resolve():
+            raise CheckpointError(fault)
+        if dist.get_rank() == 0:
+            before = "; trying the one before" if number + 1 < len(candidates) else ""
+            log.warning("SKIPPING A DAMAGED CHECKPOINT: %s%s", fault, before)
+    if candidates:
+        raise CheckpointError(
+            f"none of the {len(candidates)} checkpoints in {config.checkpoint_dir} is sound; "
+            "restore one, or choose another logging.run_dir to start anew"
+        )
+    return None
+
+
+def _candidates(config: Config) -> list[Path]:
+    """Step folders to try, the best first."""
+    folder, resume = config.checkpoint_dir, config.checkpoint.resume
+    try:
+        folders.remove_temporary(folder)
+        steps = folders.committed_steps(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint.dir {folder}: {error}; mend its permissions, or name another folder"
+        ) from error
+    if resume == "none":
+        if steps:
+            raise CheckpointError(
+                f'checkpoint.resume="none", but {folder} holds checkpoints up to step {steps[-1]}; '
+                'choose another logging.run_dir, or checkpoint.resume="auto" to go on from them'
+            )
+        return []
+    found = [folders.step_folder(folder, s) for s in reversed(steps)]
+    if resume != "auto":
+        named = folders.resolve(Path(resume))
+        if named.resolve() in {path.resolve() for path in found[1:]}:
+            raise CheckpointError(
+                f"checkpoint.resume={named}, but the run has later checkpoints, up to step "
+                f'{steps[-1]}; move those away to go back to it, or use checkpoint.resume="auto"'
+            )
+        if not found:  # else the run goes on from its own
+            return [named]
+    return found
+
+
+def _fault(candidate: Path) -> str | None:
+    """Why a checkpoint is not sound; all ranks read it, each a share of its files. A collective."""
+    manifest, fault = from_rank_0(lambda: _manifest_or_fault(candidate))
+    if manifest is None:
+        return str(fault)
+    names = sorted(manifest["files"])[dist.get_rank() :: dist.get_world_size()]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, damaged_files(candidate, manifest, names))
+    faults = {name: what for share in found for name, what in share.items()}
+    return next((f"{candidate / name} {what}" for name, what in sorted(faults.items())), None)
+
+
+def _manifest_or_fault(candidate: Path) -> tuple[dict[str, Any] | None, str]:
+    try:
+        return read_manifest(candidate), ""
+    except CheckpointError as error:
+        return None, str(error)
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Fields of two configuration trees that differ, by dotted name: (there, here)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in sorted(there.keys() | here.keys()):
+        old, new = there.get(name), here.get(name)
+        if isinstance(old, dict) and isinstance(new, dict) and name.count(".") == 0:
+            inner = differences(old, new)
+            found |= {f"{name}.{field}": pair for field, pair in inner.items()}
+        elif old != new:
+            found[name] = (old, new)
+    return found
+
+
+def _check_same_run(candidate: Path, config: Config, data: Blend) -> None:
+    """Of rank 0: show what is another than when the checkpoint was written, refuse what must not be
+    unless it is allowed."""
+    manifest, allow = read_manifest(candidate), config.checkpoint
+    changed = differences(manifest["config"], config.model_dump(mode="json"))
+    shown = {name: f"{name}: {old!r} there, {new!r} here" for name, (old, new) in changed.items()}
+    dangers: dict[str, list[str]] = {"data": [], "tokenizer": [], "model": []}
+    for name, line in shown.items():
+        if name in FIXED_FIELDS:
+            raise CheckpointError(
+                f"{candidate} was trained with another {line}. The order of the data and the "
+                "schedule would no longer be those of one run; restore it, or choose another "
+                "logging.run_dir (and checkpoint.load_weights_only for its weights)"
+            )
+        section, _, field = name.partition(".")
+        if section == "model" and field not in FREE_MODEL_FIELDS:
+            dangers["model"].append(line)
+        elif name in ORDER_FIELDS:
+            dangers["data"].append(line)
+    for danger, there, here in (
+        ("data", manifest["data_fingerprint"], data.fingerprint),
+        ("tokenizer", manifest["tokenizer_hash"], data.meta.tokenizer_hash),
+    ):
+        if there != here:
+            where = data.sources[0].folder
+            dangers[danger].append(f"{danger} of {where}: {there[:12]}… there, {here[:12]}… here")
+    for danger, lines in dangers.items():
+        if not lines:
+            continue
+        said = f"{candidate} was trained with another {danger} ({'; '.join(lines)})"
+        if not getattr(allow, f"allow_{danger}_change"):
+            raise CheckpointError(
+                f"{said}; restore it, choose another logging.run_dir, or go on with "
+                f"--checkpoint.allow_{danger}_change true"
+            )
+        log.warning("%s; going on at sample %d", said, manifest["samples"])
+    told = {line for lines in dangers.values() for line in lines}
+    for name, line in shown.items():
+        if line not in told and not name.startswith(QUIET_FIELDS):
+            log.info("changed since %s: %s", candidate.name, line)
+
+
+def load_weights(source: Path, zero: ZeroOptimizer) -> None:
+    """Begin with the weights of a checkpoint or an exported model, and nothing else of it.
+
+    Raises CheckpointError. A collective.
+    """
+    exported, step_dir = from_rank_0(lambda: _weights_source(source))
+    if exported:
+        load_exported_weights(source, zero)
+        return
+    if (fault := _fault(step_dir)) is not None:
+        raise CheckpointError(fault)
+    load_stored_weights(step_dir, zero)
+
+
+def _weights_source(source: Path) -> tuple[bool, Path]:
+    return (True, source) if is_exported(source) else (False, folders.resolve(source))
