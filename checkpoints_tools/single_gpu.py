@@ -1,4 +1,4 @@
-"""TransXSSM on one device, for inference, evaluation and export. Needs torch alone.
+"""TransXSSM on one device: for inference, evaluation and fine-tuning.
 
     h = E[t];   for each layer   h ← r₁ ⊙ h + Mixer(RMSNorm(h));   h ← r₂ ⊙ h + SwiGLU(RMSNorm(h))
     logits = RMSNorm(h) Eᵀ                       (or a separate lm_head when embeddings are untied)
@@ -7,10 +7,11 @@
     SSD         S_t = exp(Δ_t A) S_{t-1} + Δ_t x_t b_tᵀ,  y_t = S_t c_t (+ D x_t); all the others
 
 One table of rotary angles turns Q and K in attention, C and B in SSD. A `Cache` carries K/V and the
-states S, so that a prompt, a few more tokens, or one token are all the same `forward`.
+states S, so that a prompt, a few more tokens, or one token are all the same `forward`. Long scans
+use TransXSSM's `kernels` package when that is installed.
 
-The file stands alone because the Hugging Face modelling file of an export is generated from it. It
-uses the project's `kernels` package for long scans when that is installed.
+The file needs torch alone, and stands alone, because `hugging_face` generates the Hugging Face
+modelling file of an export from it.
 """
 
 import functools
