@@ -27,6 +27,8 @@ from checkpoints_tools.single_gpu import (
 # The name that `generate` uses for the cache: past_key_values until transformers 5.2x renamed it.
 OUTPUT_FIELDS = {field.name for field in fields(CausalLMOutputWithPast)}
 CACHE_FIELD = "cache" if "cache" in OUTPUT_FIELDS else "past_key_values"
+# Not in `forward`'s signature, because `generate` gives what it finds there.
+NOT_SUPPORTED = {"position_ids", "inputs_embeds", "output_attentions", "output_hidden_states"}
 
 
 class TransXSSMPretrainedConfig(PretrainedConfig):
@@ -129,13 +131,13 @@ class TransXSSMForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.word_embed
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.model.word_embed = value
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear | None) -> None:
         self.lm_head = new_embeddings
 
     def forward(
@@ -148,11 +150,7 @@ class TransXSSMForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         cache: GenerationCache | None = None,
-        position_ids: None = None,
-        inputs_embeds: None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **loss_arguments: Any,
+        **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits float32 [B, L, vocab] of input_ids [B, L], and the loss where labels are given.
 
@@ -160,16 +158,12 @@ class TransXSSMForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids, not shifted, with -100 where no loss is wanted: at padding, and at the first
         token after it, which nothing predicts. past_key_values, in newer
         transformers cache, is what an earlier call returned, and is updated in place.
-        logits_to_keep: only the last so many logits, or those at these indices; 0: all.
+        logits_to_keep: only the last so many logits, or those at these indices; 0: all. Others go
+        to the loss. Raises ValueError for arguments in NOT_SUPPORTED.
         """
-        refused = {
-            "position_ids": position_ids is not None,
-            "inputs_embeds": inputs_embeds is not None,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-        }
-        for name, given in refused.items():
-            if given:
+        for name in NOT_SUPPORTED & set(others):
+            value = others.pop(name)
+            if value is not None and value is not False:
                 raise ValueError(
                     f"{name} is not supported by TransXSSM: leave it out. It takes input_ids, and "
                     "positions follow from attention_mask."
@@ -186,9 +180,7 @@ class TransXSSMForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             size = self.config.vocab_size
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=size, **loss_arguments
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **others)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_FIELD: memory})
         return output.to_tuple() if return_dict is False else output
 
@@ -213,12 +205,11 @@ class TransXSSMForCausalLM(PreTrainedModel, GenerationMixin):
         so_far = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
         if seen and so_far == input_ids.shape[1]:  # otherwise these are new tokens alone
             input_ids = input_ids[:, seen:]
-        asked = ("position_ids", "inputs_embeds", "output_attentions", "output_hidden_states")
         return {
             "input_ids": input_ids.contiguous(),
             "attention_mask": attention_mask,
             CACHE_FIELD: memory,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
-            **{name: others[name] for name in asked if name in others},  # `forward` refuses them
+            **{name: others[name] for name in NOT_SUPPORTED & set(others)},  # refused there
         }

@@ -46,7 +46,7 @@ def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
 def examine(folder: Path, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
     model, info = load(folder, dtype=torch.float32, output_loading_info=True)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     copy = folder / "saved"
     model.save_pretrained(copy)
     tokenizer.save_pretrained(copy)
