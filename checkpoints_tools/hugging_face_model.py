@@ -18,6 +18,7 @@ from checkpoints_tools.single_gpu import (
     FLOAT32_PARAMETERS,
     Backbone,
     Cache,
+    ModelError,
     SSDCache,
     TransXSSMConfig,
     initial_value,
@@ -55,8 +56,12 @@ class TransXSSMPretrainedConfig(PretrainedConfig):
 
     def checked(self) -> TransXSSMConfig:
         """The model's own configuration. Raises ModelError for values it cannot have."""
-        names = {field.name for field in fields(TransXSSMConfig)} - {"model_type", "dtype"}
-        return TransXSSMConfig(**{name: getattr(self, name) for name in names})
+        own = [f for f in fields(TransXSSMConfig) if f.name not in ("model_type", "dtype")]
+        values = {field.name: getattr(self, field.name) for field in own}
+        missing = [f.name for f in own if f.default is MISSING and values[f.name] is None]
+        if missing:
+            raise ModelError(f"The configuration lacks {', '.join(missing)}: give every size.")
+        return TransXSSMConfig(**values)
 
 
 class GenerationCache(Cache):
@@ -169,6 +174,9 @@ class TransXSSMForCausalLM(PreTrainedModel, GenerationMixin):
                     "positions follow from attention_mask."
                 )
         memory = past_key_values if cache is None else cache
+        if input_ids.shape[1] == 0:
+            seen = 0 if memory is None else memory.length
+            raise ValueError(f"input_ids holds no token beyond the {seen} in the cache: add some.")
         if use_cache is None:  # in training it would only hold memory
             use_cache = self.config.use_cache and not self.training
         if memory is None and use_cache:

@@ -337,6 +337,10 @@ def test_what_is_not_supported_is_refused(exported: tuple[Path, TransXSSM]) -> N
         message = re.escape(f"{next(iter(arguments))} is not supported by TransXSSM")
         with pytest.raises(ValueError, match=message):
             wrapped(ids, **arguments)
+    with pytest.raises(ValueError, match="no token beyond the 0 in the cache"):
+        wrapped(ids[:, :0])
+    with pytest.raises(ModelError, match="lacks vocab_size, hidden_size"):
+        TransXSSMForCausalLM(TransXSSMPretrainedConfig())
     with pytest.raises(ModelError, match="head_dim=7 is not"):
         TransXSSMForCausalLM(
             TransXSSMPretrainedConfig(**{**vars(exported[1].config), "head_dim": 7})
