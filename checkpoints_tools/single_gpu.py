@@ -1,4 +1,4 @@
-"""TransXSSM on one device, for inference, evaluation and export. Needs torch alone.
+"""TransXSSM on one device: for inference, evaluation and fine-tuning.
 
     h = E[t];   for each layer   h ← r₁ ⊙ h + Mixer(RMSNorm(h));   h ← r₂ ⊙ h + SwiGLU(RMSNorm(h))
     logits = RMSNorm(h) Eᵀ                       (or a separate lm_head when embeddings are untied)
@@ -7,10 +7,11 @@
     SSD         S_t = exp(Δ_t A) S_{t-1} + Δ_t x_t b_tᵀ,  y_t = S_t c_t (+ D x_t); all the others
 
 One table of rotary angles turns Q and K in attention, C and B in SSD. A `Cache` carries K/V and the
-states S, so that a prompt, a few more tokens, or one token are all the same `forward`.
+states S, so that a prompt, a few more tokens, or one token are all the same `forward`. Long scans
+use TransXSSM's `kernels` package when that is installed.
 
-The file stands alone because the Hugging Face modelling file of an export is generated from it. It
-uses the project's `kernels` package for long scans when that is installed.
+The file needs torch alone, and stands alone, because `hugging_face` generates the Hugging Face
+modelling file of an export from it.
 """
 
 import functools
@@ -52,6 +53,8 @@ FIELD_TYPES: dict[Any, tuple[type, ...]] = {
 # Kept in float32 whatever the model's dtype: rounding A or Δ compounds over the whole sequence.
 FLOAT32_PARAMETERS = ("A_log", "dt_bias", "D")
 FALLBACK_CHUNK = 64
+# softplus(NO_STEP + dt_bias) is 0 exactly: Δ of a padded token, which so leaves the state alone.
+NO_STEP = -1e4
 
 
 class ModelError(Exception):
@@ -238,15 +241,21 @@ class RotaryTable:
             self.cos, self.sin = self.cos.to(device), self.sin.to(device)
         return self.cos[start:end], self.sin[start:end]
 
+    def at_positions(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, L, dim/2] float32 of positions [B, L], all of them before `end`."""
+        cos, sin = self.at(0, end, positions.device)
+        return cos[positions], sin[positions]
 
-Angles = tuple[Tensor, Tensor] | None  # cos, sin [L, dim/2]; None: no rotation
+
+# cos, sin [L, dim/2], or [B, L, dim/2] where rows differ; None: no rotation
+Angles = tuple[Tensor, Tensor] | None
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
     """Turn the pairs (k, k + dim/2) of x [B, L, heads, dim] in float32."""
     if angles is None:
         return x
-    cos, sin = (table[:, None] for table in angles)  # [L, 1, dim/2]
+    cos, sin = (table.unsqueeze(-2) for table in angles)  # [.., L, 1, dim/2]
     first, second = x.float().chunk(2, dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat(turned, dim=-1).to(x.dtype)
@@ -358,10 +367,42 @@ class Cache:
 
     def __init__(self, config: TransXSSMConfig) -> None:
         self.length = 0
+        self.padded = False  # whether any of those tokens is padding
         self.layers: list[SSDCache | KVCache] = [
             KVCache() if config.is_attention(i) else SSDCache()
             for i in range(config.num_hidden_layers)
         ]
+
+
+# ------------------------------------------------------------------------------------ padding
+
+
+def real_tokens(
+    attention_mask: Tensor | None, token_ids: Tensor, cache: Cache | None
+) -> Tensor | None:
+    """attention_mask as bool [B, S + L], S tokens in the cache, or None when nothing is padding.
+
+    Raises ValueError when the mask has another shape, or is missing though the cache needs it.
+    """
+    cached, (batch, length) = cache.length if cache is not None else 0, token_ids.shape
+    expected = (batch, cached + length)
+    if attention_mask is None:
+        if cache is not None and cache.padded:
+            raise ValueError(
+                f"The cache holds padding, but attention_mask is missing: give one of {expected}."
+            )
+        return None
+    if attention_mask.shape != expected:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected {expected}: one "
+            f"value for each of {cached} tokens in the cache and {length} new ones."
+        )
+    real = attention_mask.bool()
+    if bool(real.all()):  # waits for the device, as choosing the next token does
+        return None
+    if cache is not None:
+        cache.padded = True
+    return real
 
 
 # ------------------------------------------------------------------------------------ layers
@@ -409,7 +450,9 @@ class Attention(nn.Module):
         self.v_proj = linear(config.hidden_size, kv_width)
         self.o_proj = linear(width, config.hidden_size)
 
-    def forward(self, u: Tensor, angles: Angles, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, u: Tensor, angles: Angles, cache: KVCache | None, real: Tensor | None = None
+    ) -> Tensor:
         batch, length, _ = u.shape
         # [B, L, heads · head_dim] -> [B, L, heads, head_dim], rotated -> [B, heads, L, head_dim]
         heads = (batch, length, -1, self.head_dim)
@@ -420,11 +463,14 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         before = k.shape[2] - length
         mask = None
-        if before and length > 1:  # query t sees the keys up to before + t
+        if real is not None or (before and length > 1):  # query t sees the keys up to before + t
             mask = torch.ones(length, before + length, dtype=torch.bool, device=u.device)
             mask = mask.tril(before)
+        if mask is not None and real is not None:  # [B, 1, L, before + L]
+            # a padded query must see something, or its softmax is NaN: every query sees itself
+            mask = mask & (real[:, None, None] | mask.triu(before))
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=not before and length > 1, enable_gqa=True
+            q, k, v, attn_mask=mask, is_causal=mask is None and length > 1, enable_gqa=True
         )
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
 
@@ -448,16 +494,24 @@ class SSD(nn.Module):
             channels = sum(self.widths)
             self.conv = nn.Conv1d(channels, channels, width, groups=channels, bias=False)
 
-    def forward(self, u: Tensor, angles: Angles, cache: SSDCache | None) -> Tensor:
+    def forward(
+        self, u: Tensor, angles: Angles, cache: SSDCache | None, real: Tensor | None = None
+    ) -> Tensor:
         batch, length, _ = u.shape
         config = self.config
-        x, b, c = self.x_proj(u), self.b_proj(u), self.c_proj(u)
+        x, b, c, dt = self.x_proj(u), self.b_proj(u), self.c_proj(u), self.dt_proj(u)
+        padding = None if real is None else ~real[:, -length:, None]  # [B, L, 1]
+        if padding is not None:
+            dt = dt.masked_fill(padding, NO_STEP)
         if self.conv is not None:
-            x, b, c = self._convolve(torch.cat([x, b, c], dim=-1), self.conv, cache)
+            xbc = torch.cat([x, b, c], dim=-1)
+            if padding is not None:  # zeros, as there are before a sequence
+                xbc = xbc.masked_fill(padding, 0)
+            x, b, c = self._convolve(xbc, self.conv, cache)
         x = x.reshape(batch, length, -1, config.head_dim)  # [B, L, H, P]
         b = b.reshape(batch, length, -1, config.state_dim)  # [B, L, G, N]
         c = c.reshape(batch, length, -1, config.state_dim)
-        y, state = self._scan(x, self.dt_proj(u), b, c, angles, cache.state if cache else None)
+        y, state = self._scan(x, dt, b, c, angles, cache.state if cache else None)
         if cache is not None:
             cache.state = state
         return self.out_proj(y.reshape(batch, length, -1))
@@ -538,9 +592,16 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.post_state_residual = Residual(size)
 
-    def forward(self, h: Tensor, angles: Angles, cache: SSDCache | KVCache | None) -> Tensor:
+    def forward(
+        self,
+        h: Tensor,
+        angles: Angles,
+        cache: SSDCache | KVCache | None,
+        real: Tensor | None = None,
+    ) -> Tensor:
         mixer = self.attn if self.is_attention else self.ssd
-        h = self.post_sequence_residual(h, mixer(self.pre_sequence_layernorm(h), angles, cache))
+        update = mixer(self.pre_sequence_layernorm(h), angles, cache, real)
+        h = self.post_sequence_residual(h, update)
         return self.post_state_residual(h, self.feed_forward(self.pre_state_layernorm(h)))
 
 
@@ -549,9 +610,59 @@ class Backbone(nn.Module):
 
     def __init__(self, config: TransXSSMConfig) -> None:
         super().__init__()
+        self.config = config
         self.word_embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn_table = RotaryTable(config, config.head_dim)
+        self.ssd_table = RotaryTable(config, config.state_dim)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        cache: Cache | None = None,
+        *,
+        position_offset: int | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Normalised hidden states [B, L, hidden] of token_ids [B, L], one sequence a row.
+
+        With a cache the tokens continue what it remembers, and it is updated. position_offset is
+        the position of the first token; by default the number of tokens in the cache.
+        attention_mask [B, cached + L] is 0 for padding: real tokens do not see it, and positions
+        count them alone, so that a row padded on the left gives what it gives by itself. What
+        comes out at padding means nothing.
+        """
+        real = real_tokens(attention_mask, token_ids, cache)
+        if real is not None and position_offset is not None:
+            raise ValueError("position_offset and padding in attention_mask exclude each other.")
+        rope = self.config.rope
+        start = position_offset
+        if start is None:
+            start = cache.length if cache is not None else 0
+        attn_angles = ssd_angles = None
+        if rope != "none":
+            attn_angles = self._angles(self.attn_table, start, token_ids, real)
+        if rope == "unified":
+            ssd_angles = self._angles(self.ssd_table, start, token_ids, real)
+        h = self.word_embed(token_ids)
+        for i, layer in enumerate(self.layers):
+            angles = attn_angles if self.config.is_attention(i) else ssd_angles
+            h = layer(h, angles, cache.layers[i] if cache is not None else None, real)
+        if cache is not None:
+            cache.length += token_ids.shape[1]
+        return self.final_layernorm(h)
+
+    @staticmethod
+    def _angles(
+        table: RotaryTable, start: int, token_ids: Tensor, real: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin of the tokens, [L, dim/2], or [B, L, dim/2] where rows are padded."""
+        length = token_ids.shape[1]
+        if real is None:
+            return table.at(start, length, token_ids.device)
+        positions = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]  # of real tokens
+        return table.at_positions(positions, real.shape[1])
 
 
 class TransXSSM(nn.Module):
@@ -564,36 +675,34 @@ class TransXSSM(nn.Module):
         self.lm_head: nn.Linear | None = None
         if not config.tie_word_embeddings:
             self.lm_head = linear(config.hidden_size, config.vocab_size)
-        self.attn_table = RotaryTable(config, config.head_dim)
-        self.ssd_table = RotaryTable(config, config.state_dim)
 
     def forward(
-        self, token_ids: Tensor, cache: Cache | None = None, *, position_offset: int | None = None
+        self,
+        token_ids: Tensor,
+        cache: Cache | None = None,
+        *,
+        position_offset: int | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Logits float32 [B, L, vocab] of token_ids [B, L]; see `hidden`."""
-        return self.logits(self.hidden(token_ids, cache, position_offset=position_offset))
+        """Logits float32 [B, L, vocab] of token_ids [B, L]; see `Backbone.forward`."""
+        hidden = self.hidden(
+            token_ids, cache, position_offset=position_offset, attention_mask=attention_mask
+        )
+        return self.logits(hidden)
 
     def hidden(
-        self, token_ids: Tensor, cache: Cache | None = None, *, position_offset: int | None = None
+        self,
+        token_ids: Tensor,
+        cache: Cache | None = None,
+        *,
+        position_offset: int | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Normalised hidden states [B, L, hidden] of token_ids [B, L], one sequence a row.
-
-        With a cache the tokens continue what it remembers, and it is updated. position_offset is
-        the position of the first token; by default the number of tokens in the cache.
-        """
-        start = position_offset
-        if start is None:
-            start = cache.length if cache is not None else 0
-        length, device, rope = token_ids.shape[1], token_ids.device, self.config.rope
-        attn_angles = None if rope == "none" else self.attn_table.at(start, length, device)
-        ssd_angles = self.ssd_table.at(start, length, device) if rope == "unified" else None
-        h = self.model.word_embed(token_ids)
-        for i, layer in enumerate(self.model.layers):
-            angles = attn_angles if self.config.is_attention(i) else ssd_angles
-            h = layer(h, angles, cache.layers[i] if cache is not None else None)
-        if cache is not None:
-            cache.length += length
-        return self.model.final_layernorm(h)
+        """What the head reads: normalised hidden states [B, L, hidden]."""
+        hidden: Tensor = self.model(
+            token_ids, cache, position_offset=position_offset, attention_mask=attention_mask
+        )
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 of hidden states: apart, so that a prompt needs only its last row."""
@@ -604,23 +713,28 @@ class TransXSSM(nn.Module):
     def reset_parameters(self, seed: int) -> None:
         """Initialise as training does: the same distributions, not the same numbers."""
         rng = torch.Generator().manual_seed(seed)
-        outputs = ("o_proj.weight", "out_proj.weight", "down_proj.weight")
         for name, p in self.named_parameters():
-            uniform = torch.rand(p.shape, generator=rng)
-            if name.endswith("A_log"):
-                value = (1 + 15 * uniform).log()
-            elif name.endswith("dt_bias"):
-                step = torch.exp(math.log(1e-3) + uniform * math.log(100))
-                value = step + torch.log(-torch.expm1(-step))  # softplus⁻¹
-            elif name.endswith("conv.weight"):
-                value = (2 * uniform - 1) / math.sqrt(p.shape[-1])
-            elif p.dim() == 1:
-                value = torch.ones(p.shape)
-            else:
-                value = 0.02 * torch.randn(p.shape, generator=rng)
-                if name.endswith(outputs):
-                    value /= math.sqrt(2 * self.config.num_hidden_layers)
-            p.copy_(value)
+            p.copy_(initial_value(name, p.shape, self.config, rng))
+
+
+def initial_value(
+    name: str, shape: torch.Size, config: TransXSSMConfig, rng: torch.Generator | None
+) -> Tensor:
+    """A fresh value, float32 on the CPU, of the parameter that has this name."""
+    uniform = torch.rand(shape, generator=rng, dtype=torch.float32, device="cpu")
+    if name.endswith("A_log"):
+        return (1 + 15 * uniform).log()
+    if name.endswith("dt_bias"):
+        step = torch.exp(math.log(1e-3) + uniform * math.log(100))
+        return step + torch.log(-torch.expm1(-step))  # softplus⁻¹
+    if name.endswith("conv.weight"):
+        return (2 * uniform - 1) / math.sqrt(shape[-1])
+    if len(shape) == 1:
+        return torch.ones_like(uniform)
+    value = 0.02 * torch.randn(shape, generator=rng, dtype=torch.float32, device="cpu")
+    if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+        value /= math.sqrt(2 * config.num_hidden_layers)
+    return value
 
 
 # ------------------------------------------------------------------------------------ loading

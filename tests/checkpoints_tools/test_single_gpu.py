@@ -143,6 +143,94 @@ def test_batch_equals_one_by_one() -> None:
     torch.testing.assert_close(model(tokens), single, rtol=1e-5, atol=1e-5)
 
 
+def pad_left(rows: list[torch.Tensor], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of token ids as one batch, and its attention_mask."""
+    width = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), width), filler)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        tokens[i, width - len(row) :] = row
+        mask[i, width - len(row) :] = 1
+    return tokens, mask
+
+
+@pytest.mark.usefixtures("scan")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_left_padded_rows_equal_rows_alone(variant: str) -> None:
+    model = make_model(**VARIANTS[variant])
+    rows = [make_tokens(1, length, seed=length)[0] for length in (21, 1, 17)]
+    tokens, mask = pad_left(rows, filler=0)
+    logits = model(tokens, attention_mask=mask)
+    for row, found in zip(rows, logits, strict=True):
+        torch.testing.assert_close(found[-len(row) :], model(row[None])[0], rtol=1e-4, atol=1e-4)
+    other, _ = pad_left(rows, filler=7)  # what the padding holds changes no bit
+    again = model(other, attention_mask=mask)
+    assert torch.equal(again[mask.bool()], logits[mask.bool()])
+    assert torch.equal(model(tokens, attention_mask=torch.ones_like(mask)), model(tokens))
+
+
+@pytest.mark.usefixtures("scan")
+@pytest.mark.parametrize("variant", ["grouped", "rival", "yarn", "attention-alone"])
+@pytest.mark.parametrize("pieces", [[1] * 24, [20, 1, 1, 2], [3, 17, 4]], ids=str)
+def test_left_padded_rows_decode_in_pieces(variant: str, pieces: list[int]) -> None:
+    model = make_model(**VARIANTS[variant])
+    rows = [make_tokens(1, length, seed=length)[0] for length in (24, 9, 22)]
+    tokens, mask = pad_left(rows, filler=0)
+    cache, found = Cache(model.config), []
+    for piece in tokens.split(pieces, dim=1):
+        so_far = mask[:, : cache.length + piece.shape[1]]
+        found.append(model(piece, cache, attention_mask=so_far))
+    logits = torch.cat(found, dim=1)
+    for i, row in enumerate(rows):
+        alone = model(row[None])[0]
+        torch.testing.assert_close(logits[i, -len(row) :], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("scan")
+def test_padding_between_cached_turns_is_skipped() -> None:
+    model, tokens = make_model(), make_tokens(1, 20)
+    spread = torch.cat([tokens[:, :9], make_tokens(1, 4, seed=1), tokens[:, 9:]], dim=1)
+    mask = torch.ones_like(spread)
+    mask[:, 9:13] = 0
+    cache = Cache(model.config)
+    model(spread[:, :9], cache)
+    found = model(spread[:, 9:], cache, attention_mask=mask)[:, 4:]
+    torch.testing.assert_close(found, model(tokens)[:, 9:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("scan")
+def test_gradients_pass_by_padding() -> None:
+    model = make_model(ssd_skip=True, ssd_conv_width=4)
+    row = make_tokens(1, 19)
+    tokens, mask = pad_left([make_tokens(1, 23, seed=1)[0], row[0]], filler=0)
+
+    def gradients(ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        with torch.enable_grad():
+            model(ids, attention_mask=mask)[-1, -19:].square().sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients(row, None)
+    for name, grad in gradients(tokens, mask).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    model, tokens = make_model(), make_tokens(2, 6)
+    mask = torch.ones_like(tokens)
+    mask[0, 0] = 0
+    cache = Cache(model.config)
+    with pytest.raises(ValueError, match=r"has shape \(2, 5\); expected \(2, 6\)"):
+        model(tokens, cache, attention_mask=mask[:, 1:])
+    with pytest.raises(ValueError, match="exclude each other"):
+        model(tokens, position_offset=3, attention_mask=mask)
+    model(tokens, cache, attention_mask=mask)
+    with pytest.raises(ValueError, match="The cache holds padding"):
+        model(tokens[:, :1], cache)
+    with pytest.raises(ValueError, match=r"6 tokens in the cache and 1 new"):
+        model(tokens[:, :1], cache, attention_mask=mask[:, :1])
+
+
 def test_unified_rope_is_relative() -> None:
     tokens = make_tokens(1, 20)
     model = make_model()
