@@ -107,7 +107,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[
     found: dict[str, tuple[Any, Any]] = {}
     for name in sorted(there.keys() | here.keys()):
         old, new = there.get(name), here.get(name)
-        if isinstance(old, dict) and isinstance(new, dict) and name.count(".") == 0:
+        if isinstance(old, dict) and isinstance(new, dict):
             inner = differences(old, new)
             found |= {f"{name}.{field}": pair for field, pair in inner.items()}
         elif old != new:

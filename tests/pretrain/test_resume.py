@@ -1,0 +1,125 @@
+"""What a run starts from: changes are shown, dangerous ones refused; new runs may begin with the
+weights of a checkpoint or of an exported model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints_tools.export import export_checkpoint
+from pretrain.resume import differences
+from tests.checkpoints_tools.test_sharded import stored_tensors
+from tests.pretrain.command import paragraph, read_metrics, run_command, succeed, write_config
+
+STEP_2 = "run/checkpoints/step-00000002"
+
+
+@pytest.fixture(scope="module")
+def ended(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of two steps."""
+    folder = tmp_path_factory.mktemp("ended")
+    succeed("pretrain", write_config(folder, tiny_data, training={"steps": 2}))
+    return folder
+
+
+def test_differences_have_dotted_names() -> None:
+    there = {"a": {"x": 1, "y": {"k": 1}, "gone": 0}, "b": {"z": 2}}
+    here = {"a": {"x": 2, "y": {"k": 2}, "new": 0}, "b": {"z": 2}}
+    assert differences(there, here) == {
+        "a.x": (1, 2),
+        "a.y.k": (1, 2),
+        "a.gone": (0, None),
+        "a.new": (None, 0),
+    }
+
+
+def test_harmless_changes_are_told_and_go_on(ended: Path, tmp_path: Path, tiny_data: Path) -> None:
+    options = [f"--checkpoint.resume={ended / STEP_2}", f"--logging.run_dir={tmp_path / 'run'}"]
+    options += ["--training.steps=3", "--optimizer.lr=0.002", "--parallel.tensor=2"]
+    for end in run_command("pretrain", ended / "config.toml", *options, ranks=2):
+        assert end.code == 0, end.output
+    log = (tmp_path / "run/logs/rank-0.log").read_text()
+    assert "changed since step-00000002: training.steps: 2 there, 3 here" in log
+    assert "changed since step-00000002: optimizer.lr: 0.001 there, 0.002 here" in log
+    assert "changed since step-00000002: parallel.tensor: 1 there, 2 here" in log
+    assert "logging.run_dir:" not in log
+    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [3]
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ("--model.rope_theta=500.0", "allow_model_change"),
+        ("--model.rms_norm_eps=1e-5", "allow_model_change"),
+        ("--data.seed=7", "allow_data_change"),
+    ],
+)
+def test_dangerous_changes_need_their_flag(
+    change: str, flag: str, ended: Path, tmp_path: Path
+) -> None:
+    options = [f"--checkpoint.resume={ended / STEP_2}", f"--logging.run_dir={tmp_path / 'run'}"]
+    options += ["--training.steps=3", change]
+    (end,) = run_command("pretrain", ended / "config.toml", *options)
+    assert end.code == 1
+    field = change.removeprefix("--").split("=")[0]
+    assert f"{field}: " in paragraph(end.output)
+    assert f"--checkpoint.{flag} true" in paragraph(end.output)
+    (told,) = run_command("pretrain", ended / "config.toml", *options, f"--checkpoint.{flag}=true")
+    assert told.code == 0, told.output
+    assert "WARNING" in (tmp_path / "run/logs/rank-0.log").read_text()
+
+
+def test_no_flag_fits_a_tensor_of_another_shape(ended: Path, tmp_path: Path) -> None:
+    options = [f"--checkpoint.resume={ended / STEP_2}", f"--logging.run_dir={tmp_path / 'run'}"]
+    options += ["--model.intermediate_size=128", "--checkpoint.allow_model_change=true"]
+    (end,) = run_command("pretrain", ended / "config.toml", *options, "--training.steps=3")
+    assert end.code == 1
+    assert "loading" in paragraph(end.output)
+    assert "feed_forward" in paragraph(end.output)
+
+
+@pytest.mark.parametrize("exported", [False, True], ids=["checkpoint", "exported"])
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(1, {}), (4, {"tensor": 2, "pipeline": 2}), (2, {"zero_stage": 3})],
+    ids=["one", "tensor2-pipeline2", "zero3"],
+)
+def test_a_new_run_begins_with_weights_alone(
+    ranks: int,
+    parallel: dict[str, Any],
+    exported: bool,
+    ended: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+) -> None:
+    source = ended / "run"
+    if exported:
+        source = tmp_path / "model"
+        export_checkpoint(ended / "run", source)
+    config = write_config(
+        tmp_path, tiny_data, parallel=parallel, training={"steps": 1, "seed": 99},
+        optimizer={"lr": 1e-30}, checkpoint={"load_weights_only": str(source)},
+    )  # fmt: skip
+    for end in run_command("pretrain", config, ranks=ranks):
+        assert end.code == 0, end.output
+    (metrics,) = read_metrics(tmp_path / "run")
+    assert metrics["samples"] == 4  # its own count
+    before = stored_tensors(ended / STEP_2)
+    after = stored_tensors(tmp_path / "run/checkpoints/step-00000001")
+    for name, tensor in after.items():
+        if name.startswith("weight."):  # so small a step changes none
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_weights_of_another_model_are_refused(ended: Path, tiny_data: Path, tmp_path: Path) -> None:
+    export_checkpoint(ended / "run", tmp_path / "model")
+    for source in (tmp_path / "model", ended / "run", tmp_path / "nowhere"):
+        config = write_config(
+            tmp_path, tiny_data, model={"intermediate_size": 128, "num_layers": 4},
+            checkpoint={"load_weights_only": str(source)},
+        )  # fmt: skip
+        (end,) = run_command("pretrain", config)
+        assert end.code == 1, end.output
+        said = paragraph(end.output)
+        assert ("nowhere" if source.name == "nowhere" else "feed_forward") in said
