@@ -4,6 +4,7 @@ A step folder is written as step-N.tmp and renamed when everything in it is on d
 named step-N is whole. `latest` is moved after the rename, old steps are removed after that.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ from typing import Any
 
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.manifest import FORMAT_VERSION, MANIFEST, file_entry, manifest_text
+
+log = logging.getLogger("transxssm")
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -55,10 +58,10 @@ def begin(folder: Path, step: int) -> Path:
 def remove_temporary(folder: Path) -> None:
     """Remove what interrupted or failed saves left; a step they had set aside comes back."""
     for leftover in folder.glob("step-*.tmp"):
-        shutil.rmtree(leftover)
+        _remove(leftover)
     for old in folder.glob("step-*.old"):
         if old.with_suffix("").exists():
-            shutil.rmtree(old)
+            _remove(old)
         else:
             old.rename(old.with_suffix(""))
 
@@ -96,7 +99,15 @@ def remove_old(folder: Path, newest: int, keep_last: int, keep_every: int) -> No
         if not keep_every or step % keep_every:
             path = step_folder(folder, step)
             path.rename(path.with_suffix(".tmp"))  # what is half removed has no step's name
-            shutil.rmtree(path.with_suffix(".tmp"))
+            _remove(path.with_suffix(".tmp"))
+
+
+def _remove(path: Path) -> None:
+    """What cannot be removed stays, with a warning: it is in nobody's way."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", path, error)
 
 
 def write_durably(path: Path, text: str) -> None:

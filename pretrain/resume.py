@@ -24,6 +24,7 @@ FREE_MODEL_FIELDS = {"chunk_size", "init_std"}
 ORDER_FIELDS = ("data.seed", "data.shuffle_window")
 FIXED_FIELDS = ("data.seq_len", "training.global_batch_size")
 # Where things lie and how a run is watched says nothing of what it computes.
+SHOWN = 4  # damaged files that a warning names
 QUIET_FIELDS = ("checkpoint.", "logging.")
 
 
@@ -92,7 +93,9 @@ def _fault(candidate: Path) -> str | None:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, damaged_files(candidate, manifest, names))
     faults = {name: what for share in found for name, what in share.items()}
-    return next((f"{candidate / name} {what}" for name, what in sorted(faults.items())), None)
+    listed = [f"{candidate / name} {what}" for name, what in sorted(faults.items())]
+    more = f"; and {len(listed) - SHOWN} files more" if len(listed) > SHOWN else ""
+    return "; ".join(listed[:SHOWN]) + more if listed else None
 
 
 def _manifest_or_fault(candidate: Path) -> tuple[dict[str, Any] | None, str]:

@@ -1,0 +1,21 @@
+"""A part of the campaign of benchmarks.checkpoint_faults."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.checkpoint_faults import Campaign, kinds, one_run
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
+    folder = tmp_path_factory.mktemp("campaign")
+    for parent in (folder, *folder.parents[:2]):
+        parent.chmod(0o755)  # one fault is met as another user
+    return Campaign(folder)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 6, 8, 9, 11, 13, 15, 17, 19])
+def test_a_run_goes_on_after_a_fault_in_its_save(campaign: Campaign, number: int) -> None:
+    result = one_run(campaign, 1000 + number, kinds(20)[number])
+    assert not result["bad"], result
