@@ -92,7 +92,7 @@ def kill_in_save(step: int, delay: float, victim: int | None) -> None:
             time.sleep(0.1)  # so that the window lies within the run
         return step_of(trainer, batches)
 
-    Trainer.save, Trainer.train_step = fatal, slow  # type: ignore[method-assign]
+    Trainer.save, Trainer.train_step = fatal, slow  # type: ignore[assignment,method-assign]
 
 
 def fail_in_save(step: int, what: str, victim: int, calls: int) -> None:
@@ -130,7 +130,7 @@ def fail_in_save(step: int, what: str, victim: int, calls: int) -> None:
             arm()
         save(trainer)
 
-    Trainer.save = fragile  # type: ignore[method-assign]
+    Trainer.save = fragile  # type: ignore[assignment,method-assign]
 
 
 def fill_disk(step: int, disk: str, free: int) -> None:
@@ -165,7 +165,7 @@ def _after_save(step: int, action: Callable[[], None], wait: bool) -> None:
                 trainer.saver.drain()
             action()
 
-    Trainer.save = then  # type: ignore[method-assign]
+    Trainer.save = then  # type: ignore[assignment,method-assign]
 
 
 # -- around them -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 BLOCK = 1 << 22
 DIGEST = "xxh64"
+SHOWN = 4  # files that a message names
 
 
 def file_entry(path: Path) -> dict[str, Any]:
@@ -72,13 +73,22 @@ def read_manifest(step_dir: Path) -> dict[str, Any]:
             f"{path} is of {named}, but lies in {step_dir.name}: the folder was renamed, or its "
             "manifest comes from another; use another checkpoint"
         )
+    faults = []
     for name, entry in manifest["files"].items():
         file = step_dir / name
         found = file.stat().st_size if file.exists() else None
         if found != entry["bytes"]:
             what = "is missing" if found is None else f"has {found} bytes, not {entry['bytes']}"
-            raise CheckpointError(f"{file} {what}; use another checkpoint than {step_dir.name}")
+            faults.append(f"{file} {what}")
+    if faults:
+        raise CheckpointError(f"{listed(faults)}; use another checkpoint than {step_dir.name}")
     return manifest
+
+
+def listed(faults: list[str]) -> str:
+    """Some faults in one sentence, and how many there are more."""
+    more = f"; and {len(faults) - SHOWN} files more" if len(faults) > SHOWN else ""
+    return "; ".join(faults[:SHOWN]) + more
 
 
 def damaged_files(

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from checkpoints_tools import folder as folders
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.exported_weights import is_exported, load_exported_weights
-from checkpoints_tools.manifest import damaged_files, read_manifest
+from checkpoints_tools.manifest import damaged_files, listed, read_manifest
 from checkpoints_tools.sharded import load_stored_weights
 from data_pipeline.blend import Blend
 from parallel.groups import from_rank_0
@@ -24,7 +24,6 @@ FREE_MODEL_FIELDS = {"chunk_size", "init_std"}
 ORDER_FIELDS = ("data.seed", "data.shuffle_window")
 FIXED_FIELDS = ("data.seq_len", "training.global_batch_size")
 # Where things lie and how a run is watched says nothing of what it computes.
-SHOWN = 4  # damaged files that a warning names
 QUIET_FIELDS = ("checkpoint.", "logging.")
 
 
@@ -93,9 +92,8 @@ def _fault(candidate: Path) -> str | None:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, damaged_files(candidate, manifest, names))
     faults = {name: what for share in found for name, what in share.items()}
-    listed = [f"{candidate / name} {what}" for name, what in sorted(faults.items())]
-    more = f"; and {len(listed) - SHOWN} files more" if len(listed) > SHOWN else ""
-    return "; ".join(listed[:SHOWN]) + more if listed else None
+    said = [f"{candidate / name} {what}" for name, what in sorted(faults.items())]
+    return listed(said) if said else None
 
 
 def _manifest_or_fault(candidate: Path) -> tuple[dict[str, Any] | None, str]:

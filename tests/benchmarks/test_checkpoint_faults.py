@@ -1,5 +1,7 @@
 """A part of the campaign of benchmarks.checkpoint_faults."""
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,11 +10,11 @@ from benchmarks.checkpoint_faults import Campaign, kinds, one_run
 
 
 @pytest.fixture(scope="module")
-def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
-    folder = tmp_path_factory.mktemp("campaign")
-    for parent in (folder, *folder.parents[:2]):
-        parent.chmod(0o755)  # one fault is met as another user
-    return Campaign(folder)
+def campaign() -> Iterator[Campaign]:
+    # not pytest's folder, which is its user's alone: one fault is met as another user
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Campaign(Path(name))
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 6, 8, 9, 11, 13, 15, 17, 19])
