@@ -328,7 +328,8 @@ def _planner(tensors: Tensors) -> SavePlanner:
 
 
 def _writer(folder: Path) -> FileSystemWriter:
-    writer = FileSystemWriter(folder)
+    # no copying ahead: that waits for the stream on which training computes
+    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(dist.get_rank() == 0)
     return writer
 
