@@ -16,9 +16,9 @@ tags:
 
 # TransXSSM, {parameters:,} parameters
 
-A causal language model of {layers} layers, {attention} of attention and {ssd} of state-space duality,
-that share one rotary position encoding. Weights are {dtype}, except for those that decide how fast
-states decay (`A_log`, `dt_bias`, `D`), which are float32.
+A causal language model of {layers} layers, {attention} of attention and {ssd} of state-space
+duality, that share one rotary position encoding. Weights are {dtype}, except for those that decide
+how fast states decay (`A_log`, `dt_bias`, `D`), which are float32.
 
 ## Where it comes from
 

@@ -191,7 +191,9 @@ class SafetensorsFolder:
             self.tensors[name] = tensor
             self._places[name] = _Place(path, 8 + length + begin)
         if 8 + length + end != size:
-            raise ValueError(f"{path.name} has {size} bytes, its header speaks of {8 + length + end}")
+            raise ValueError(
+                f"{path.name} has {size} bytes, its header speaks of {8 + length + end}"
+            )
 
     def blocks(self, name: str) -> Iterator[tuple[range, Tensor]]:
         """The rows of a tensor in order, in blocks of the dtype it is stored in."""
@@ -203,6 +205,9 @@ class SafetensorsFolder:
                 content = bytearray(len(rows) * row_bytes)
                 if file.readinto(content) != len(content):
                     raise CheckpointError(f"{place.file} ends inside {name}; copy it again")
-                yield rows, torch.frombuffer(content, dtype=tensor.dtype).view(
-                    len(rows), *tensor.shape[1:]
+                yield (
+                    rows,
+                    torch.frombuffer(content, dtype=tensor.dtype).view(
+                        len(rows), *tensor.shape[1:]
+                    ),
                 )

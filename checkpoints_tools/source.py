@@ -12,7 +12,6 @@ from checkpoints_tools.manifest import damaged_files, read_manifest
 from checkpoints_tools.single_gpu import ModelError, TransXSSM, TransXSSMConfig
 from checkpoints_tools.stored import KINDS, StoredTensors
 
-
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,7 +56,9 @@ def differing_tensors(stored: StoredTensors, shapes: dict[str, tuple[int, ...]])
     for name, shape in wanted.items():
         if name in found and (found[name].shape, found[name].dtype) != (shape, torch.float32):
             kind = str(found[name].dtype).removeprefix("torch.")
-            problems.append(f"{name} is {kind} {list(found[name].shape)}, not float32 {list(shape)}")
+            problems.append(
+                f"{name} is {kind} {list(found[name].shape)}, not float32 {list(shape)}"
+            )
     return problems
 
 

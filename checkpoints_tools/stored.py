@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -56,9 +57,9 @@ class StoredTensor:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def row_blocks(rows: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[range]:
-    """Consecutive ranges of rows of at most `block_bytes` (or of one row) each."""
-    step = max(1, block_bytes // max(1, row_bytes))
+def row_blocks(rows: int, row_bytes: int) -> Iterator[range]:
+    """Consecutive ranges of rows of at most BLOCK_BYTES (or of one row) each."""
+    step = max(1, BLOCK_BYTES // max(1, row_bytes))
     for first in range(0, rows, step):
         yield range(first, min(first + step, rows))
 
@@ -100,7 +101,10 @@ class StoredTensors:
                 continue
             part = self._read(tensor, piece, range(first - begin, end - begin))
             columns = zip(piece.offsets[1:], piece.sizes[1:], strict=True)
-            box = (slice(first - rows.start, end - rows.start), *(slice(o, o + s) for o, s in columns))
+            box = (
+                slice(first - rows.start, end - rows.start),
+                *(slice(o, o + s) for o, s in columns),
+            )
             out[box] = part
         return out
 
@@ -112,8 +116,9 @@ class StoredTensors:
                 found = self._slice(tensor, piece, rows)
         except Exception as error:  # damaged bytes make torch.load raise nearly anything
             raise CheckpointError(
-                f"{self.step_dir / piece.file}: {tensor.name} cannot be read ({_first_line(error)}); "
-                "`transxssm checkpoint verify --deep` tells which files are damaged"
+                f"{self.step_dir / piece.file}: {tensor.name} cannot be read "
+                f"({_first_line(error)}); `transxssm checkpoint verify --deep` tells which files "
+                "are damaged"
             ) from error
         wanted = (len(rows), *piece.sizes[1:])
         if tuple(found.shape) != wanted or found.dtype != tensor.dtype:
@@ -134,9 +139,8 @@ class StoredTensors:
     def _slice(self, tensor: StoredTensor, piece: Piece, rows: range) -> Tensor:
         with (self.step_dir / piece.file).open("rb") as file:
             with FakeTensorMode():  # reads the header alone
-                header = torch.load(
-                    _create_file_view(file, piece.at, piece.length), weights_only=True
-                )
+                view = cast(IO[bytes], _create_file_view(file, piece.at, piece.length))
+                header = torch.load(view, weights_only=True)
             if tuple(header.shape) != piece.sizes or not header.is_contiguous():
                 return self._whole(piece)[rows.start : rows.stop]
             row_bytes = prod(piece.sizes[1:]) * tensor.dtype.itemsize

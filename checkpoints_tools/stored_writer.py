@@ -26,11 +26,10 @@ from checkpoints_tools.stored import KINDS, METADATA, row_blocks
 
 FILE = "__0_0.distcp"
 Blocks = Iterator[tuple[range, Tensor]]
+Reader = Callable[[str], Blocks]
 
 
-def write_untrained_state(
-    step_dir: Path, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Blocks]
-) -> None:
+def write_untrained_state(step_dir: Path, shapes: dict[str, tuple[int, ...]], read: Reader) -> None:
     """Write float32 weights and moments that are zero.
 
     shapes: of every parameter by name; read: its rows in order, in blocks. Raises OSError.
