@@ -207,13 +207,18 @@ def compare_outputs(
     # what rounding does to the layers adds up as independent errors do
     deep = bound if bound == SAME_WEIGHTS else bound * math.sqrt(len(trace.hidden))
     outputs = _outputs_for(list(model.model.layers), trace.hidden, lambda: model(ids))
-    pairs = {"embedding": (model.model.word_embed(ids)[0], trace.hidden[0])}
+    worst = {"embedding": worst_difference(model.model.word_embed(ids)[0], trace.hidden[0])}
     for number, output in enumerate(outputs):
         kind = "attention" if model.config.is_attention(number) else "ssd"
-        pairs[f"layer {number} ({kind})"] = (output, trace.hidden[number + 1])
-    pairs["final norm"] = (model.model.final_layernorm(trace.hidden[-1]), trace.final)
-    pairs["head"] = (model.logits(trace.final), trace.logits)
-    found = [Difference(n, weights, worst_difference(*pair), bound) for n, pair in pairs.items()]
+        before, expected = trace.hidden[number : number + 2]
+        # a layer adds little to what passes by it, and is measured by that little; with other
+        # weights, what passes by differs as well
+        unit = expected - before if bound == SAME_WEIGHTS else expected
+        worst[f"layer {number} ({kind})"] = worst_difference(output, expected, unit)
+    normalised = model.model.final_layernorm(trace.hidden[-1])
+    worst["final norm"] = worst_difference(normalised, trace.final)
+    worst["head"] = worst_difference(model.logits(trace.final), trace.logits)
+    found = [Difference(what, weights, value, bound) for what, value in worst.items()]
     whole = worst_difference(model(ids)[0], trace.logits)
     return [*found, Difference("logits, end to end", weights, whole, deep)]
 
@@ -240,11 +245,16 @@ def _outputs_for(
     return outputs
 
 
-def worst_difference(found: Tensor, expected: Tensor) -> float:
-    """Largest |found - expected| / |expected| of a token, in the Euclidean norm of its vector.
+def worst_difference(found: Tensor, expected: Tensor, unit: Tensor | None = None) -> float:
+    """Largest |found - expected| / |unit| of a token, in the Euclidean norm of its vector.
 
-    Both [L, n]. NaN where one is not finite.
+    All [L, n]. unit: [expected]; counts as at least a tenth of `expected`, which is rounded to
+    float32 in any case, and as at least the median token's, for what cancels to nearly nothing in
+    one of them. NaN where something is not finite.
     """
     found, expected = found.double(), expected.double()
-    ratio = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
+    size = (expected if unit is None else unit).double().norm(dim=-1)
+    size = torch.maximum(size, expected.norm(dim=-1) * 0.1)
+    size = torch.maximum(size, size.median()).clamp(min=1e-30)
+    ratio = (found - expected).norm(dim=-1) / size
     return float(ratio.max()) if bool(ratio.isfinite().all()) else math.nan

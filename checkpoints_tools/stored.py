@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from checkpoints_tools.errors import CheckpointError
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 8 << 20
 METADATA = ".metadata"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
@@ -74,6 +74,7 @@ class StoredTensors:
     def __init__(self, step_dir: Path) -> None:
         self.step_dir = step_dir
         self.tensors = _described(step_dir)
+        self._places: dict[Piece, int | None] = {}
 
     def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Shapes of the weights (or moments), by parameter name."""
@@ -110,10 +111,11 @@ class StoredTensors:
 
     def _read(self, tensor: StoredTensor, piece: Piece, rows: range) -> Tensor:
         try:
-            if piece.length <= BLOCK_BYTES:
+            place = self._place(tensor, piece) if piece.length > BLOCK_BYTES else None
+            if place is None:
                 found = self._whole(piece)[rows.start : rows.stop]
             else:
-                found = self._slice(tensor, piece, rows)
+                found = self._slice(tensor, piece, place, rows)
         except Exception as error:  # damaged bytes make torch.load raise nearly anything
             raise CheckpointError(
                 f"{self.step_dir / piece.file}: {tensor.name} cannot be read "
@@ -136,21 +138,27 @@ class StoredTensors:
         whole: Tensor = torch.load(content, map_location="cpu", weights_only=True)
         return whole
 
-    def _slice(self, tensor: StoredTensor, piece: Piece, rows: range) -> Tensor:
-        with (self.step_dir / piece.file).open("rb") as file:
-            with FakeTensorMode():  # reads the header alone
+    def _place(self, tensor: StoredTensor, piece: Piece) -> int | None:
+        """Where in its file the values of a piece begin, in order; None when they have another."""
+        if piece not in self._places:
+            with (self.step_dir / piece.file).open("rb") as file, FakeTensorMode():
                 view = cast(IO[bytes], _create_file_view(file, piece.at, piece.length))
-                header = torch.load(view, weights_only=True)
-            if tuple(header.shape) != piece.sizes or not header.is_contiguous():
-                return self._whole(piece)[rows.start : rows.stop]
-            row_bytes = prod(piece.sizes[1:]) * tensor.dtype.itemsize
-            place = header.untyped_storage()._checkpoint_offset
-            place += header.storage_offset() * tensor.dtype.itemsize + rows.start * row_bytes
-            content = bytearray(len(rows) * row_bytes)
-            file.seek(piece.at + place)
+                header = torch.load(view, weights_only=True)  # reads no values
+            place = piece.at + header.untyped_storage()._checkpoint_offset
+            place += header.storage_offset() * header.dtype.itemsize
+            expected = (header.shape, header.dtype) == (piece.sizes, tensor.dtype)
+            in_order = expected and header.is_contiguous()
+            self._places[piece] = place if in_order else None
+        return self._places[piece]
+
+    def _slice(self, tensor: StoredTensor, piece: Piece, place: int, rows: range) -> Tensor:
+        row_bytes = prod(piece.sizes[1:]) * tensor.dtype.itemsize
+        content = bytearray(len(rows) * row_bytes)
+        with (self.step_dir / piece.file).open("rb") as file:
+            file.seek(place + rows.start * row_bytes)
             if file.readinto(content) != len(content):
                 raise EOFError("the file ends too early")
-        return torch.frombuffer(content, dtype=header.dtype).view(len(rows), *piece.sizes[1:])
+        return torch.frombuffer(content, dtype=tensor.dtype).view(len(rows), *piece.sizes[1:])
 
 
 def _first_line(error: BaseException) -> str:
