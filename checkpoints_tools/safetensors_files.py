@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.errors import CheckpointError
-from checkpoints_tools.stored import row_blocks
+from checkpoints_tools.stored import give_memory_back, read_into, row_blocks
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -136,6 +136,7 @@ class SafetensorsFolder:
     """
 
     def __init__(self, folder: Path) -> None:
+        give_memory_back()
         self.folder = folder
         self.tensors: dict[str, Planned] = {}
         self._places: dict[str, _Place] = {}
@@ -202,12 +203,11 @@ class SafetensorsFolder:
         with place.file.open("rb") as file:
             file.seek(place.at)
             for rows in row_blocks(tensor.shape[0], row_bytes):
-                content = bytearray(len(rows) * row_bytes)
-                if file.readinto(content) != len(content):
-                    raise CheckpointError(f"{place.file} ends inside {name}; copy it again")
-                yield (
-                    rows,
-                    torch.frombuffer(content, dtype=tensor.dtype).view(
-                        len(rows), *tensor.shape[1:]
-                    ),
-                )
+                block = torch.empty((len(rows), *tensor.shape[1:]), dtype=tensor.dtype)
+                try:
+                    read_into(file, block)
+                except EOFError as error:
+                    raise CheckpointError(
+                        f"{place.file}: {name}: {error}; copy it again"
+                    ) from error
+                yield rows, block

@@ -2,7 +2,11 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -306,3 +310,39 @@ def test_text_for_comparing_falls_back_to_python(trained: Path, tmp_path: Path) 
     assert where.endswith(("LICENSE.txt", ".py"))
     assert max(ids) < 300
     assert StoredTensors(step_dir).shapes("weight")["model.word_embed.weight"] == (301, 32)
+
+
+def test_no_engine_is_imported_without_comparing(trained: Path, tmp_path: Path) -> None:
+    program = f"""
+import sys
+from checkpoints_tools.averaging import average_checkpoints
+from checkpoints_tools.export import export_checkpoint
+from checkpoints_tools.importing import import_model
+from pathlib import Path
+out = Path({str(tmp_path)!r})
+export_checkpoint(Path({str(trained / "run")!r}), out / "model")
+import_model(out / "model", out / "imported", {{}})
+assert not [m for m in sys.modules if m.partition(".")[0] in ("megatron", "deepspeed")]
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def killed_while_writing() -> None:
+    def card(*_: Any) -> str:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return ""
+
+    export.model_card = card
+
+
+def test_kill_leaves_nothing_at_the_name_and_the_next_try_works(
+    trained: Path, tmp_path: Path
+) -> None:
+    words = ["checkpoint", "export", trained / "run", tmp_path / "model", "--no-verify"]
+    (end,) = run_command(*words, before=killed_while_writing)
+    assert end.code == -signal.SIGKILL
+    assert not (tmp_path / "model").exists()
+    (end,) = run_command(*words)
+    assert end.code == 0, end.output
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
