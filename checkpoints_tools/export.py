@@ -145,7 +145,7 @@ def _check_room(temporary: Path, out: Path, files: dict[str, list[Planned]]) -> 
     free = shutil.disk_usage(temporary).free
     if free < needed:
         raise CheckpointError(
-            f"writing {out} needs {needed / 2**30:,.2f} GiB, {free / 2**30:,.2f} GiB are free "
+            f"writing {out} needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free "
             "there; free space, or choose another folder"
         )
 

@@ -59,7 +59,7 @@ def _check_room(out: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     needed = 4 * len(KINDS) * sum(prod(shape) for shape in shapes.values())
     if (free := shutil.disk_usage(out).free) < needed:
         raise CheckpointError(
-            f"writing {out} needs {needed / 2**30:,.2f} GiB, {free / 2**30:,.2f} GiB are free "
+            f"writing {out} needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free "
             "there; free space, or choose another folder"
         )
 
