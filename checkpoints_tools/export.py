@@ -1,105 +1,166 @@
-"""From a sharded checkpoint to a single-GPU folder: config.json, model.safetensors, tokenizer.
+"""From a sharded checkpoint to a single-GPU folder: safetensors, config.json, tokenizer, card.
 
-One process, no GPU, neither DeepSpeed nor Megatron-core: the stored tensors are already global.
+One process, no GPU, neither DeepSpeed nor Megatron-core. Tensors pass through a block of rows at a
+time, so memory does not grow with the model. Everything is written to OUT.tmp, which is renamed
+when it is whole: a failure leaves nothing at OUT.
 """
 
+import os
 import shutil
+from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch import Tensor
 
-from checkpoints_tools import folder as folders
 from checkpoints_tools.errors import CheckpointError
-from checkpoints_tools.manifest import read_manifest
-from checkpoints_tools.single_gpu import TransXSSM, TransXSSMConfig
+from checkpoints_tools.model_card import model_card
+from checkpoints_tools.safetensors_files import Planned, plan_files, write_files
+from checkpoints_tools.single_gpu import FLOAT32_PARAMETERS, TransXSSMConfig
+from checkpoints_tools.source import EXPORT_DTYPES, Source, open_source, single_gpu_config
 
-EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PREFIX = "weight."
+MAX_SHARD_BYTES = 5 * 10**9
 
 
-def export_checkpoint(step_dir: Path, out: Path, dtype: str = "fp32") -> int:
+def export_checkpoint(
+    step_dir: Path,
+    out: Path,
+    dtype: str = "fp32",
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    checksums: bool = True,
+    check: Callable[[Path], None] | None = None,
+) -> int:
     """Write the float32 weights of a checkpoint as a single-GPU model; returns the parameter count.
 
+    max_shard_bytes: of a safetensors file; a larger tensor gets a file of its own. checksums: read
+    every file of the checkpoint first and compare it with the manifest. check: called with the
+    finished folder before it is given its name; what it raises keeps that from happening.
+
     Raises CheckpointError when the checkpoint is unsound, when its tensors are not exactly those of
-    the model it says it is, or when `out` exists.
+    the model it says it is, when a value does not fit `dtype`, when `out` exists or cannot be
+    written.
     """
-    step_dir = folders.resolve(step_dir)
-    state = read_manifest(step_dir)
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise CheckpointError(f"{out} exists; name a new folder for the exported model")
-    config = single_gpu_config(state, dtype)
-    weights = _read_weights(step_dir, config)
-    target = EXPORT_DTYPES[dtype]
+    source = open_source(step_dir, checksums=checksums)
+    config = single_gpu_config(source.manifest, dtype)
+    files = plan_files(planned_tensors(source.shapes, EXPORT_DTYPES[dtype]), max_shard_bytes)
+    num_parameters = sum(prod(shape) for shape in source.shapes.values())
     temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        save_file(
-            {name: weight.to(target) for name, weight in weights.items()},
-            temporary / "model.safetensors",
-            metadata={"format": "pt"},
-        )
-        (temporary / "config.json").write_text(config.to_json())
-        shutil.copyfile(step_dir / "tokenizer.json", temporary / "tokenizer.json")
-        temporary.rename(out)
-    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"writing {out} failed: {error}") from error
-    return sum(weight.numel() for weight in weights.values())
+        temporary.mkdir(parents=True)
+        _check_room(temporary, out, files)
+        converted = Conversion(source)
+        write_files(temporary, files, converted.blocks)
+        converted.refuse_problems(dtype)
+        # -- the files beside the weights: one call
+        write_model_files(temporary, config, source.step_dir / "tokenizer.json")
+        card = model_card(source, config, num_parameters, sorted(files))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        if check is not None:
+            check(temporary)
+        _sync(temporary)
+        temporary.rename(out)
+        _sync_folder(out.parent)
+    except OSError as error:
+        raise CheckpointError(f"writing {out} failed: {error}; nothing is left there") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return num_parameters
 
 
-def single_gpu_config(state: dict[str, Any], dtype: str) -> TransXSSMConfig:
-    """The [model] section of a checkpoint under the field names of Hugging Face configurations."""
-    model = state["config"]["model"]
-    return TransXSSMConfig(
-        vocab_size=model["vocab_size"],
-        hidden_size=model["hidden_size"],
-        intermediate_size=model["intermediate_size"],
-        num_hidden_layers=model["num_layers"],
-        num_attention_heads=model["num_heads"],
-        num_key_value_heads=model["num_kv_heads"],
-        head_dim=model["head_dim"],
-        state_dim=model["state_dim"],
-        ssd_groups=model["ssd_groups"],
-        ssd_chunk_size=model["chunk_size"],
-        ssd_skip=model["ssd_skip"],
-        ssd_conv_width=model["ssd_conv_width"],
-        attn_layer_period=model["attn_layer_period"],
-        attn_layer_offset=model["attn_layer_offset"],
-        rope=model["rope"],
-        rope_theta=model["rope_theta"],
-        rope_scaling=model["rope_scaling"] or None,
-        rms_norm_eps=model["rms_norm_eps"],
-        tie_word_embeddings=model["tie_word_embeddings"],
-        max_position_embeddings=model["max_position_embeddings"],
-        bos_token_id=state["eod_id"],
-        eos_token_id=state["eod_id"],
-        pad_token_id=state["pad_id"],
-        dtype=str(EXPORT_DTYPES[dtype]).removeprefix("torch."),
-    )
+def planned_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> list[Planned]:
+    """What an export holds: `dtype`, but float32 for what the model keeps in float32."""
+    return [Planned(name, shape, stored_dtype(name, dtype)) for name, shape in shapes.items()]
 
 
-def _read_weights(step_dir: Path, config: TransXSSMConfig) -> dict[str, torch.Tensor]:
-    """Every weight of the model, whole, float32; exactly those the model has."""
-    reader = FileSystemReader(step_dir)
-    stored = {
-        name.removeprefix(PREFIX): tuple(entry.size)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(PREFIX) and isinstance(entry, TensorStorageMetadata)
-    }
-    with torch.device("meta"):
-        wanted = {name: tuple(p.shape) for name, p in TransXSSM(config).named_parameters()}
-    if stored != wanted:
-        different = sorted(set(stored.items()) ^ set(wanted.items()))
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Of a parameter in an export of `dtype`."""
+    return torch.float32 if name.rsplit(".", 1)[-1] in FLOAT32_PARAMETERS else dtype
+
+
+def write_model_files(folder: Path, config: TransXSSMConfig, tokenizer_json: Path) -> None:
+    """config.json and the tokenizer, into a folder that has its weights. Raises OSError."""
+    (folder / "config.json").write_text(config.to_json())
+    shutil.copyfile(tokenizer_json, folder / "tokenizer.json")
+
+
+class Conversion:
+    """Weights of a checkpoint in the dtypes of an export, and what went wrong with them."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.read: set[str] = set()
+        self.overflowing: dict[str, float] = {}
+        self.not_finite: list[str] = []
+
+    def blocks(self, tensor: Planned) -> Iterator[Tensor]:
+        """The rows of a weight, once; raises CheckpointError when it was asked for before."""
+        if tensor.name in self.read:
+            raise CheckpointError(f"{tensor.name} would be written twice")
+        self.read.add(tensor.name)
+        for _, block in self.source.stored.blocks(f"weight.{tensor.name}"):
+            converted = block.to(tensor.dtype)
+            if not converted.isfinite().all():
+                self._note(tensor.name, block)
+            yield converted
+
+    def _note(self, name: str, block: Tensor) -> None:
+        if not block.isfinite().all():
+            if name not in self.not_finite:
+                self.not_finite.append(name)
+            return
+        largest = float(block.abs().max())
+        self.overflowing[name] = max(largest, self.overflowing.get(name, 0.0))
+
+    def refuse_problems(self, dtype: str) -> None:
+        """Raise CheckpointError when a weight was not read, is not finite, or does not fit."""
+        if left := [name for name in self.source.shapes if name not in self.read]:
+            raise CheckpointError(f"{_some(left)} would not be written")
+        if self.not_finite:
+            raise CheckpointError(
+                f"{self.source.step_dir}: NaN or infinity in {_some(self.not_finite)}; use an "
+                "earlier checkpoint"
+            )
+        if self.overflowing:
+            limit = torch.finfo(EXPORT_DTYPES[dtype]).max
+            names = [f"{name} (up to {value:.4g})" for name, value in self.overflowing.items()]
+            raise CheckpointError(
+                f"{self.source.step_dir}: {dtype} ends at {limit:.4g}, and these do not fit: "
+                f"{_some(names)}; export with --dtype bf16 or fp32"
+            )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
+
+
+def _check_room(temporary: Path, out: Path, files: dict[str, list[Planned]]) -> None:
+    """Refuse at once what the disk cannot hold."""
+    needed = sum(t.num_bytes for tensors in files.values() for t in tensors)
+    free = shutil.disk_usage(temporary).free
+    if free < needed:
         raise CheckpointError(
-            f"{step_dir} does not hold the model its manifest.json describes: "
-            f"{len(different)} tensors differ, first {different[:2]}"
+            f"writing {out} needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free "
+            "there; free space, or choose another folder"
         )
-    tensors = {PREFIX + name: torch.empty(shape) for name, shape in wanted.items()}
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _sync(folder: Path) -> None:
+    """All files of a folder, and the folder, on disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 
+from pretrain.checkpoint_cli import checkpoint_app
 from pretrain.console import whole_console
 
 app = typer.Typer(
@@ -30,7 +31,6 @@ tokenizer_app = typer.Typer(
     help="Train or inspect a byte-level BPE tokenizer.", no_args_is_help=True
 )
 data_app = typer.Typer(help="Look into prepared shards.", no_args_is_help=True)
-checkpoint_app = typer.Typer(help="List and export checkpoints.", no_args_is_help=True)
 kernels_app = typer.Typer(help="Audit, time and tune the Triton kernels.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
@@ -300,35 +300,6 @@ def data_verify(
 
     verify_dataset(folder)
     print(f"{folder}: every shard is sound")
-
-
-@checkpoint_app.command("list")
-def checkpoint_list(folder: Path) -> None:
-    """List the committed checkpoints of a run or a checkpoints folder."""
-    from checkpoints_tools.folder import committed_steps, resolve, step_folder
-    from checkpoints_tools.manifest import read_manifest
-
-    folder = resolve(folder).parent
-    table = Table("step", "tokens", "processes", "MiB", Column("folder", overflow="fold"))
-    for step in committed_steps(folder):
-        path = step_folder(folder, step)
-        state = read_manifest(path)
-        mebibytes = sum(entry["bytes"] for entry in state["files"].values()) / 2**20
-        row = (f"{step:,}", f"{state['tokens']:,}", str(state["world_size"]), f"{mebibytes:,.1f}")
-        table.add_row(*row, str(path))
-    whole_console().print(table)
-
-
-@checkpoint_app.command("export")
-def checkpoint_export(
-    step_dir: Annotated[Path, typer.Argument(help="step-* folder, or a run (its latest).")],
-    out: Annotated[Path, typer.Argument(help="New folder for the model.")],
-    dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option()] = "fp32",
-) -> None:
-    """Write a single-GPU model: config.json, model.safetensors, tokenizer.json."""
-    from checkpoints_tools.export import export_checkpoint
-
-    print(f"{out}: {export_checkpoint(step_dir, out, dtype):,} parameters, {dtype}")
 
 
 @app.command()

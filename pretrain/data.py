@@ -1,9 +1,7 @@
-"""What a run reads: its sources and validation sets, opened, and its batches, step by step."""
+"""What a run reads, step by step, and what it should be warned of."""
 
 import logging
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,71 +9,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from data_pipeline.batch import Batch
-from data_pipeline.blend import Blend, Stage
-from data_pipeline.dataset import PackedDataset
+from data_pipeline.blend import Blend
 from data_pipeline.errors import BadShardError, DataError
 from data_pipeline.loader import BatchLoader, BatchSize
-from data_pipeline.storage import Cache, default_cache_dir
 from pretrain.config import Config
+from pretrain.sources import keep_tokenizer as keep_tokenizer
+from pretrain.sources import open_blend as open_blend
+from pretrain.sources import open_data as open_data
 
 log = logging.getLogger("transxssm")
-
-
-def open_data(config: Config) -> tuple[Blend, dict[str, PackedDataset]]:
-    """Training sources and validation sets, checked against the configuration and each other.
-
-    Raises DataError.
-    """
-    data = open_blend(config)
-    data.sources[0].tokenizer()  # missing? now rather than at the first save
-    validation = {
-        name: PackedDataset(
-            location,
-            seq_len=config.data.seq_len,
-            tokenizer_hash=data.meta.tokenizer_hash,
-            cache=_cache(config),
-        )
-        for name, location in config.data.validation_sets.items()
-    }
-    return data, validation
-
-
-def open_blend(config: Config) -> Blend:
-    """The training sources by their weights. Raises DataError."""
-    data = config.data
-    listed = [(source.path, source.seq_len or data.seq_len) for source in data.sources]
-    sources = [
-        PackedDataset(
-            path, seq_len=seq_len, vocab_size=config.model.vocab_size, cache=_cache(config)
-        )
-        for path, seq_len in listed or [(data.train, data.seq_len)]
-    ]
-    return Blend(
-        sources,
-        seed=data.seed,
-        names=[source.name for source in data.sources] or ["train"],
-        stages=[Stage(phase.first_sample, phase.weights) for phase in config.phases],
-        window_tokens=data.shuffle_window,
-    )
-
-
-def _cache(config: Config) -> Cache:
-    data = config.data
-    return Cache(
-        Path(data.cache_dir) if data.cache_dir else default_cache_dir(),
-        int(data.cache_gib * 2**30),
-        data.download_attempts,
-        data.download_timeout,
-    )
-
-
-def keep_tokenizer(data: Blend, run_dir: Path) -> Path:
-    """The data's tokenizer.json in the run directory, from where checkpoints take it."""
-    path = run_dir / "tokenizer.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data.sources[0].tokenizer())
-    os.replace(temporary, path)
-    return path
 
 
 def warn_of_epochs(config: Config, data: Blend) -> None:

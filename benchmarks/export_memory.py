@@ -1,0 +1,184 @@
+"""Memory of exporting, importing and averaging: it must not grow with the model.
+
+    python -m benchmarks.export_memory [--quick] [--folder FOLDER]
+
+Makes a checkpoint of 2.4 GB of weights (--quick: 0.6 GB), as one rank would write it: every tensor
+in one piece, an embedding of 1 GB among them. Each command runs in a process of its own; its peak
+resident memory above what the interpreter holds after its imports is to stay below 1 GB, and below
+the size of the weights. Exported files are read back with the safetensors library and compared.
+
+Exits with 1 when a bound is missed or a value is wrong.
+"""
+
+import argparse
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from checkpoints_tools import folder as folders
+from checkpoints_tools.source import parameter_shapes, single_gpu_config
+from checkpoints_tools.stored import KINDS
+from parallel.config import ModelConfig
+
+BOUND = 10**9
+FILE, TOKENIZER = "__0_0.distcp", b"{}"
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {"vocab_size": 131072, "hidden_size": 2048, "intermediate_size": 6144, "num_layers": 6},
+    "quick": {"vocab_size": 65536, "hidden_size": 1024, "intermediate_size": 4096, "num_layers": 5},
+}
+# what each process runs: (folder of the checkpoint, folder of results)
+COMMANDS = {
+    "export fp32": "export_checkpoint(a, out / 'fp32')",
+    "export bf16, files of 500 MB": (
+        "export_checkpoint(a, out / 'bf16', 'bf16', max_shard_bytes=500_000_000)"
+    ),
+    "import fp32": "import_model(out / 'fp32', out / 'imported', {})",
+    "average": "average_checkpoints([a, out / 'imported'], out / 'average')",
+}
+PROGRAM = """
+import json, sys, time
+from pathlib import Path
+from checkpoints_tools.averaging import average_checkpoints
+from checkpoints_tools.export import export_checkpoint
+from checkpoints_tools.importing import import_model
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+a, out = Path(sys.argv[1]), Path(sys.argv[2])
+Path("/proc/self/clear_refs").write_text("5")
+before, begin = resident("VmRSS"), time.perf_counter()
+COMMAND
+seconds = time.perf_counter() - begin
+print(json.dumps({"before": before, "peak": resident("VmHWM"), "seconds": seconds}))
+"""
+
+
+def make_checkpoint(folder: Path, size: dict[str, Any]) -> int:
+    """FOLDER/step-00000001 of random weights, each in one piece; bytes of the weights."""
+    sizes: dict[str, Any] = {
+        "num_heads": 16,
+        "num_kv_heads": 8,
+        "head_dim": size["hidden_size"] // 16,
+    }
+    model = ModelConfig(**size, **sizes, ssd_groups=4, attn_layer_period=3, attn_layer_offset=2)
+    state = {
+        "tokens": 0, "samples": 0, "skipped_shards": [], "adam_step": 0, "world_size": 1,
+        "config": {"model": model.model_dump(mode="json")}, "data_fingerprint": "",
+        "tokenizer_hash": hashlib.sha256(TOKENIZER).hexdigest(), "eod_id": 0, "pad_id": 1,
+        "git_revision": "",
+    }  # fmt: skip
+    shapes = parameter_shapes(single_gpu_config(state, "fp32"))
+    temporary = folders.begin(folder, 1)
+    (temporary / "tokenizer.json").write_bytes(TOKENIZER)
+    random = torch.Generator().manual_seed(1)
+    metadata = Metadata({}, storage_data={}, version=CURRENT_DCP_VERSION)
+    with (temporary / FILE).open("wb") as file:
+        for kind in KINDS:
+            for name, shape in shapes.items():
+                whole = torch.zeros(1).expand(shape)  # moments: a single stored value
+                if kind == "weight":
+                    whole = torch.rand(shape, generator=random)
+                offsets, at = torch.Size([0] * len(shape)), file.tell()
+                torch.save(whole, file)
+                metadata.state_dict_metadata[f"{kind}.{name}"] = TensorStorageMetadata(
+                    TensorProperties(dtype=torch.float32),
+                    torch.Size(shape),
+                    [ChunkStorageMetadata(offsets, torch.Size(shape))],
+                )
+                index = MetadataIndex(f"{kind}.{name}", offsets)
+                metadata.storage_data[index] = _StorageInfo(FILE, at, file.tell() - at)
+    (temporary / ".metadata").write_bytes(pickle.dumps(metadata))
+    folders.commit(folder, 1, state)
+    return 4 * sum(prod(shape) for shape in shapes.values())
+
+
+def measure(command: str, checkpoint: Path, out: Path) -> dict[str, Any]:
+    """Peak and baseline of resident memory in bytes, and seconds, of a process of its own."""
+    program = PROGRAM.replace("COMMAND", command)
+    words = [sys.executable, "-c", program, str(checkpoint), str(out)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{command} failed: {done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def wrong_values(checkpoint: Path, model: Path, dtype: torch.dtype) -> list[str]:
+    """Names of exported tensors that are not the checkpoint's, read by the library."""
+    from checkpoints_tools.export import stored_dtype
+    from checkpoints_tools.stored import StoredTensors
+
+    stored = StoredTensors(folders.resolve(checkpoint))
+    left, wrong = set(stored.shapes("weight")), []
+    for path in sorted(model.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a mapping)
+                left.discard(name)
+                part = file.get_slice(name)
+                target = stored_dtype(name, dtype)
+                for rows, block in stored.blocks(f"weight.{name}"):
+                    if not torch.equal(part[rows.start : rows.stop], block.to(target)):
+                        wrong.append(name)
+    return wrong + sorted(left)
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table; the exit code."""
+    parser = argparse.ArgumentParser("python -m benchmarks.export_memory")
+    parser.add_argument("--quick", action="store_true", help="0.6 GB of weights")
+    parser.add_argument("--folder", help="where there is room for 20 GB [the temporary folder]")
+    options = parser.parse_args(arguments)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        begin = time.perf_counter()
+        size = make_checkpoint(folder / "a", SIZES["quick" if options.quick else "full"])
+        console.print(f"made {size / 1e9:.2f} GB of weights in {time.perf_counter() - begin:.0f} s")
+        bound = min(BOUND, size)
+        table = Table("command", "before MB", "peak MB", "above MB", "seconds", "MB/s of weights")
+        above = {}
+        for what, command in COMMANDS.items():
+            found = measure(command, folder / "a", folder)
+            above[what] = found["peak"] - found["before"]
+            numbers = (found["before"], found["peak"], above[what])
+            rate = f"{size / found['seconds'] / 1e6:,.0f}"
+            cells = [f"{n / 1e6:,.0f}" for n in numbers]
+            table.add_row(what, *cells, f"{found['seconds']:.1f}", rate)
+        wrong = wrong_values(folder / "a", folder / "fp32", torch.float32)
+        wrong += wrong_values(folder / "a", folder / "bf16", torch.bfloat16)
+    console.print(table)
+    if wrong:
+        console.print(f"wrong values in {', '.join(wrong[:8])}")
+    worst = max(above.values())
+    missed = worst > bound or bool(wrong)
+    console.print(
+        f"{size / 1e9:.2f} GB of weights: at most {worst / 1e6:,.0f} MB above the interpreter, "
+        f"bound {bound / 1e6:,.0f} MB: {'MISSED' if missed else 'met'}"
+    )
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,163 @@
+"""From a single-GPU folder to a sharded checkpoint at step 0 that a run can start from.
+
+One process, a block of rows at a time, without Megatron-core. Weights of any dtype are exact in
+float32, so that exporting again gives the same bytes.
+"""
+
+import hashlib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from checkpoints_tools.errors import CheckpointError
+from checkpoints_tools.fresh import write_fresh_checkpoint
+from checkpoints_tools.safetensors_files import SafetensorsFolder
+from checkpoints_tools.single_gpu import ModelError, TransXSSMConfig
+from checkpoints_tools.source import parameter_shapes, single_gpu_config
+from checkpoints_tools.stored_writer import Blocks
+from parallel.config import ModelConfig
+
+# [model] fields by those of config.json, where the names differ
+RENAMED = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "ssd_chunk_size": "chunk_size",
+}
+# Of config.json, what is not the model: how it is computed, stored, and which tokens are special.
+NOT_THE_MODEL = {"ssd_chunk_size", "dtype", "bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+def import_model(
+    model_dir: Path,
+    out: Path,
+    config: dict[str, Any],
+    *,
+    data_fingerprint: str = "",
+    tokenizer: bytes | None = None,
+    git_revision: str = "",
+) -> Path:
+    """Write OUT/step-00000000; its folder.
+
+    config: the whole configuration tree of the run to come; its "model" may be missing, and is
+    taken from config.json then. tokenizer: tokenizer.json of the run's data, which must have the
+    model's vocabulary; by default the model's own. Raises CheckpointError when the folder is no
+    whole model, when the two configurations differ, or when `out` cannot be written.
+    """
+    described = read_config(model_dir)
+    if "model" not in config:
+        config = {"model": model_section(described, model_dir)} | config
+    state = {
+        "config": config,
+        "data_fingerprint": data_fingerprint,
+        "eod_id": described.eos_token_id,
+        "pad_id": described.pad_token_id,
+        "git_revision": git_revision,
+        "imported": {"folder": str(model_dir.resolve()), "dtype": described.dtype},
+    }
+    _refuse_differences(described, single_gpu_config(state, "fp32"), model_dir)
+    weights, shapes = SafetensorsFolder(model_dir), parameter_shapes(described)
+    _check_tensors(model_dir, weights, shapes)
+    own = _tokenizer(model_dir)
+    if tokenizer is not None and tokenizer != own:
+        _check_vocabulary(model_dir, own, tokenizer)
+        own = tokenizer
+    state["tokenizer_hash"] = hashlib.sha256(own).hexdigest()
+
+    def read(name: str) -> Blocks:
+        for rows, block in weights.blocks(name):
+            yield rows, block.to(torch.float32)
+
+    return write_fresh_checkpoint(out, state, shapes, read, own)
+
+
+def read_config(model_dir: Path) -> TransXSSMConfig:
+    """config.json of an exported folder. Raises CheckpointError."""
+    try:
+        return TransXSSMConfig.from_json((model_dir / "config.json").read_text("utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{model_dir} is not an exported model: config.json cannot be read ({error.strerror}); "
+            "name a folder that `transxssm checkpoint export` wrote"
+        ) from error
+    except ModelError as error:
+        raise CheckpointError(f"{model_dir}: {error}") from error
+
+
+def model_section(described: TransXSSMConfig, model_dir: Path) -> dict[str, Any]:
+    """The [model] section of the same model. Raises CheckpointError when it cannot be trained."""
+    values = {
+        RENAMED.get(field.name, field.name): getattr(described, field.name)
+        for field in fields(described)
+    }
+    values["rope_scaling"] = values["rope_scaling"] or {}
+    try:
+        model = ModelConfig(**{n: v for n, v in values.items() if n in ModelConfig.model_fields})
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}" for e in error.errors())
+        raise CheckpointError(f"{model_dir}/config.json cannot be trained: {found}") from error
+    return model.model_dump(mode="json")
+
+
+def _refuse_differences(
+    described: TransXSSMConfig, wanted: TransXSSMConfig, model_dir: Path
+) -> None:
+    different = [
+        f"model.{RENAMED.get(field.name, field.name)}: {getattr(described, field.name)!r} there, "
+        f"{getattr(wanted, field.name)!r} in the configuration"
+        for field in fields(described)
+        if field.name not in NOT_THE_MODEL
+        and getattr(described, field.name) != getattr(wanted, field.name)
+    ]
+    if different:
+        raise CheckpointError(
+            f"{model_dir} is another model than the configuration says ({'; '.join(different)}); "
+            "make these fields of the configuration those of the model"
+        )
+
+
+def _check_tensors(
+    model_dir: Path, weights: SafetensorsFolder, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    found = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    problems = [f"{name} is missing" for name in shapes if name not in found]
+    problems += [f"{name} is not of the model" for name in found if name not in shapes]
+    problems += [
+        f"{name} is {list(found[name])}, not {list(shape)}"
+        for name, shape in shapes.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise CheckpointError(
+            f"{model_dir} does not hold the model of its config.json: "
+            f"{'; '.join(problems[:4])}{more}; export it again"
+        )
+
+
+def _tokenizer(model_dir: Path) -> bytes:
+    try:
+        return (model_dir / "tokenizer.json").read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{model_dir / 'tokenizer.json'} cannot be read ({error.strerror}), and checkpoints "
+            "carry the tokenizer; copy the model's there"
+        ) from error
+
+
+def _check_vocabulary(model_dir: Path, own: bytes, of_data: bytes) -> None:
+    """Two files may write one tokenizer differently; ids must mean the same."""
+    from tokenizers import Tokenizer  # type: ignore[import-untyped]
+
+    try:
+        same = Tokenizer.from_buffer(own).get_vocab() == Tokenizer.from_buffer(of_data).get_vocab()
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{model_dir / 'tokenizer.json'} is no tokenizer: {error}") from error
+    if not same:
+        raise CheckpointError(
+            f"{model_dir / 'tokenizer.json'} has another vocabulary than the tokenizer that the "
+            "data was prepared with; prepare the data with the model's tokenizer"
+        )

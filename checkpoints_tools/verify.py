@@ -1,0 +1,94 @@
+"""Is a checkpoint what its run saved: sizes and metadata, or every byte of it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoints_tools import folder as folders
+from checkpoints_tools.errors import CheckpointError
+from checkpoints_tools.manifest import MANIFEST, damaged_files, manifest_text, read_manifest
+from checkpoints_tools.source import differing_tensors, parameter_shapes, single_gpu_config
+from checkpoints_tools.stored import METADATA, StoredTensors
+
+TOKENIZER = "tokenizer.json"
+SUFFIX = ".distcp"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file of a checkpoint, and what is wrong with it."""
+
+    file: str
+    what: str
+
+
+def verify_checkpoint(path: Path, *, deep: bool) -> tuple[Path, list[Problem]]:
+    """The step folder that `path` means, and everything that is wrong with it.
+
+    Always: the manifest, the sizes of all files, the content of the small ones, and that .metadata
+    describes the model and the files there are. With `deep` every file is read and compared with
+    its checksum. Raises CheckpointError when there is no checkpoint.
+    """
+    step_dir = folders.resolve(path)
+    try:
+        manifest = read_manifest(step_dir)
+    except CheckpointError as error:
+        return step_dir, [Problem(_file_named(str(error), step_dir), str(error))]
+    except (OSError, LookupError, TypeError, AttributeError) as error:
+        return step_dir, [Problem(MANIFEST, f"cannot be used ({error!r})")]
+    problems = []
+    if (step_dir / MANIFEST).read_bytes() != manifest_text(manifest).encode():
+        problems.append(Problem(MANIFEST, "is not written as it was saved"))
+    problems += [
+        Problem(name, f"is not listed in {MANIFEST}, so nothing says what it should hold")
+        for name in (METADATA, TOKENIZER)
+        if name not in manifest["files"]
+    ]
+    small = [name for name in manifest["files"] if not name.endswith(SUFFIX)]
+    damaged = damaged_files(step_dir, manifest, None if deep else small)
+    problems += [Problem(name, what) for name, what in damaged.items()]
+    if METADATA in manifest["files"] and METADATA not in damaged:
+        problems += _metadata_problems(step_dir, manifest)
+    return step_dir, problems
+
+
+def _file_named(message: str, step_dir: Path) -> str:
+    """The file of the folder that an error speaks of first."""
+    found = re.search(re.escape(str(step_dir)) + r"/(\S+)", message)
+    return found[1] if found else MANIFEST
+
+
+def _metadata_problems(step_dir: Path, manifest: dict[str, Any]) -> list[Problem]:
+    """Does .metadata describe the model of the manifest, in the files of the manifest?"""
+    try:
+        stored = StoredTensors(step_dir)
+        shapes = parameter_shapes(single_gpu_config(manifest, "fp32"))
+    except CheckpointError as error:
+        return [Problem(METADATA, str(error))]
+    problems = [Problem(METADATA, what) for what in differing_tensors(stored, shapes)]
+    files = manifest["files"]
+    used: dict[str, int] = {}
+    for tensor in stored.tensors.values():
+        for piece in tensor.pieces:
+            used[piece.file] = max(used.get(piece.file, 0), piece.at + piece.length)
+    for name, end in sorted(used.items()):
+        if name not in files:
+            problems.append(
+                Problem(name, f"is used by {METADATA}, but {MANIFEST} does not list it")
+            )
+        elif end > files[name]["bytes"]:
+            problems.append(
+                Problem(name, f"has {files[name]['bytes']} bytes, {METADATA} uses {end}")
+            )
+    listed = {name for name in files if name.endswith(SUFFIX)}
+    problems += [
+        Problem(name, f"is listed in {MANIFEST}, but {METADATA} uses nothing of it")
+        for name in sorted(listed - used.keys())
+    ]
+    present = {path.name for path in step_dir.glob(f"*{SUFFIX}")}
+    problems += [
+        Problem(name, f"lies in the folder, but {MANIFEST} does not list it")
+        for name in sorted(present - listed - used.keys())
+    ]
+    return problems

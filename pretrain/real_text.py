@@ -1,0 +1,74 @@
+"""Token ids of real text, for comparing models: of a run's data, or of text that Python brings."""
+
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from data_pipeline.config import DataConfig
+from data_pipeline.dataset import PackedDataset
+from data_pipeline.errors import DataError
+from data_pipeline.remote import is_remote
+
+
+def real_tokens(state: dict[str, Any], tokenizer_json: Path, length: int) -> tuple[list[int], str]:
+    """Up to `length` token ids and where they come from.
+
+    state: a checkpoint's manifest. Its validation data is tried first, then its training data; then
+    text of the Python installation with the checkpoint's tokenizer. Raises DataError when no text
+    can be had.
+    """
+    for folder in _folders(state):
+        if is_remote(folder):  # may be slow, or out of reach from here
+            continue
+        try:
+            dataset = PackedDataset(folder, tokenizer_hash=state["tokenizer_hash"])
+            text = _beginning(dataset, length)
+        except (DataError, OSError, ImportError):
+            continue
+        if len(text) > 1:
+            return text, folder
+    return _of_python(state, tokenizer_json, length)
+
+
+def _beginning(dataset: PackedDataset, length: int) -> list[int]:
+    text: list[int] = []
+    for index in range(len(dataset)):
+        if len(text) >= length:
+            break
+        sample = dataset[index]
+        text += sample.tokens[: sample.tokens.size - sample.num_pad].tolist()
+    return text[:length]
+
+
+def _folders(state: dict[str, Any]) -> list[str]:
+    try:
+        data = DataConfig.model_validate(state["config"]["data"])
+    except (ValidationError, KeyError):  # of another version of the program, or imported
+        return []
+    training = [data.train] if data.train else [source.path for source in data.sources]
+    return [*data.validation_sets.values(), *training]
+
+
+def _of_python(state: dict[str, Any], tokenizer_json: Path, length: int) -> tuple[list[int], str]:
+    from tokenizers import Tokenizer  # type: ignore[import-untyped]
+
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    texts = [
+        path for name in ("LICENSE.txt", "this.py", "ast.py") if (path := folder / name).exists()
+    ]
+    vocab_size = state["config"]["model"]["vocab_size"]
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_json))
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(f"{tokenizer_json} is not a Hugging Face tokenizer: {error}") from error
+    for path in texts:
+        ids: list[int] = tokenizer.encode(path.read_text("utf-8"), add_special_tokens=False).ids
+        ids = [i for i in ids if i < vocab_size][:length]
+        if len(ids) > 1:
+            return ids, str(path)
+    raise DataError(
+        f"{tokenizer_json} makes no tokens of the text of {folder}; use --no-verify, or make the "
+        "data of the run readable here"
+    )

@@ -1,0 +1,87 @@
+"""Tensors read from checkpoints and written to them a block of rows at a time."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from checkpoints_tools import stored
+from checkpoints_tools.errors import CheckpointError
+from checkpoints_tools.stored import Piece, StoredTensors, check_cover
+from checkpoints_tools.stored_writer import write_untrained_state
+from tests.checkpoints_tools.test_sharded import stored_tensors
+
+
+@pytest.mark.parametrize("block_bytes", [150, 4096, 1 << 25])
+def test_blocks_are_what_the_library_loads(
+    block_bytes: int, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "BLOCK_BYTES", block_bytes)
+    step_dir = trained / "run/checkpoints/step-00000004"
+    tensors, expected = StoredTensors(step_dir), stored_tensors(step_dir)
+    names = [name for name in tensors.tensors if not name.startswith("rng.")]
+    assert set(names) == set(expected)
+    for name in names:
+        blocks = list(tensors.blocks(name))
+        assert [row for rows, _ in blocks for row in rows] == list(range(len(expected[name])))
+        assert torch.equal(torch.cat([block for _, block in blocks]), expected[name]), name
+
+
+def test_library_loads_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "BLOCK_BYTES", 100)
+    weights = {"a": torch.randn(23, 5), "b": torch.randn(40), "c": torch.randn(6, 1, 3)}
+
+    def read(name: str) -> Any:
+        row_bytes = weights[name][0].nbytes
+        for rows in stored.row_blocks(len(weights[name]), row_bytes):
+            yield rows, weights[name][rows.start : rows.stop]
+
+    write_untrained_state(tmp_path, {n: tuple(w.shape) for n, w in weights.items()}, read)
+    loaded = stored_tensors(tmp_path)
+    assert len(loaded) == 9
+    for name, weight in weights.items():
+        assert torch.equal(loaded[f"weight.{name}"], weight)
+        assert not loaded[f"exp_avg.{name}"].any()
+        assert not loaded[f"exp_avg_sq.{name}"].any()
+    assert len(StoredTensors(tmp_path).tensors["weight.a"].pieces) == 5
+
+
+def test_pieces_that_are_not_contiguous_are_read_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "BLOCK_BYTES", 16)
+    whole = torch.arange(20.0).view(4, 5)
+    dcp.save(
+        {"t": whole.t(), "u": torch.zeros(1).expand(3, 7)}, checkpoint_id=tmp_path, no_dist=True
+    )
+    tensors = StoredTensors(tmp_path)
+    assert torch.equal(tensors.rows("t", range(1, 4)), whole.t()[1:4])
+    assert torch.equal(tensors.rows("u", range(3)), torch.zeros(3, 7))
+
+
+def piece(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Piece:
+    return Piece(offsets, sizes, "f", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "found"),
+    [
+        ([((0, 0), (2, 3)), ((2, 0), (2, 3))], None),
+        ([((0, 0), (4, 1)), ((0, 1), (1, 2)), ((1, 1), (3, 2))], None),
+        ([((0, 0), (2, 3)), ((3, 0), (1, 3))], "a part is missing"),
+        ([((0, 0), (3, 3)), ((2, 0), (2, 3))], "overlap"),
+        ([((0, 0), (4, 2)), ((1, 1), (3, 2)), ((0, 2), (1, 1))], "overlap"),
+        ([((0, 0), (4, 3)), ((4, 0), (1, 3))], "outside"),
+    ],
+)
+def test_pieces_cover_a_tensor_once(pieces: list[Any], found: str | None) -> None:
+    def check() -> None:
+        check_cover("t", (4, 3), tuple(piece(*p) for p in pieces))
+
+    if found is None:
+        check()
+        return
+    with pytest.raises(CheckpointError, match=found):
+        check()

@@ -1,0 +1,277 @@
+"""Listing, inspecting, verifying and comparing checkpoints; damage of every kind is found."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.checkpoint import FileSystemReader
+
+from checkpoints_tools import folder as folders
+from checkpoints_tools.manifest import MANIFEST, file_entry, manifest_text, read_manifest
+from checkpoints_tools.verify import verify_checkpoint
+from tests.checkpoints_tools.test_sharded import stored_tensors
+from tests.pretrain.command import paragraph, run_command
+
+NEWEST = "step-00000004"
+
+
+def told(*words: str | Path, code: int = 0) -> Any:
+    """The JSON value that a command prints."""
+    (end,) = run_command("checkpoint", *words, "--json")
+    assert end.code == code, end.output
+    return json.loads(end.output.splitlines()[0])
+
+
+# -- list and inspect ------------------------------------------------------------------------------
+
+
+def test_list_shows_damaged_checkpoints_as_such(steps: Path) -> None:
+    (steps / "step-00000002/__1_0.distcp").unlink()
+    (steps / "step-00000009").mkdir()
+    found = told("list", steps)
+    assert [(entry["step"], entry["tokens"]) for entry in found] == [
+        (2, None),
+        (4, 2048),
+        (9, None),
+    ]
+    assert "__1_0.distcp is missing" in found[0]["problem"]
+    assert found[1]["problem"] is None
+    assert "cannot read manifest.json" in found[2]["problem"]
+    (end,) = run_command("checkpoint", "list", steps)
+    assert end.code == 0
+    assert end.output.count("damaged: ") == 2
+    assert end.output.count("sound") == 1
+
+
+def test_inspect_reads_metadata_alone(steps: Path) -> None:
+    step_dir = steps / NEWEST
+    for path in step_dir.glob("*.distcp"):
+        path.write_bytes(bytes(path.stat().st_size))
+    found = told("inspect", steps, "--tensors")
+    assert (found["step"], found["tokens"], found["samples"]) == (4, 2048, 32)
+    assert found["layout"]["tensor"] == 2
+    weights = {n: t for n, t in found["tensors"].items() if n.startswith("weight.")}
+    assert sum(t["bytes"] for t in weights.values()) == found["bytes_by_kind"]["weight"]
+    assert found["bytes_by_kind"]["weight"] == 4 * found["parameters"]
+    assert weights["weight.model.word_embed.weight"]["shape"] == [301, 32]
+    assert isinstance(told("inspect", steps)["tensors"], int)
+    (end,) = run_command("checkpoint", "inspect", steps, "--tensors")
+    assert "weight.model.word_embed.weight" in end.output
+    assert "[301, 32]" in end.output
+
+
+# -- verify ----------------------------------------------------------------------------------------
+
+
+def flipped_bit(step_dir: Path) -> None:
+    path = step_dir / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 4
+    path.write_bytes(content)
+
+
+def swapped_files(step_dir: Path) -> None:
+    one, other = (step_dir / f"__{rank}_0.distcp" for rank in (0, 1))
+    one.rename(step_dir / "x")
+    other.rename(one)
+    (step_dir / "x").rename(other)
+
+
+def swapped_files_of_one_size(step_dir: Path) -> None:
+    """As above, of files that their size does not tell apart, as those of data-parallel ranks."""
+    manifest = read_manifest(step_dir)
+    paths = [step_dir / f"__{rank}_0.distcp" for rank in (0, 1)]
+    size = max(path.stat().st_size for path in paths)
+    for path in paths:
+        path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+        manifest["files"][path.name] = file_entry(path)
+    (step_dir / MANIFEST).write_text(manifest_text(manifest))
+    swapped_files(step_dir)
+
+
+def stale_manifest(step_dir: Path) -> None:
+    shutil.copyfile(step_dir.parent / "step-00000002" / MANIFEST, step_dir / MANIFEST)
+
+
+def renamed_folder(step_dir: Path) -> None:
+    shutil.rmtree(step_dir)
+    (step_dir.parent / "step-00000002").rename(step_dir)
+
+
+def edited_manifest(step_dir: Path) -> None:
+    path = step_dir / MANIFEST
+    path.write_text(path.read_text().replace('"tokens": 2048', '"tokens": 2049'))
+
+
+def reformatted_manifest(step_dir: Path) -> None:
+    path = step_dir / MANIFEST
+    path.write_text(path.read_text().replace("\n", "\n "))
+
+
+def no_manifest(step_dir: Path) -> None:
+    (step_dir / MANIFEST).unlink()
+
+
+def cut_file(step_dir: Path) -> None:
+    path = step_dir / "__1_0.distcp"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def missing_file(step_dir: Path) -> None:
+    (step_dir / "__1_0.distcp").unlink()
+
+
+def other_tokenizer(step_dir: Path) -> None:
+    path = step_dir / "tokenizer.json"
+    path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))
+
+
+def broken_metadata(step_dir: Path) -> None:
+    path = step_dir / ".metadata"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def stray_file(step_dir: Path) -> None:
+    (step_dir / "__7_0.distcp").write_bytes(b"")
+
+
+def committed_again(step_dir: Path, change: Callable[[Any], None]) -> None:
+    """As a faulty writer would have saved it: other metadata, and a manifest that fits."""
+    metadata = FileSystemReader(step_dir).read_metadata()
+    change(metadata)
+    (step_dir / ".metadata").write_bytes(pickle.dumps(metadata))
+    manifest = read_manifest_unchecked(step_dir)
+    manifest["files"] = {
+        path.name: file_entry(path) for path in sorted(step_dir.iterdir()) if path.name != MANIFEST
+    }
+    (step_dir / MANIFEST).write_text(manifest_text(manifest))
+
+
+def read_manifest_unchecked(step_dir: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((step_dir / MANIFEST).read_text())
+    del manifest["xxh64"]
+    return manifest
+
+
+NAME = "exp_avg.model.layers.1.attn.q_proj.weight"
+
+
+def undescribed_tensor(step_dir: Path) -> None:
+    committed_again(step_dir, lambda metadata: metadata.state_dict_metadata.pop(NAME))
+
+
+def lost_piece(step_dir: Path) -> None:
+    committed_again(step_dir, lambda metadata: metadata.state_dict_metadata[NAME].chunks.pop())
+
+
+def unlisted_file(step_dir: Path) -> None:
+    manifest = read_manifest_unchecked(step_dir)
+    del manifest["files"]["__1_0.distcp"]
+    (step_dir / MANIFEST).write_text(manifest_text(manifest))
+
+
+def unused_file(step_dir: Path) -> None:
+    (step_dir / "__9_0.distcp").write_bytes(b"x")
+    committed_again(step_dir, lambda metadata: None)
+
+
+@pytest.mark.parametrize(
+    ("damage", "deep", "file", "what"),
+    [
+        (flipped_bit, True, "__0_0.distcp", "checksum"),
+        (swapped_files, False, "__0_0.distcp", "bytes, not"),
+        (swapped_files_of_one_size, True, "__0_0.distcp", "it is __1_0.distcp"),
+        (stale_manifest, False, MANIFEST, "is of step-00000002"),
+        (renamed_folder, False, MANIFEST, "is of step-00000002"),
+        (edited_manifest, False, MANIFEST, "was changed after it was written"),
+        (reformatted_manifest, False, MANIFEST, "not written as it was saved"),
+        (cut_file, False, "__1_0.distcp", "bytes, not"),
+        (missing_file, False, "__1_0.distcp", "is missing"),
+        (other_tokenizer, False, "tokenizer.json", "checksum"),
+        (broken_metadata, False, ".metadata", "checksum"),
+        (stray_file, False, "__7_0.distcp", "does not list it"),
+        (undescribed_tensor, False, ".metadata", f"{NAME} is missing"),
+        (lost_piece, False, ".metadata", "a part is missing"),
+        (unlisted_file, False, "__1_0.distcp", "does not list it"),
+        (unused_file, False, "__9_0.distcp", "uses nothing of it"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_damage_is_found_and_named(
+    damage: Callable[[Path], None], deep: bool, file: str, what: str, steps: Path
+) -> None:
+    assert verify_checkpoint(steps, deep=True) == (steps / NEWEST, [])
+    damage(steps / NEWEST)
+    found = verify_checkpoint(steps / NEWEST, deep=deep)[1]
+    assert any(problem.file == file and what in problem.what for problem in found), found
+    if deep:
+        assert not verify_checkpoint(steps / NEWEST, deep=False)[1]  # what only reading shows
+
+
+def test_verify_command(steps: Path) -> None:
+    (end,) = run_command("checkpoint", "verify", steps, "--deep")
+    assert (end.code, "every byte is as saved" in end.output) == (0, True)
+    flipped_bit(steps / NEWEST)
+    (end,) = run_command("checkpoint", "verify", steps)
+    assert end.code == 0
+    (end,) = run_command("checkpoint", "verify", steps, "--deep")
+    assert end.code == 1
+    assert "is damaged (__0_0.distcp)" in paragraph(end.output)
+    found = told("verify", steps, "--deep", code=1)
+    assert [problem["file"] for problem in found["problems"]] == ["__0_0.distcp"]
+    no_manifest(steps / NEWEST)
+    (end,) = run_command("checkpoint", "verify", steps / NEWEST)
+    assert end.code == 1
+    assert MANIFEST in paragraph(end.output)
+
+
+# -- diff ------------------------------------------------------------------------------------------
+
+
+def test_diff_of_two_steps(steps: Path) -> None:
+    a, b = steps / "step-00000002", steps / NEWEST
+    found = told("diff", a, b)
+    assert found["fields"]["step"] == [2, 4]
+    assert found["fields"]["samples"] == [16, 32]
+    assert not any(name.startswith("config.") for name in found["fields"])
+    first, second = stored_tensors(a), stored_tensors(b)
+    entries = {entry["name"]: entry for entry in found["tensors"]}
+    assert {n for n in first if not first[n].equal(second[n])} == entries.keys() - {
+        "rng.0",
+        "rng.1",
+    }
+    for name, entry in entries.items():
+        if name.startswith("rng."):
+            continue
+        one, other = first[name].double(), second[name].double()
+        norm = max(one.norm(), other.norm())
+        assert entry["relative"] == pytest.approx(float((one - other).norm() / norm), rel=1e-9)
+        assert entry["largest"] == pytest.approx(float((one - other).abs().max()))
+        assert entry["elements"] == int((one != other).sum())
+    (end,) = run_command("checkpoint", "diff", a, b, "--no-values")
+    assert "fields and 0 of" in end.output
+
+
+def test_diff_finds_fields_and_shapes(steps: Path, trained: Path) -> None:
+    whole = told("diff", trained / "run", steps)
+    assert (whole["fields"], whole["tensors"]) == ({}, [])
+    other = steps.parent / "other"
+    temporary = folders.begin(other, 4)
+    for path in (steps / NEWEST).iterdir():
+        if path.name != MANIFEST:
+            shutil.copyfile(path, temporary / path.name)
+    metadata = FileSystemReader(temporary).read_metadata()
+    del metadata.state_dict_metadata[NAME]
+    (temporary / ".metadata").write_bytes(pickle.dumps(metadata))
+    manifest = read_manifest(steps / NEWEST)
+    manifest["config"]["optimizer"]["lr"] = 0.5
+    folders.commit(other, 4, {n: v for n, v in manifest.items() if n != "files"})
+    found = told("diff", steps, other)
+    assert found["fields"] == {"config.optimizer.lr": [0.001, 0.5]}
+    assert found["tensors"] == [{"name": NAME, "problem": "only in a"}]
