@@ -151,6 +151,7 @@ def become_nobody() -> None:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
+        os.environ["PATH"] = "/usr/bin:/bin"  # root's may have folders of root's alone
 
 
 def _after_save(step: int, action: Callable[[], None], wait: bool) -> None:

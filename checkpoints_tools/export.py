@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.errors import CheckpointError
+from checkpoints_tools.hugging_face import write_hugging_face_files
 from checkpoints_tools.model_card import model_card
 from checkpoints_tools.safetensors_files import Planned, plan_files, write_files
-from checkpoints_tools.single_gpu import FLOAT32_PARAMETERS, TransXSSMConfig
+from checkpoints_tools.single_gpu import FLOAT32_PARAMETERS, ModelError
 from checkpoints_tools.source import EXPORT_DTYPES, Source, open_source, single_gpu_config
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -56,8 +57,7 @@ def export_checkpoint(
         converted = Conversion(source)
         write_files(temporary, files, converted.blocks)
         converted.refuse_problems(dtype)
-        # -- the files beside the weights: one call
-        write_model_files(temporary, config, source.step_dir / "tokenizer.json")
+        write_hugging_face_files(temporary, config, source.step_dir / "tokenizer.json")
         card = model_card(source, config, num_parameters, sorted(files))
         (temporary / "README.md").write_text(card, encoding="utf-8")
         if check is not None:
@@ -65,6 +65,8 @@ def export_checkpoint(
         _sync(temporary)
         temporary.rename(out)
         _sync_folder(out.parent)
+    except ModelError as error:
+        raise CheckpointError(f"{source.step_dir}: {error}") from error
     except OSError as error:
         raise CheckpointError(f"writing {out} failed: {error}; nothing is left there") from error
     finally:
@@ -80,12 +82,6 @@ def planned_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> l
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """Of a parameter in an export of `dtype`."""
     return torch.float32 if name.rsplit(".", 1)[-1] in FLOAT32_PARAMETERS else dtype
-
-
-def write_model_files(folder: Path, config: TransXSSMConfig, tokenizer_json: Path) -> None:
-    """config.json and the tokenizer, into a folder that has its weights. Raises OSError."""
-    (folder / "config.json").write_text(config.to_json())
-    shutil.copyfile(tokenizer_json, folder / "tokenizer.json")
 
 
 class Conversion:

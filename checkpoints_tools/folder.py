@@ -67,17 +67,21 @@ def remove_temporary(folder: Path) -> None:
 
 
 def commit(
-    folder: Path, step: int, state: dict[str, Any], entries: dict[str, dict[str, Any]]
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    entries: dict[str, dict[str, Any]] | None = None,
 ) -> Path:
     """Make step-N.tmp the checkpoint of the step, point `latest` at it; all durable on return.
 
-    state: of the manifest, beside its files; entries: size and checksum of those files that are
-    known already.
+    state: of the manifest, beside its files; entries: size and checksum of those files of
+    which they are known already.
     """
     target = step_folder(folder, step)
     temporary = target.with_suffix(".tmp")
+    known = entries or {}
     names = sorted(path.name for path in temporary.iterdir())
-    files = {name: entries.get(name) or file_entry(temporary / name) for name in names}
+    files = {name: known.get(name) or file_entry(temporary / name) for name in names}
     manifest = {"format_version": FORMAT_VERSION, "step": step} | state | {"files": files}
     write_durably(temporary / MANIFEST, manifest_text(manifest))
     _sync_folder(temporary)

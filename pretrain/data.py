@@ -13,9 +13,6 @@ from data_pipeline.blend import Blend
 from data_pipeline.errors import BadShardError, DataError
 from data_pipeline.loader import BatchLoader, BatchSize
 from pretrain.config import Config
-from pretrain.sources import keep_tokenizer as keep_tokenizer
-from pretrain.sources import open_blend as open_blend
-from pretrain.sources import open_data as open_data
 
 log = logging.getLogger("transxssm")
 

@@ -28,17 +28,12 @@ from parallel.schedule import LossSums, count_tokens, evaluate_loss, forward_bac
 from parallel.topology import topology
 from parallel.zero import ZeroOptimizer
 from pretrain.config import Config
-from pretrain.data import (
-    TrainingBatches,
-    keep_tokenizer,
-    open_data,
-    warn_of_cache,
-    warn_of_epochs,
-)
+from pretrain.data import TrainingBatches, warn_of_cache, warn_of_epochs
 from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
 from pretrain.resume import find_start, load_weights
 from pretrain.run_dir import git_revision, package_versions, record_start, start_log
+from pretrain.sources import keep_tokenizer, open_data
 from pretrain.stage import configured_stage
 
 log = logging.getLogger("transxssm")

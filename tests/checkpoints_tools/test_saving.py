@@ -24,7 +24,7 @@ def trainer_of(config: Config) -> Any:
     from parallel.compat import prepare_host
     from parallel.groups import from_rank_0, init_distributed, init_groups
     from parallel.launch import launch_from_environment
-    from pretrain.data import keep_tokenizer, open_data
+    from pretrain.sources import keep_tokenizer, open_data
     from pretrain.trainer import Trainer
 
     device = prepare_host()

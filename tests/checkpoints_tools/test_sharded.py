@@ -45,7 +45,7 @@ def through(config: Config, source: Path | None, target: Path, steps: int) -> li
     from parallel.compat import prepare_host
     from parallel.groups import from_rank_0, init_distributed, init_groups
     from parallel.launch import launch_from_environment
-    from pretrain.data import keep_tokenizer, open_data
+    from pretrain.sources import keep_tokenizer, open_data
     from pretrain.trainer import Trainer
 
     device = prepare_host()
@@ -100,7 +100,7 @@ def training_logits(config: Config, step_dir: Path, ids: torch.Tensor) -> torch.
     from parallel.compat import prepare_host
     from parallel.groups import init_distributed, init_groups
     from parallel.launch import launch_from_environment
-    from pretrain.data import open_data
+    from pretrain.sources import open_data
     from pretrain.trainer import Trainer
 
     device = prepare_host()

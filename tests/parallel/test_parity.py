@@ -44,7 +44,7 @@ def train_trace(config: Config, steps: int) -> Trace:
     from parallel.groups import init_distributed, init_groups
     from parallel.launch import launch_from_environment
     from parallel.schedule import count_tokens, forward_backward
-    from pretrain.data import open_data
+    from pretrain.sources import open_data
     from pretrain.trainer import Trainer
 
     launch, device = launch_from_environment(), prepare_host()

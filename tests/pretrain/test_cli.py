@@ -105,7 +105,8 @@ def test_checkpoints_are_listed(chain: dict[str, Any]) -> None:
 
 def test_export_and_generation(chain: dict[str, Any]) -> None:
     assert sorted(p.name for p in (chain["folder"] / "model").iterdir()) == [
-        "README.md", "config.json", "model.safetensors", "tokenizer.json",
+        "README.md", "config.json", "generation_config.json", "model.safetensors",
+        "modeling_transxssm.py", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     from pretrain.config import load_config
 

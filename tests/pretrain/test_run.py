@@ -258,8 +258,8 @@ def start_of(config: Path, *overrides: str) -> str:
     from parallel.groups import init_distributed
     from parallel.launch import launch_from_environment
     from pretrain.config import load_config
-    from pretrain.data import open_blend
     from pretrain.resume import find_start
+    from pretrain.sources import open_blend
 
     init_distributed(launch_from_environment(), prepare_host())
 
