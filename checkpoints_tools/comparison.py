@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.export import stored_dtype
+from checkpoints_tools.model_folder import load_model
 from checkpoints_tools.safetensors_files import SafetensorsFolder
-from checkpoints_tools.single_gpu import ModelError, TransXSSM, load_model
+from checkpoints_tools.single_gpu import ModelError, TransXSSM
 from checkpoints_tools.source import EXPORT_DTYPES, Source, open_source
 
 # Largest relative difference of an output from what the training code computes with the same

@@ -1,6 +1,6 @@
 """What makes a single-GPU folder loadable by Hugging Face transformers, apart from the weights.
 
-The modelling file is the source of `single_gpu` without its reading of folders, followed by that
+The modelling file is the source of `single_gpu` without its reading of JSON, followed by that
 of `hugging_face_model` without its import of the former. Neither transformers nor the wrapper is
 imported here: an export needs only the text.
 """
@@ -30,9 +30,6 @@ LEFT_OUT = {
     "TransXSSMConfig.from_json",
     "TransXSSMConfig.to_json",
     "TransXSSM",
-    "load_model",
-    "_describe",
-    "_read_tensors",
 }
 RULE = "# " + "-" * 84 + " "
 

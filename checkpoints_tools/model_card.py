@@ -28,7 +28,7 @@ how fast states decay (`A_log`, `dt_bias`, `D`), which are float32.
 
 {files}
 
-`transxssm generate` and `checkpoints_tools.single_gpu.load_model` read this folder.
+`transxssm generate` and `checkpoints_tools.model_folder.load_model` read this folder.
 """
 
 

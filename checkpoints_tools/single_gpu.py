@@ -18,9 +18,8 @@ import functools
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,9 +117,11 @@ class TransXSSMConfig:
             raise ModelError(f"rope_scaling type {kind!r}: use one of {', '.join(ROPE_SCALING)}.")
         required, optional = ROPE_SCALING[kind]
         if missing := required - keys:
-            raise ModelError(f"rope_scaling of type {kind!r} lacks {_names(missing)}.")
+            raise ModelError(f"rope_scaling of type {kind!r} lacks {some_names(missing)}.")
         if unknown := keys - required - optional:
-            raise ModelError(f"rope_scaling of type {kind!r} has unknown keys {_names(unknown)}.")
+            raise ModelError(
+                f"rope_scaling of type {kind!r} has unknown keys {some_names(unknown)}."
+            )
 
     @property
     def rope_scaling_type(self) -> str:
@@ -144,12 +145,12 @@ class TransXSSMConfig:
         values = {name: value for name, value in values.items() if name not in HF_BOOKKEEPING}
         if unknown := set(values) - {field.name for field in fields(cls)}:
             raise ModelError(
-                f"config.json has unknown fields: {_names(unknown)}. They might change the "
+                f"config.json has unknown fields: {some_names(unknown)}. They might change the "
                 "model in a way this version does not know; remove them if they do not."
             )
         required = {field.name for field in fields(cls) if field.default is MISSING}
         if missing := required - set(values):
-            raise ModelError(f"config.json lacks {_names(missing)}.")
+            raise ModelError(f"config.json lacks {some_names(missing)}.")
         for field in fields(cls):
             kinds = FIELD_TYPES.get(field.type)
             # type() and not isinstance: a JSON true is not a number here
@@ -162,7 +163,7 @@ class TransXSSMConfig:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def _names(names: set[str], limit: int = 8) -> str:
+def some_names(names: set[str], limit: int = 8) -> str:
     """Names for an error message: sorted, and no longer than a paragraph."""
     shown = ", ".join(sorted(names)[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
@@ -735,85 +736,3 @@ def initial_value(
     if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
         value /= math.sqrt(2 * config.num_hidden_layers)
     return value
-
-
-# ------------------------------------------------------------------------------------ loading
-
-
-def load_model(
-    folder: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> TransXSSM:
-    """The model of a folder with config.json and model.safetensors (or its index and shards).
-
-    Every tensor of the files fills exactly one parameter and every parameter is filled, or the
-    folder is refused: nothing is left at its initial value without a word.
-    """
-    folder = Path(folder)
-    try:
-        config = TransXSSMConfig.from_json((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(
-            f"{folder} is not a single-GPU model: config.json cannot be read ({error.strerror}). "
-            "`transxssm checkpoint export` makes such a folder from a training checkpoint."
-        ) from error
-    except ModelError as error:
-        raise ModelError(f"{folder}: {error}") from error
-    with torch.device("meta"):
-        model = TransXSSM(config)
-    expected = dict(model.named_parameters())
-    loaded: dict[str, Tensor] = {}
-    unknown, problems = set(), []
-    for name, tensor in _read_tensors(folder):
-        if name in loaded:
-            problems.append(f"{name} is stored twice")
-        elif name not in expected:
-            unknown.add(name)
-        elif tensor.shape != expected[name].shape or not tensor.is_floating_point():
-            problems.append(
-                f"{name} is {_describe(tensor)}, the model wants {_describe(expected[name])}"
-            )
-            loaded[name] = tensor
-        else:
-            keep = name.rsplit(".", 1)[-1] in FLOAT32_PARAMETERS
-            loaded[name] = tensor.to(device=device, dtype=torch.float32 if keep else dtype)
-    if unknown:
-        problems.append(f"tensors without a place in the model: {_names(unknown)}")
-    if missing := set(expected) - set(loaded):
-        problems.append(f"parameters without a tensor: {_names(missing)}")
-    if problems:
-        raise ModelError(f"{folder} does not fit its config.json: {'; '.join(problems)}.")
-    model.load_state_dict(loaded, strict=True, assign=True)
-    return model.eval()
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the folder, checked against the index where there is one."""
-    from safetensors import SafetensorError, safe_open  # the model itself needs torch alone
-
-    index = folder / "model.safetensors.index.json"
-    try:
-        weight_map: dict[str, str] | None = None
-        files = ["model.safetensors"]
-        if index.exists():
-            if (folder / "model.safetensors").exists():
-                raise ModelError(
-                    f"{folder} has both model.safetensors and {index.name}: remove one."
-                )
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(weight_map.values()))
-        for file in files:
-            if not (folder / file).is_file():
-                raise ModelError(f"{folder} lacks {file}: copy the folder again, whole.")
-            with safe_open(folder / file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                    if weight_map is not None and weight_map.get(name) != file:
-                        raise ModelError(f"{folder}: {index.name} does not place {name} in {file}.")
-                    yield name, tensors.get_tensor(name)
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{folder}: the weights cannot be read: {error}.") from error

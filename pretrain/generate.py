@@ -14,7 +14,8 @@ import torch
 from tokenizers import Tokenizer  # type: ignore[import-untyped]
 from torch import Tensor
 
-from checkpoints_tools.single_gpu import Cache, ModelError, TransXSSM, load_model
+from checkpoints_tools.model_folder import load_model
+from checkpoints_tools.single_gpu import Cache, ModelError, TransXSSM
 
 END_OF_TEXT = "<|endoftext|>"
 REPLACEMENT = "\ufffd"

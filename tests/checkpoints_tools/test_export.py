@@ -21,7 +21,7 @@ from checkpoints_tools import export, safetensors_files, stored
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.export import export_checkpoint
 from checkpoints_tools.manifest import read_manifest
-from checkpoints_tools.single_gpu import load_model
+from checkpoints_tools.model_folder import load_model
 from checkpoints_tools.stored import StoredTensors
 from checkpoints_tools.stored_writer import write_untrained_state
 from tests.checkpoints_tools.test_sharded import stored_tensors

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from checkpoints_tools import hugging_face
 from checkpoints_tools.hugging_face import modeling_source, write_hugging_face_files
-from checkpoints_tools.single_gpu import ModelError, TransXSSM, load_model
+from checkpoints_tools.model_folder import load_model
+from checkpoints_tools.single_gpu import ModelError, TransXSSM
 from pretrain.generate import generate, load_tokenizer
 from tests.checkpoints_tools.test_single_gpu import VARIANTS, make_model, pad_left
 

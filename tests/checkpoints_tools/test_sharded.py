@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.ranks import run_ranks
 from checkpoints_tools.export import export_checkpoint
-from checkpoints_tools.single_gpu import load_model
+from checkpoints_tools.model_folder import load_model
 from pretrain.config import Config
 from tests.oracle import model_logits
 from tests.tiny import tiny_config

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints_tools import single_gpu
-from checkpoints_tools.single_gpu import Cache, ModelError, TransXSSM, TransXSSMConfig, load_model
+from checkpoints_tools.model_folder import load_model
+from checkpoints_tools.single_gpu import Cache, ModelError, TransXSSM, TransXSSMConfig
 from tests.oracle import model_logits, rope_frequency
 
 TINY: dict[str, Any] = {
