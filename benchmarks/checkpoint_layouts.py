@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.checkpoint_faults import MODEL, make_data
 from benchmarks.ranks import run_ranks
+from benchmarks.trainers import open_trainer
 from checkpoints_tools.manifest import read_manifest
 from pretrain.config import Config, parse_config
 
@@ -37,17 +38,20 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor 4": (4, {"tensor": 4}),
     "pipeline 2": (2, {"pipeline": 2}),
     "interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "split [3, 1]": (2, {"pipeline": 2, "pipeline_split": [3, 1]}),
     "context 2": (2, {"context": 2}),
     "ZeRO 2 × 2": (2, {"zero_stage": 2}),
     "ZeRO 3 × 4": (4, {"zero_stage": 3}),
     "ZeRO 0 × 2": (2, {"zero_stage": 0}),
+    "offload": (2, {"zero_stage": 1, "offload": "optimizer"}),
     "tensor 2 pipeline 2": (4, {"tensor": 2, "pipeline": 2}),
     "tensor 2 context 2 ZeRO 3": (4, {"tensor": 2, "context": 2, "zero_stage": 3}),
 }
 QUICK = [
     ("one", "tensor 2 context 2 ZeRO 3"), ("tensor 4", "data 4"), ("ZeRO 3 × 4", "pipeline 2"),
     ("tensor 2 context 2 ZeRO 3", "tensor 4"), ("interleaved", "ZeRO 2 × 2"),
-    ("context 2", "tensor 2 pipeline 2"), ("data 4", "data 4"), ("interleaved", "interleaved"),
+    ("context 2", "tensor 2 pipeline 2"), ("offload", "split [3, 1]"), ("ZeRO 0 × 2", "offload"),
+    ("data 4", "data 4"), ("interleaved", "interleaved"),
 ]  # fmt: skip
 BEFORE, AFTER, BOUND = 3, 10, 1e-4
 
@@ -69,20 +73,7 @@ def config_of(layout: str, folder: Path, run_dir: Path) -> Config:
 
 def go_on(config: Config, source: Path | None) -> list[float]:
     """Make BEFORE steps, or load `source`; save; the losses of AFTER steps."""
-    from parallel.compat import prepare_host
-    from parallel.groups import from_rank_0, init_distributed, init_groups
-    from parallel.launch import launch_from_environment
-    from pretrain.sources import keep_tokenizer, open_data
-    from pretrain.trainer import Trainer
-
-    device = prepare_host()
-    init_distributed(launch_from_environment(), device)
-    init_groups(config.parallel)
-    data, validation = open_data(config)
-    run_dir = Path(config.logging.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    from_rank_0(lambda: keep_tokenizer(data, run_dir))
-    trainer = Trainer(config, data, validation, device)
+    trainer = open_trainer(config)
     if source is not None:
         trainer.resume(source)
     batches = trainer.batches()
@@ -108,7 +99,7 @@ class Written:
     tensors: dict[str, Tensor]
 
 
-def stored(step_dir: Path) -> dict[str, Tensor]:
+def stored_tensors(step_dir: Path) -> dict[str, Tensor]:
     """Every weight and moment, whole."""
     import torch.distributed.checkpoint as dcp
 
@@ -124,7 +115,7 @@ def write(layout: str, folder: Path) -> Written:
     run_dir = folder / "written" / layout
     losses = run_ranks(LAYOUTS[layout][0], go_on, config_of(layout, folder, run_dir), None)[0]
     step_dir = run_dir / f"checkpoints/step-{BEFORE:08d}"
-    return Written(step_dir, losses, stored(step_dir))
+    return Written(step_dir, losses, stored_tensors(step_dir))
 
 
 def read(source: Written, layout: str, folder: Path, same: bool) -> dict[str, Any]:
@@ -135,7 +126,7 @@ def read(source: Written, layout: str, folder: Path, same: bool) -> dict[str, An
     losses = run_ranks(LAYOUTS[layout][0], go_on, config, source.step_dir)[0]
     error = max(abs(a / b - 1) for a, b in zip(losses, source.losses, strict=True))
     again = run_dir / f"checkpoints/step-{BEFORE:08d}"
-    tensors, counters = stored(again), ("step", "samples", "tokens", "adam_step")
+    tensors, counters = stored_tensors(again), ("step", "samples", "tokens", "adam_step")
     there, here = read_manifest(source.step_dir), read_manifest(again)
     bits = tensors.keys() == source.tensors.keys() and all(
         torch.equal(tensor, source.tensors[name]) for name, tensor in tensors.items()

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from benchmarks.checkpoint_faults import make_data
 from benchmarks.ranks import run_ranks
+from benchmarks.trainers import open_trainer
 from pretrain.config import Config, parse_config
 
 BOUND = 0.1
@@ -48,20 +49,7 @@ def config_of(folder: Path, quick: bool) -> Config:
 def measure(config: Config, repeats: int) -> dict[str, float]:
     """Medians, in seconds: a step, a save at once, what training waited for one beside it, such a
     step, and until it was committed."""
-    from parallel.compat import prepare_host
-    from parallel.groups import from_rank_0, init_distributed, init_groups
-    from parallel.launch import launch_from_environment
-    from pretrain.sources import keep_tokenizer, open_data
-    from pretrain.trainer import Trainer
-
-    device = prepare_host()
-    init_distributed(launch_from_environment(), device)
-    init_groups(config.parallel)
-    data, validation = open_data(config)
-    run_dir = Path(config.logging.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    from_rank_0(lambda: keep_tokenizer(data, run_dir))
-    trainer = Trainer(config, data, validation, device)
+    trainer = open_trainer(config)
     batches = trainer.batches()
     found: dict[str, list[float]] = {}
 

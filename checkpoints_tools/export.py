@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoints_tools import folder as folders
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.hugging_face import write_hugging_face_files
 from checkpoints_tools.model_card import model_card
@@ -64,7 +65,7 @@ def export_checkpoint(
             check(temporary)
         _sync(temporary)
         temporary.rename(out)
-        _sync_folder(out.parent)
+        folders.sync_folder(out.parent)
     except ModelError as error:
         raise CheckpointError(f"{source.step_dir}: {error}") from error
     except OSError as error:
@@ -151,12 +152,4 @@ def _sync(folder: Path) -> None:
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    folders.sync_folder(folder)

@@ -83,16 +83,16 @@ def commit(
     names = sorted(path.name for path in temporary.iterdir())
     files = {name: known.get(name) or file_entry(temporary / name) for name in names}
     manifest = {"format_version": FORMAT_VERSION, "step": step} | state | {"files": files}
-    write_durably(temporary / MANIFEST, manifest_text(manifest))
-    _sync_folder(temporary)
+    write_durably(temporary / MANIFEST, manifest_text(manifest).encode())
+    sync_folder(temporary)
     if target.exists():  # the same step, saved again after a resume from an older checkpoint
         target.rename(target.with_suffix(".old"))
     temporary.rename(target)
-    _sync_folder(folder)
+    sync_folder(folder)
     shutil.rmtree(target.with_suffix(".old"), ignore_errors=True)
-    write_durably(folder / "latest.tmp", target.name + "\n")
+    write_durably(folder / "latest.tmp", f"{target.name}\n".encode())
     (folder / "latest.tmp").rename(folder / "latest")
-    _sync_folder(folder)
+    sync_folder(folder)
     return target
 
 
@@ -114,15 +114,16 @@ def _remove(path: Path) -> None:
         log.warning("%s cannot be removed: %s", path, error)
 
 
-def write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, content: bytes) -> None:
     """Write a file that is on disk when this returns."""
-    with path.open("w") as file:
-        file.write(text)
+    with path.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,5 @@
 """Making a checkpoint that no training run saved: imported or averaged weights, at step 0."""
 
-import os
 import shutil
 from math import prod
 from pathlib import Path
@@ -41,7 +40,7 @@ def write_fresh_checkpoint(
     try:
         temporary = folders.begin(out, 0)
         _check_room(out, shapes)
-        _write_durably(temporary / "tokenizer.json", tokenizer)
+        folders.write_durably(temporary / "tokenizer.json", tokenizer)
         write_untrained_state(temporary, shapes, read)
         return folders.commit(out, 0, START | state)
     except BaseException as error:
@@ -62,10 +61,3 @@ def _check_room(out: Path, shapes: dict[str, tuple[int, ...]]) -> None:
             f"writing {out} needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free "
             "there; free space, or choose another folder"
         )
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

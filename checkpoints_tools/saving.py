@@ -94,11 +94,11 @@ class CheckpointSaver:
             log.info("waiting for the checkpoint of step %d to be written", self._flight.step)
             self.drain()
         temporary = folders.step_folder(self.folder, step).with_suffix(".tmp")
-        text = self.tokenizer.read_text("utf-8") if dist.get_rank() == 0 else ""
+        tokenizer = self.tokenizer.read_bytes() if dist.get_rank() == 0 else b""
 
         def make_folder() -> None:
             folders.begin(self.folder, step)
-            folders.write_durably(temporary / "tokenizer.json", text)
+            folders.write_durably(temporary / "tokenizer.json", tokenizer)
 
         self._on_rank_0(make_folder, f"cannot begin {temporary}")
         tensors = tensors_to_save(self.zero)

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from benchmarks.checkpoint_layouts import stored_tensors
 from benchmarks.ranks import run_ranks
 from checkpoints_tools import export, safetensors_files, stored
 from checkpoints_tools.errors import CheckpointError
@@ -24,7 +25,6 @@ from checkpoints_tools.manifest import read_manifest
 from checkpoints_tools.model_folder import load_model
 from checkpoints_tools.stored import StoredTensors
 from checkpoints_tools.stored_writer import write_untrained_state
-from tests.checkpoints_tools.test_sharded import stored_tensors
 from tests.pretrain.command import paragraph, run_command
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.checkpoint_layouts import stored_tensors
 from checkpoints_tools import fresh
 from checkpoints_tools.averaging import average_checkpoints
 from checkpoints_tools.errors import CheckpointError
@@ -18,7 +19,6 @@ from checkpoints_tools.export import export_checkpoint
 from checkpoints_tools.importing import import_model
 from checkpoints_tools.manifest import read_manifest
 from checkpoints_tools.verify import verify_checkpoint
-from tests.checkpoints_tools.test_sharded import stored_tensors
 from tests.pretrain.command import paragraph, read_metrics, run_command, succeed
 
 FIRST = "step-00000000"

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.checkpoint_layouts import stored_tensors
 from benchmarks.ranks import run_ranks
+from benchmarks.trainers import open_trainer
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.manifest import damaged_files, read_manifest
 from pretrain.config import Config
-from tests.checkpoints_tools.test_sharded import stored_tensors
 from tests.tiny import tiny_config
 
 STEP = "step-00000003"
@@ -21,19 +22,7 @@ STEP = "step-00000003"
 
 def trainer_of(config: Config) -> Any:
     """A trainer after three steps, whose run directory has what a save needs."""
-    from parallel.compat import prepare_host
-    from parallel.groups import from_rank_0, init_distributed, init_groups
-    from parallel.launch import launch_from_environment
-    from pretrain.sources import keep_tokenizer, open_data
-    from pretrain.trainer import Trainer
-
-    device = prepare_host()
-    init_distributed(launch_from_environment(), device)
-    init_groups(config.parallel)
-    data, validation = open_data(config)
-    Path(config.logging.run_dir).mkdir(parents=True, exist_ok=True)
-    from_rank_0(lambda: keep_tokenizer(data, Path(config.logging.run_dir)))
-    trainer = Trainer(config, data, validation, device)
+    trainer = open_trainer(config)
     trainer.read = trainer.batches()
     for _ in range(3):
         trainer.train_step(trainer.read)

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from benchmarks.checkpoint_layouts import stored_tensors
 from checkpoints_tools import stored
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.stored import Piece, StoredTensors, check_cover
 from checkpoints_tools.stored_writer import write_untrained_state
-from tests.checkpoints_tools.test_sharded import stored_tensors
 
 
 @pytest.mark.parametrize("block_bytes", [150, 4096, 1 << 25])

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
 
+from benchmarks.checkpoint_layouts import stored_tensors
 from checkpoints_tools import folder as folders
 from checkpoints_tools.manifest import MANIFEST, file_entry, manifest_text, read_manifest
 from checkpoints_tools.verify import verify_checkpoint
-from tests.checkpoints_tools.test_sharded import stored_tensors
 from tests.pretrain.command import paragraph, run_command
 
 NEWEST = "step-00000004"

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.checkpoint_layouts import stored_tensors
 from checkpoints_tools.export import export_checkpoint
 from pretrain.resume import differences
-from tests.checkpoints_tools.test_sharded import stored_tensors
 from tests.pretrain.command import paragraph, read_metrics, run_command, succeed, write_config
 
 STEP_2 = "run/checkpoints/step-00000002"
