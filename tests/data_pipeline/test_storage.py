@@ -41,7 +41,7 @@ def samples(dataset: PackedDataset) -> list[tuple[list[int], list[int], int]]:
 
 def copies(cache: Cache) -> list[Path]:
     """Shards in the cache."""
-    return [p for p in (cache.folder / "shards").glob("*/*") if p.suffix != storage.LOCK]
+    return list((cache.folder / "shards").glob("*/*"))
 
 
 def copied(cache: Cache) -> set[str]:
@@ -292,9 +292,9 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     real = storage.check
 
-    def counted(path: Path, info: Any, name: str) -> None:
-        names.append(path.name)
-        real(path, info, name)
+    def counted(file: Any, info: Any, name: str) -> None:
+        names.append(Path(name).name)
+        real(file, info, name)
 
     monkeypatch.setattr(storage, "check", counted)
     return names

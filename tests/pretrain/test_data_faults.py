@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from checkpoints_tools.manifest import read_manifest
-from data_pipeline.dataset import PackedDataset
 from tests.pretrain.command import Ended, paragraph, read_metrics, run_command, write_config
 from tests.pretrain.test_faults import shards as shards  # the fixture
 
@@ -119,19 +118,6 @@ def test_other_data_is_refused_unless_told_otherwise(
 
 
 # -- passing over them ---------------------------------------------------------------------------
-
-
-def lossless_tokens(data: Path, names: set[str]) -> int:
-    """Labels that count in shards of these names."""
-    from data_pipeline.dataset import token_counts
-
-    dataset, found, begin = PackedDataset(data / "train"), 0, 0
-    for shard in dataset.shards:
-        indices = range(begin, begin + shard.samples)
-        begin += shard.samples
-        if shard.raw.name in names:
-            found += token_counts(map(dataset.__getitem__, indices))[1]
-    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
