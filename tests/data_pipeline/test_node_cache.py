@@ -98,7 +98,10 @@ def _read_at_random(urls: list[str], cache: Cache, bound: int, seed: int) -> Non
         assert used <= bound, (used, bound)
 
 
-def test_processes_and_sources_stay_below_the_bound_together(bucket: Path, tmp_path: Path) -> None:
+def test_processes_and_sources_stay_below_the_bound_together(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_cache, "WAIT_SECONDS", 0.002)
     size = max(shard.raw.size for shard in PackedDataset(bucket / "train").shards)
     bound = int(2.5 * size)
     cache = Cache(tmp_path / "cache", limit_bytes=bound)
