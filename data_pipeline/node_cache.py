@@ -27,7 +27,7 @@ LOCKS = 256
 ROOM = "room"  # the lock of whoever counts and removes
 OWNER = "owner"  # in a part: its lock
 MARKER_DAYS = 30
-WAIT_SECONDS = 0.05
+WAIT_SECONDS = 0.01
 
 
 class NodeCache:

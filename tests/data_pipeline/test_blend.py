@@ -233,4 +233,4 @@ def test_another_blend_is_other_data(
     )  # fmt: skip
     end = run_command("pretrain", other)[0]
     assert end.code == 1
-    assert "was trained on other data" in end.output
+    assert "was trained with another data" in end.output
