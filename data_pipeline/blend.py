@@ -8,6 +8,7 @@ a look-up. A source's own samples come in its own seeded permutation, epoch afte
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,11 +22,14 @@ from data_pipeline.errors import DataError
 from data_pipeline.order import Windows, sample_indices
 from data_pipeline.packing import Sample
 
+log = logging.getLogger("transxssm")
+
 PERIOD = 1 << 14  # shares are exact to one part in as many
 BLOCK_TOKENS = 1 << 25  # neighbours that a window keeps together: about a shard
 MIN_BLOCKS = 64  # of a window, lest it hold too few documents of too few files
 WINDOW_TOKENS = 1 << 32
 PAGE = 1 << 12  # samples whose places are found together
+SHARE_TOLERANCE = 0.05  # of a source's share, before the rounding to PERIOD is told
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,9 @@ class BlendOrder:
         self.firsts = np.array([stage.first for stage in stages], np.int64)
         self.tables: list[NDArray[np.int64]] = []
         self.before: list[NDArray[np.int64]] = []  # [sources, PERIOD + 1]
-        per_sample = np.array(tokens) / self.sizes
+        self.per_sample = np.array(tokens) / self.sizes
         for stage in stages:
-            table = interleaved(np.array(stage.weights) / per_sample)
+            table = interleaved(np.array(stage.weights) / self.per_sample)
             ones = np.eye(len(sizes), dtype=np.int64)[table].T  # [sources, PERIOD]
             self.tables.append(table)
             self.before.append(np.pad(ones.cumsum(1), ((0, 0), (1, 0))))
@@ -78,6 +82,12 @@ class BlendOrder:
         """Samples of each source among the first `samples` of the run, int64 [sources]."""
         stage = int(np.searchsorted(self.firsts, samples, side="right")) - 1
         return self.drawn_at[stage] + self._within(stage, samples - int(self.firsts[stage]))
+
+    def share(self, stage: int) -> NDArray[np.float64]:
+        """Of each source in a stage's tokens, as it will be, float64 [sources]."""
+        tokens = self.before[stage][:, -1] * self.per_sample
+        shares: NDArray[np.float64] = tokens / tokens.sum()
+        return shares
 
     def locate(self, counters: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Source and index in it of the run's samples `counters` (int64 [m]); int64 [m] each."""
@@ -143,6 +153,7 @@ class Blend:
             stages,
             [_windows(source.meta.seq_len, window_tokens) for source in self.sources],
         )
+        self._warn_of_shares(stages)
         self._page = lru_cache(maxsize=64)(self._located_page)
         parts = [[s.meta.fingerprint for s in self.sources], [[s.first, s.weights] for s in stages]]
         self.fingerprint = (
@@ -150,6 +161,19 @@ class Blend:
             if len(self.sources) == 1
             else hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         )
+
+    def _warn_of_shares(self, stages: Sequence[Stage]) -> None:
+        """Say which sources come more or less often than asked, their shares being rounded."""
+        for number, stage in enumerate(stages):
+            asked = np.array(stage.weights) / sum(stage.weights)
+            for name, want, have in zip(self.names, asked, self.order.share(number), strict=True):
+                if abs(have - want) > SHARE_TOLERANCE * want:
+                    log.warning(
+                        "data.sources %s: its weight asks for %.3g of the tokens from sample %d "
+                        "on, but it gets %.3g; a source comes a whole number of times in %d "
+                        "samples. Use a larger weight, or leave it out.",
+                        *(name, want, stage.first, have, PERIOD),
+                    )
 
     def read(self, counters: NDArray[np.int64]) -> tuple[list[Sample], NDArray[np.int64]]:
         """The run's samples of these numbers, and the source of each (int64 [m]).
@@ -185,14 +209,22 @@ class Blend:
         for source in np.unique(sources).tolist():
             self.sources[source].make_ready(indices[sources == source])
 
-    def name_of(self, folder: str) -> str:
+    def fingerprint_of(self, folder: str) -> str:
         """Of the source in a folder."""
-        return next(n for n, s in zip(self.names, self.sources, strict=True) if s.folder == folder)
+        return next(s.meta.fingerprint for s in self.sources if s.folder == folder)
 
-    def skip(self, name: str, shard: int) -> None:
-        """From now on the samples of a source's shard are all padding. Raises DataError if none of
-        its shards is left."""
-        self.sources[self.names.index(name)].skip(shard)
+    def known_fingerprint(self, source: str) -> str | None:
+        """`source` itself if it is a source's fingerprint; that of the source of this name; or
+        None."""
+        named = dict(zip(self.names, (s.meta.fingerprint for s in self.sources), strict=True))
+        return source if source in named.values() else named.get(source)
+
+    def skip(self, fingerprint: str, shard: int) -> None:
+        """From now on the samples of a shard are all padding, in every source of this fingerprint.
+        Raises DataError if none of its shards is left."""
+        for source in self.sources:
+            if source.meta.fingerprint == fingerprint and shard < len(source.shards):
+                source.skip(shard)
 
     def epochs(self, samples: int) -> dict[str, float]:
         """How often each source has been read after so many samples of the run."""

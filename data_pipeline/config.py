@@ -1,5 +1,7 @@
 """The [data] section of the configuration. Imports no torch."""
 
+import os
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
@@ -57,7 +59,8 @@ class DataConfig(BaseModel):
     num_workers: int = Field(1, ge=0)
     """Threads that read ahead; 0: none does."""
     skip_bad_shards: int = Field(0, ge=0)
-    """How many bad shards a run may pass over, their samples without loss; 0: the first ends it."""
+    """How many bad training shards a run may pass over, their samples without loss; 0: the first
+    ends it. A bad validation shard always does: losses over other samples do not compare."""
     cache_dir: str = ""
     """This node's folder for copies of remote and compressed shards; empty: below $TMPDIR."""
     cache_gib: float = Field(256.0, gt=0)
@@ -99,6 +102,7 @@ class DataConfig(BaseModel):
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise ValueError(f"data.sources have the names {names}; use each once")
+        self._check_paths()
         if self.sources and not any(source.weight for source in self.sources):
             raise ValueError("data.sources: every weight is 0; use a positive weight for one")
         first = self.stage_seq_len({source.name: source.weight for source in self.sources})
@@ -123,3 +127,15 @@ class DataConfig(BaseModel):
                     f"data.stages.weights={stage.weights}: use numbers ≥ 0, one of them positive"
                 )
         return self
+
+    def _check_paths(self) -> None:
+        """Raises ValueError when two sources are one folder."""
+        named: dict[str, str] = {}
+        for source in self.sources:
+            path = source.path.rstrip("/") if "://" in source.path else os.path.abspath(source.path)
+            if path in named:
+                raise ValueError(
+                    f"data.sources {named[path]} and {source.name} have one path, {source.path}; "
+                    "list it once, with the sum of their weights"
+                )
+            named[path] = source.name

@@ -9,7 +9,6 @@ import hashlib
 import json
 import struct
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.errors import BadShardError, DataError
+from data_pipeline.errors import BadFileError, BadShardError, DataError
 from data_pipeline.mds import HASH, INDEX, MdsShard, columns
 from data_pipeline.meta import META, DatasetMeta, fingerprint, parse_meta, token_dtype
 from data_pipeline.packing import Sample
@@ -26,6 +25,7 @@ from data_pipeline.storage import Cache, FileInfo, Storage
 from data_pipeline.tar import TarShard
 
 MAX_OPEN = 256  # shards with an open file, of a process
+UNDECODABLE = (OSError, ValueError, KeyError, IndexError, struct.error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +179,8 @@ class PackedDataset:
         lens = np.concatenate([sample.doc_lens for sample in samples])
         counts = np.array([sample.doc_lens.size for sample in samples])
         whole = np.add.reduceat(lens, counts.cumsum() - counts) == self.meta.seq_len + 1
-        if not whole.all():
-            raise self._changed(*places[int(np.argmin(whole))], "not a sample of its length")
+        for place in np.flatnonzero(~whole).tolist():
+            samples[place] = self._read_again(*places[place])
         return samples
 
     def _shards_of(self, indices: NDArray[np.int64]) -> NDArray[np.intp]:
@@ -192,14 +192,26 @@ class PackedDataset:
         reader = self._open.get(shard) or self._opened(shard)
         try:
             return reader.read(number)
-        except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
-            raise self._changed(shard, number, repr(error)) from error
+        except UNDECODABLE:
+            return self._read_again(shard, number)
 
-    def _changed(self, shard: int, number: int, found: str) -> BadShardError:
+    def _read_again(self, shard: int, number: int) -> Sample:
+        """A sample that could not be decoded: its file has changed since it was checked. Checked
+        anew, a copy is mended and a bad shard is named."""
+        reader = self._opened(shard, recheck=True)
+        try:
+            sample = reader.read(number)
+        except UNDECODABLE as error:
+            raise self._undecodable(shard, f"sample {number}", error) from error
+        if int(sample.doc_lens.sum()) != self.meta.seq_len + 1:
+            raise self._undecodable(shard, f"sample {number}", "it has another length")
+        return sample
+
+    def _undecodable(self, shard: int, what: str, why: object) -> BadShardError:
         name = self._storage.name(self.shards[shard].raw.name)
         return BadShardError(
-            f"{name}: sample {number} cannot be decoded ({found}). The file changed after it was "
-            "checked; copy it again.",
+            f"{name}: {what} cannot be decoded ({why!r}), though its checksum is right; prepare "
+            "the data anew.",
             self.folder,
             shard,
         )
@@ -210,24 +222,32 @@ class PackedDataset:
         tokens = np.full(length, self.meta.pad_id, self.dtype)
         return Sample(tokens, np.array([length], np.int32), length)
 
-    def _opened(self, shard: int) -> MdsShard | TarShard:
-        """A reader of a shard that has been checked."""
+    def _opened(self, shard: int, *, recheck: bool = False) -> MdsShard | TarShard:
+        """A reader of a shard that has been checked. Raises BadShardError, or DataError for a fault
+        of this node."""
         info, length = self.shards[shard], self.meta.seq_len + 1
         try:
-            path = self._storage.sound(info.raw, info.packed)
+            file = self._storage.open(info.raw, info.packed, recheck=recheck)
             if info.offsets is None:
-                reader: MdsShard | TarShard = MdsShard(path, info.samples, self.dtype, length)
+                reader: MdsShard | TarShard = MdsShard(file, info.samples, self.dtype, length)
             else:
-                offsets = self._storage.sound(info.offsets)
-                reader = TarShard(path, offsets, self.dtype, length)
-        except (DataError, OSError, ValueError) as error:
+                offsets = self._storage.open(info.offsets, recheck=recheck)
+                reader = TarShard(file, offsets, self.dtype, length)
+        except BadFileError as error:
             raise BadShardError(str(error), self.folder, shard) from error
+        except (OSError, ValueError) as error:
+            raise self._undecodable(shard, "where its samples are", error) from error
         with self._lock:
             while len(self._open) >= MAX_OPEN:
                 # readers at work keep theirs until they are done
                 self._open.pop(next(iter(self._open)), None)
             self._open[shard] = reader
         return reader
+
+    def close(self) -> None:
+        """Close the files; reading opens them again."""
+        with self._lock:
+            self._open.clear()
 
     def make_ready(self, indices: NDArray[np.int64]) -> None:
         """Have the shards of these samples on this node, checked, before they are read."""
@@ -256,13 +276,3 @@ def _shard_info(shard: dict[str, Any]) -> ShardInfo:
 
 def _file_info(file: dict[str, Any]) -> FileInfo:
     return FileInfo(str(file["basename"]), int(file["bytes"]), str(file["hashes"][HASH]))
-
-
-def token_counts(samples: Iterable[Sample]) -> tuple[int, int]:
-    """Padding tokens and labels with a loss in whole samples."""
-    padding = labels = 0
-    for sample in samples:
-        pieces = sample.doc_lens.size - (sample.num_pad > 0)
-        padding += sample.num_pad
-        labels += sample.tokens.size - sample.num_pad - int(pieces)
-    return padding, labels

@@ -9,8 +9,15 @@ class DataError(Exception):
     """
 
 
+class BadFileError(DataError):
+    """A file that is missing, cut off, damaged or not to be downloaded.
+
+    A fault of this node (no space, no permission, too many open files) is a bare DataError.
+    """
+
+
 class BadShardError(DataError):
-    """A shard that cannot be had whole: missing, damaged, or not to be downloaded."""
+    """A shard that cannot be had whole: one of its files is bad."""
 
     def __init__(self, message: str, folder: str, shard: int) -> None:
         """folder: of the shards, as it was named; shard: its number in index.json."""

@@ -82,9 +82,9 @@ class MdsShard:
     tokens. Decoding it here takes a tenth of the library's time (tests compare the two).
     """
 
-    def __init__(self, path: Path, samples: int, token_dtype: np.dtype[Any], length: int) -> None:
-        """length: tokens of a sample. Raises OSError."""
-        self._file, self._dtype, self._length = FileIO(path), token_dtype, length
+    def __init__(self, file: FileIO, samples: int, token_dtype: np.dtype[Any], length: int) -> None:
+        """length: tokens of a sample. Raises OSError, or ValueError for a file that is cut off."""
+        self._file, self._dtype, self._length = file, token_dtype, length
         self._token_bytes = length * token_dtype.itemsize
         table = os.pread(self._file.fileno(), 4 * (samples + 1), 4)
         self._offsets: NDArray[np.uint32] = np.frombuffer(table, np.uint32)

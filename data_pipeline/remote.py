@@ -4,6 +4,7 @@ A URL has a scheme that streaming knows (s3://, gs://, oci://, ...); file:///fol
 that is treated as if it were remote. What fails is tried again, after waits that double.
 """
 
+import errno
 import logging
 import os
 import tempfile
@@ -15,13 +16,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlparse
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import BadFileError, DataError
 from data_pipeline.mds import without_packages
 
 log = logging.getLogger("transxssm")
 
 FIRST_WAIT = 0.5  # seconds before the second attempt
 WATCH_SECONDS = 0.2
+FAULTS_OF_THE_NODE = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS),
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+        *(errno.EACCES, errno.EPERM, errno.ENOTDIR),
+    }
+)
 Result = TypeVar("Result")
 
 
@@ -31,7 +39,8 @@ def is_remote(location: str) -> bool:
 
 
 def download(url: str, target: Path, *, timeout: float, attempts: int) -> None:
-    """Copy the file at `url` to `target`. Raises DataError naming the URL.
+    """Copy the file at `url` to `target`. Raises BadFileError naming the URL, DataError when it is
+    this node that cannot have the copy.
 
     timeout: seconds that the storage may be silent.
     """
@@ -46,7 +55,7 @@ def download(url: str, target: Path, *, timeout: float, attempts: int) -> None:
             )
             os.replace(part, target)
 
-    _retried(once, f"{url}: cannot be downloaded", attempts)
+    _retried(once, f"{url}: cannot be downloaded", attempts, BadFileError)
 
 
 @lru_cache
@@ -98,10 +107,18 @@ def upload(folder: Path, names: list[str], url: str, *, attempts: int) -> None:
 
 
 def list_names(url: str, *, attempts: int) -> set[str]:
-    """Names of the files in the folder at `url`, none if there is no such folder."""
+    """Names of the files in the folder at `url`, none if there is no such folder. Raises
+    DataError."""
+    return {path for path in list_paths(url, attempts=attempts) if "/" not in path}
+
+
+def list_paths(url: str, *, attempts: int) -> set[str]:
+    """Files in the folder at `url` and in its subfolders, relative to it. Raises DataError."""
     known = _known(url)
     if "://" not in known:
-        return set(os.listdir(known)) if os.path.isdir(known) else set()
+        folder = Path(known)
+        found = [*folder.glob("*"), *folder.glob("*/*")]
+        return {path.relative_to(folder).as_posix() for path in found if path.is_file()}
     storage = without_packages("streaming.base.storage.upload")
 
     def once() -> set[str]:
@@ -109,8 +126,8 @@ def list_names(url: str, *, attempts: int) -> set[str]:
         uploader = storage.CloudUploader.get(folder, keep_local=True)
         os.rmdir(uploader.local)  # a folder of its own that it does not need
         prefix = urlparse(folder).path.lstrip("/")
-        names = [key.removeprefix(prefix) for key in uploader.list_objects() or []]
-        return {name for name in names if "/" not in name}  # others are of folders below
+        paths = (key.removeprefix(prefix) for key in uploader.list_objects() or [])
+        return {path for path in paths if path.count("/") < 2}
 
     return _retried(once, f"{url}: cannot be listed", attempts)
 
@@ -120,14 +137,24 @@ def _known(url: str) -> str:
     return url.removeprefix("file://")
 
 
-def _retried(action: Callable[[], Result], what: str, attempts: int) -> Result:
+def _retried(
+    action: Callable[[], Result], what: str, attempts: int, failure: type[DataError] = DataError
+) -> Result:
+    """What `action` returns. Raises `failure` when it goes on failing, DataError at once for a
+    fault of this node."""
     for attempt in range(1, attempts + 1):
         try:
             return action()
         except Exception as error:  # each storage's client has its own
             reason = " ".join(str(error).split()) or type(error).__name__
-            if attempt == attempts:
+            if _is_of_the_node(error):
                 raise DataError(
+                    f"{what} ({reason}). This is no fault of the file: free space, mend "
+                    "permissions or raise this node's limits; copies go to data.cache_dir and "
+                    "$TMPDIR."
+                ) from error
+            if attempt == attempts:
+                raise failure(
                     f"{what} after {attempts} attempts ({reason}). Check the address, the "
                     "credentials in the environment and the network."
                 ) from error
@@ -135,3 +162,12 @@ def _retried(action: Callable[[], Result], what: str, attempts: int) -> Result:
             log.warning("%s (%s); attempt %d in %.1f s", what, reason, attempt + 1, wait)
             time.sleep(wait)
     raise ValueError(f"attempts={attempts}: use 1 or more")
+
+
+def _is_of_the_node(error: BaseException | None) -> bool:
+    """Whether it, or what it came from, says that this node has no room, files or permission."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FAULTS_OF_THE_NODE:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,30 +1,33 @@
 """A dataset's files as this node has them: verified, and in a cache where they are not its own.
 
 Files of a local folder are read where they are. What is remote or compressed is brought into the
-cache first, once for all ranks of a node, and goes again, least recently used first, when the cache
-is fuller than its bound. Every file is checked against its size and xxh64 once per node: a marker
-beside the cache says which file, of which size and time of change, has been found sound.
+node's cache first, once for all ranks, and goes again when the cache needs the room (node_cache).
+Every file, copies included, is checked against its size and xxh64 once per node: a marker says
+which file, of which size, time of change and inode, has been found sound. A copy that no longer is
+gets fetched again. What is given out is open, so that nobody can take it away.
 """
 
-import contextlib
-import fcntl
+import errno
 import hashlib
+import logging
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
 import xxhash
 import zstandard
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import BadFileError, DataError
+from data_pipeline.node_cache import NodeCache
 from data_pipeline.remote import download, is_remote
 
+log = logging.getLogger("transxssm")
+
 BLOCK = 1 << 22
-LOCK = ".lock"
-MANY_RANKS = 16  # that may fill one cache at once
+FAULTS_OF_A_FILE = frozenset({errno.ENOENT, errno.EISDIR, errno.EIO})  # others are of the node
 
 
 def default_cache_dir() -> Path:
@@ -57,10 +60,9 @@ class Storage:
     def __init__(self, location: str, cache: Cache) -> None:
         self.location, self.cache = location.rstrip("/"), cache
         self.remote = is_remote(location)
+        self._node = NodeCache(cache.folder, cache.limit_bytes)
         key = hashlib.sha256(self.location.encode()).hexdigest()[:16]
-        self._copies = cache.folder / "shards" / key
-        self._markers = cache.folder / "sound"
-        self._room = 0  # bytes that the cache can take at least, whatever other ranks do
+        self._copies = self._node.shards / key
 
     def name(self, file: str) -> str:
         """What to call a file in messages: its path or URL."""
@@ -75,142 +77,148 @@ class Storage:
             self._download(file, Path(folder) / file)
             return (Path(folder) / file).read_bytes()
 
-    def sound(self, raw: FileInfo, packed: FileInfo | None = None) -> Path:
-        """This node's copy of a file, checked; packed: what is stored in its place, compressed.
+    def open(
+        self, raw: FileInfo, packed: FileInfo | None = None, *, recheck: bool = False
+    ) -> FileIO:
+        """A file that has been checked; packed: what is stored in its place, compressed.
 
-        Raises DataError naming the file: missing, cut off, damaged or not to be had.
+        recheck: check it now, also if it was found sound before.
+        Raises BadFileError naming the file (missing, cut off, damaged or not to be had), DataError
+        for a fault of this node.
         """
         if not self.remote and packed is None:
-            path = Path(self.location) / raw.name
-            self._check_once(path, raw, f"{path}")
-            return path
+            return self._open_in_place(raw, recheck)
         path = self._copies / f"{raw.digest}-{raw.name}"  # other data may come to be there
-        with self._cache_errors(), contextlib.suppress(FileNotFoundError):
-            os.utime(path)  # it is in use
-            return path  # only what is sound is ever given its name
-        with self._locked(path):
-            if not path.exists():
-                self._fetch(path, raw, packed)
-        self._evict(path, raw.size)
-        return path
+        if not recheck and (file := self._copy(path, raw, check_it=False)) is not None:
+            return file
+        with self._node.locked(str(path)):  # somebody may just have fetched it
+            known = None if recheck else self._copy(path, raw, check_it=False)
+            return known or self._copy(path, raw, check_it=True) or self._fetch(path, raw, packed)
 
-    def _check_once(self, path: Path, info: FileInfo, name: str) -> None:
-        """Check a file unless it was found sound on this node before, and has not changed since."""
+    def _open_in_place(self, info: FileInfo, recheck: bool) -> FileIO:
+        path, name = Path(self.location) / info.name, self.name(info.name)
+        file = _opened(path, name)
+        key = _identity(path, file, info, in_place=True)
+        if recheck:
+            self._node.unmark(key)
+        if not self._node.is_marked(key):
+            with self._node.locked(key):
+                if not self._node.is_marked(key):
+                    check(file, info, name)
+                    self._node.mark(key)
+        return file
+
+    def _copy(self, path: Path, info: FileInfo, *, check_it: bool) -> FileIO | None:
+        """The copy that is there, or None if there is none that was found, or is, sound.
+
+        check_it: whether to compute its checksum, and to remove it if it is another.
+        """
+        with self._node.errors():
+            try:
+                file = FileIO(path)
+            except FileNotFoundError:
+                return None
+            modified = os.fstat(file.fileno()).st_mtime_ns
+            os.utime(file.fileno(), ns=(time.time_ns(), modified))  # it is in use
+        key = _identity(path, file, info)
+        if not check_it:
+            return file if self._node.is_marked(key) else None
         try:
-            stat = path.stat()
-        except OSError as error:
-            raise _missing(name, error) from error
-        parts = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, stat.st_ino, info)
-        marker = self._markers / xxhash.xxh128_hexdigest(repr(parts).encode())
-        if marker.exists():
-            return
-        with self._locked(marker):
-            if marker.exists():
-                return
-            check(path, info, name)
-            marker.touch()
+            check(file, info, str(path))
+        except BadFileError as error:
+            log.warning("a copy is not sound and will be fetched again: %s", error)
+            self._node.unmark(key)
+            path.unlink(missing_ok=True)
+            return None
+        self._node.mark(key)
+        return file
 
-    def _fetch(self, path: Path, raw: FileInfo, packed: FileInfo | None) -> None:
+    def _fetch(self, path: Path, raw: FileInfo, packed: FileInfo | None) -> FileIO:
+        """Make the copy `path`. The caller holds its lock."""
         stored = packed or raw
         name = self.name(stored.name)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="part.") as folder:
+        size = raw.size + (packed.size if packed else 0)
+        with self._node.part(size) as folder, self._node.errors():
             source = Path(self.location) / stored.name
             if self.remote:
-                source = Path(folder) / stored.name
+                source = folder / stored.name
                 self._download(stored.name, source)
-            check(source, stored, name)
+            file = _opened(source, name)
+            check(file, stored, name)
             if packed is not None:
-                unpacked = Path(folder) / raw.name
-                _decompress(source, unpacked, name)
-                check(unpacked, raw, name)
-                source = unpacked
+                source = folder / raw.name
+                _decompress(file, source, name)
+                file = _opened(source, name)
+                check(file, raw, name)
+            os.fsync(file.fileno())  # lest a node that loses power keeps its name and no content
+            path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(source, path)
+            self._node.mark(_identity(path, file, raw))
+            return file
 
     def _download(self, file: str, target: Path) -> None:
         download(self.name(file), target, timeout=self.cache.timeout, attempts=self.cache.attempts)
 
-    def _evict(self, keep: Path, added: int) -> None:
-        """Remove what was used longest ago until the cache is within its bound."""
-        self._room -= MANY_RANKS * added
-        if self._room > 0:  # as much as looking at every file has found, and not taken since
-            return
-        root = self.cache.folder / "shards"
-        with self._locked(root / "evict"):
-            files = []
-            for path in root.glob("*/*"):
-                with contextlib.suppress(FileNotFoundError):
-                    if path.is_file() and path.suffix != LOCK:
-                        stat = path.stat()
-                        files.append((stat.st_mtime_ns, stat.st_size, path))
-            excess = sum(size for _, size, _ in files) - self.cache.limit_bytes
-            for _, size, path in sorted(files):
-                if excess > 0 and path != keep:
-                    path.unlink(missing_ok=True)  # a rank that reads it keeps its open file
-                    excess -= size
-            self._room = -excess
 
-    @contextmanager
-    def _locked(self, path: Path) -> Iterator[None]:
-        """One process and thread of this node at a time; ends with the process that holds it."""
-        with self._cache_errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(f"{path}{LOCK}", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with self._cache_errors():
-                yield
-        finally:
-            os.close(lock)
+def _identity(path: Path, file: FileIO, info: FileInfo, *, in_place: bool = False) -> str:
+    """Which file, in which state, a marker is about.
 
-    @contextmanager
-    def _cache_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise DataError(
-                f"data.cache_dir {self.cache.folder}: {error.strerror} ({error.filename}). Free "
-                "space there, lower data.cache_gib, or name another folder of this node."
-            ) from error
+    The time of its last change of any kind cannot be set back, but copies have theirs changed.
+    """
+    stat = os.fstat(file.fileno())
+    changed = stat.st_ctime_ns if in_place else 0
+    parts = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns, changed, stat.st_ino, info)
+    return repr(parts)
 
 
-def check(path: Path, info: FileInfo, name: str) -> None:
-    """Compare a file with its size and xxh64. Raises DataError."""
+def check(file: FileIO, info: FileInfo, name: str) -> None:
+    """Compare an open file with its size and xxh64. Raises BadFileError; DataError where this node
+    cannot read it."""
     digest = xxhash.xxh64()
     size = 0
     try:
-        with path.open("rb") as stream:
-            while block := stream.read(BLOCK):
-                digest.update(block)
-                size += len(block)
+        while block := os.pread(file.fileno(), BLOCK, size):
+            digest.update(block)
+            size += len(block)
     except OSError as error:
-        raise _missing(name, error) from error
+        raise _unreadable(name, error) from error
     if size != info.size:
-        raise DataError(
+        raise BadFileError(
             f"{name}: {size} bytes, but index.json says {info.size}; the shard is cut off or "
             "overwritten. Copy it again or prepare the data anew."
         )
     if digest.hexdigest() != info.digest:
-        raise DataError(
+        raise BadFileError(
             f"{name}: checksum xxh64 {digest.hexdigest()}, but index.json says {info.digest}; its "
             "content is damaged. Copy it again or prepare the data anew."
         )
 
 
-def _missing(name: str, error: OSError) -> DataError:
+def _opened(path: Path, name: str) -> FileIO:
+    try:
+        return FileIO(path)
+    except OSError as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: OSError) -> DataError:
+    if error.errno in FAULTS_OF_A_FILE:
+        return BadFileError(
+            f"{name}: cannot be read ({error.strerror}), but index.json lists it; copy the shard "
+            "again or prepare the data anew."
+        )
     return DataError(
-        f"{name}: cannot be read ({error.strerror}), but index.json lists it; copy the shard again "
-        "or prepare the data anew."
+        f"{name}: cannot be read by this process ({error.strerror}), though the shard may be "
+        "sound; mend its permissions or this node's limits."
     )
 
 
-def _decompress(source: Path, target: Path, name: str) -> None:
+def _decompress(packed: FileIO, target: Path, name: str) -> None:
     try:
-        with source.open("rb") as packed, target.open("wb") as raw:
+        with target.open("wb") as raw:
             zstandard.ZstdDecompressor().copy_stream(packed, raw)
     except zstandard.ZstdError as error:
-        raise DataError(
+        raise BadFileError(
             f"{name}: cannot be decompressed ({error}), though its checksum is right; prepare the "
             "data anew."
         ) from error

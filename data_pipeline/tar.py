@@ -84,9 +84,11 @@ class TarShardWriter:
 class TarShard:
     """One shard's samples by number; safe to use from several threads."""
 
-    def __init__(self, path: Path, offsets: Path, token_dtype: np.dtype[Any], length: int) -> None:
+    def __init__(
+        self, file: FileIO, offsets: FileIO, token_dtype: np.dtype[Any], length: int
+    ) -> None:
         """length: tokens of a sample. Raises OSError, or ValueError for damaged offsets."""
-        self._file, self._offsets = FileIO(path), np.load(offsets)
+        self._file, self._offsets = file, np.load(offsets)
         self._dtype, self._length = token_dtype, length
         self._token_bytes = length * token_dtype.itemsize
 

@@ -48,7 +48,8 @@ def warn_of_cache(config: Config, data: Blend) -> None:
 class TrainingBatches:
     """This rank's micro-batches, step by step; bad shards are passed over by all ranks alike.
 
-    skipped: shards that the run has passed over already, as in `skipped` of a checkpoint.
+    skipped: shards that the run has passed over already, as in `skipped` of a checkpoint; those of
+    data that the run no longer reads are forgotten.
     """
 
     def __init__(
@@ -61,10 +62,14 @@ class TrainingBatches:
     ) -> None:
         self._config, self._data, self._device = config, data, device
         self.skipped: list[tuple[str, int]] = []
-        """(name of the source, number of the shard)."""
-        for name, shard in skipped:
-            self._data.skip(name, shard)
-            self.skipped.append((name, shard))
+        """(fingerprint of the source, number of the shard)."""
+        for source, shard in skipped:  # older checkpoints have the source's name
+            fingerprint = self._data.known_fingerprint(source)
+            if fingerprint is not None:
+                self._data.skip(fingerprint, shard)
+                self.skipped.append((fingerprint, shard))
+            elif dist.get_rank() == 0:
+                log.info("no source is %s any more: shard %d of it is forgotten", source, shard)
         self._loader = self._open(samples_consumed)
 
     def _open(self, samples_consumed: int) -> BatchLoader:
@@ -100,8 +105,8 @@ class TrainingBatches:
             if not found:
                 return batches
             self._loader.close()
-            for (name, shard), message in found.items():
-                self._skip(name, shard, message)
+            for (fingerprint, shard), message in found.items():
+                self._skip(fingerprint, shard, message)
             self._loader = self._open(begin)
 
     def _agreed(self, bad: BadShardError | None) -> dict[tuple[str, int], str]:
@@ -110,20 +115,20 @@ class TrainingBatches:
         dist.all_reduce(any_bad, op=dist.ReduceOp.MAX)
         if not any_bad:
             return {}
-        mine = None if bad is None else (self._data.name_of(bad.folder), bad.shard, str(bad))
+        mine = bad and (self._data.fingerprint_of(bad.folder), bad.shard, str(bad))
         every: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(every, mine)
-        return {(name, shard): message for name, shard, message in filter(None, every)}
+        return {(source, shard): message for source, shard, message in filter(None, every)}
 
-    def _skip(self, name: str, shard: int, message: str) -> None:
+    def _skip(self, fingerprint: str, shard: int, message: str) -> None:
         limit = self._config.data.skip_bad_shards
         if len(self.skipped) >= limit:
             raise DataError(
                 f"{message} The run has passed over {len(self.skipped)} bad shards before, as many "
                 f"as data.skip_bad_shards={limit} allows."
             )
-        self._data.skip(name, shard)
-        self.skipped.append((name, shard))
+        self._data.skip(fingerprint, shard)
+        self.skipped.append((fingerprint, shard))
         if dist.get_rank() == 0:
             log.warning(
                 "skipping bad shard %d of %d allowed; its samples have no loss: %s",

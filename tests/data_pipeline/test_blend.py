@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.blend import PERIOD, Blend, BlendOrder, Stage, interleaved
+from data_pipeline.config import DataConfig
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
 from data_pipeline.loader import BatchLoader, BatchSize
@@ -131,6 +132,40 @@ def test_global_batches_are_the_same_for_any_number_of_ranks_and_from_any_step(
             assert torch.equal(torch.stack(rows), torch.stack(wanted))
 
 
+def test_a_share_that_rounding_changes_is_told(
+    folders: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = [PackedDataset(folder) for folder in folders]
+    for weights, told in (((0.9, 0.09, 0.01), 0), ((1.0, 0.5, 1e-6), 1), ((1.0, 0.5, 0.0), 0)):
+        caplog.clear()
+        Blend(sources, seed=0, names=["a", "b", "c"], stages=[Stage(0, weights)])
+        assert len(caplog.records) == told
+        if told:
+            assert "data.sources c: its weight asks for 6.67e-07" in caplog.text
+            assert "but it gets 6." in caplog.text
+
+
+def test_a_shard_is_skipped_in_every_source_that_has_it(folders: list[Path]) -> None:
+    sources = [PackedDataset(folder) for folder in (folders[0], folders[1], folders[0])]
+    data = Blend(sources, seed=0, names=["a", "b", "c"], stages=[Stage(0, (1.0, 1.0, 1.0))])
+    fingerprint = data.fingerprint_of(str(folders[0]))
+    assert data.known_fingerprint("c") == data.known_fingerprint(fingerprint) == fingerprint
+    assert data.known_fingerprint("b") == data.fingerprint_of(str(folders[1])) != fingerprint
+    assert data.known_fingerprint("gone") is None
+    with pytest.raises(DataError, match="none of its 1 shards"):
+        data.skip(fingerprint, 0)
+
+
+@pytest.mark.parametrize("paths", ["d/train", "./d/train/"], ids=str)
+def test_one_folder_is_not_two_sources(paths: str) -> None:
+    listed = [{"name": "a", "path": "d/train"}, {"name": "b", "path": paths}]
+    with pytest.raises(ValueError, match=r"data\.sources a and b have one path.*sum of their"):
+        DataConfig.model_validate({"sources": listed})
+    urls = [{"name": "a", "path": "s3://b/d"}, {"name": "b", "path": "s3://b/d/"}]
+    with pytest.raises(ValueError, match="have one path"):
+        DataConfig.model_validate({"sources": urls})
+
+
 def test_sources_of_two_tokenizers_are_refused(
     folders: list[Path], corpus: Path, tmp_path: Path
 ) -> None:
@@ -198,4 +233,4 @@ def test_another_blend_is_other_data(
     )  # fmt: skip
     end = run_command("pretrain", other)[0]
     assert end.code == 1
-    assert "was trained on other data" in end.output
+    assert "was trained with another data" in end.output

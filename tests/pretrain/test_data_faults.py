@@ -121,19 +121,6 @@ def test_other_data_is_refused_unless_told_otherwise(
 # -- passing over them ---------------------------------------------------------------------------
 
 
-def lossless_tokens(data: Path, names: set[str]) -> int:
-    """Labels that count in shards of these names."""
-    from data_pipeline.dataset import token_counts
-
-    dataset, found, begin = PackedDataset(data / "train"), 0, 0
-    for shard in dataset.shards:
-        indices = range(begin, begin + shard.samples)
-        begin += shard.samples
-        if shard.raw.name in names:
-            found += token_counts(map(dataset.__getitem__, indices))[1]
-    return found
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bad_shards_are_passed_over_by_all_ranks_up_to_the_cap(
     layout: str, shards: Path, tmp_path: Path
@@ -191,3 +178,50 @@ def test_a_source_whose_every_shard_is_bad_ends_the_run(shards: Path, tmp_path: 
     for end in ends:
         assert end.code == 1
         assert f"none of its {len(files)} shards can be read" in paragraph(end.output)
+
+
+def test_a_fault_of_the_node_ends_the_run_whatever_may_be_skipped(
+    shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    data = {"skip_bad_shards": 3, "cache_dir": str(tmp_path / "file/cache")}
+    config = write_config(tmp_path, shards, data=data, training=LONG)
+    ends = run_command("pretrain", config, ranks=RANKS)
+    check_ends(ends, tmp_path / "run", "data.cache_dir", "Not a directory")
+    assert "skipping" not in ends[0].output
+
+
+def test_a_bad_validation_shard_ends_the_run(shards: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(shards, tmp_path / "data"))
+    flip(data / "validation/shard.000000.mds")
+    training = LONG | {"eval_every": 2}
+    config = write_config(tmp_path, data, data={"skip_bad_shards": 3}, training=training)
+    ends = run_command("pretrain", config, ranks=RANKS)
+    check_ends(ends, tmp_path / "run", "validation/shard.000000.mds", "checksum")
+
+
+def test_skipped_shards_follow_their_data(shards: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(shards, tmp_path / "data"))
+    flip(data / "train/shard.000003.mds")
+
+    def run(steps: int, name: str, folder: str, *words: str) -> str:
+        sources = [{"name": name, "path": str(data / folder)}]
+        sections: dict[str, Any] = {"training": LONG | {"steps": steps}}
+        sections["data"] = {"train": "", "sources": sources, "validation": ""}
+        sections["data"]["skip_bad_shards"] = 2
+        (end,) = run_command("pretrain", write_config(tmp_path, data, **sections), *words)
+        assert end.code == 0, end.output
+        return end.output
+
+    def skipped(step: int) -> list[list[Any]]:
+        state = read_manifest(tmp_path / f"run/checkpoints/step-{step:08d}")
+        return list(state["skipped_shards"])
+
+    assert "skipping bad shard 1 of 2" in run(30, "web", "train")
+    fingerprint = PackedDataset(data / "train").meta.fingerprint
+    assert skipped(30) == [[fingerprint, 3]]
+    run(32, "pages", "train")  # only the name is another
+    assert skipped(32) == [[fingerprint, 3]]
+    output = run(34, "pages", "validation", "--checkpoint.allow_data_change=true")
+    assert f"no source is {fingerprint} any more: shard 3 of it is forgotten" in output
+    assert skipped(34) == []
