@@ -70,7 +70,7 @@ class MetricsWriter:
         step = metrics["step"]
         if self.tensorboard is not None:
             for name, value in metrics.items():
-                if tag := _tag(name):
+                if (tag := _tag(name)) and value is not None:
                     self.tensorboard.add_scalar(tag, value, step)
         line = _line(metrics)
         self.progress.update(self.task, completed=step, description=line)
@@ -113,8 +113,9 @@ def _entries_before(path: Path, first_step: int) -> list[str]:
 
 
 def _line(metrics: dict[str, Any]) -> str:
+    loss = "none" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
     text = (
-        f"step {metrics['step']}  loss {metrics['loss']:.4f}  grad {metrics['grad_norm']:.3f}  "
+        f"step {metrics['step']}  loss {loss}  grad {metrics['grad_norm']:.3f}  "
         f"lr {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tok/s  "
         f"{metrics['memory_bytes'] / 2**30:.1f} GiB"
     )

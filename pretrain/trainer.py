@@ -215,8 +215,9 @@ class Trainer:
             grad_norm = self.zero.step(lr)
         self.step, self.samples = self.step + 1, batches.samples_consumed
         self.skipped = batches.skipped
-        loss = float(sums.mean)
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        # of a step of nothing but padding and skipped shards there is no loss
+        loss = float(sums.mean) if float(sums.tokens.sum()) else None
+        if not math.isfinite(loss or 0.0) or not math.isfinite(grad_norm):
             raise TrainingError(
                 f"step {self.step}: loss {loss}, gradient norm {grad_norm}; stopped. The newest "
                 f"checkpoint in {config.checkpoint_dir} is from before; lower optimizer.lr or "
@@ -229,7 +230,7 @@ class Trainer:
             "tokens": tokens,
             "samples": self.samples,
             "loss": loss,
-            "perplexity": _exp(loss),
+            "perplexity": None if loss is None else _exp(loss),
             **self._by_source(sums),
             "grad_norm": grad_norm,
             "lr": lr,

@@ -144,3 +144,15 @@ def test_resume_keeps_what_the_checkpoint_knows(
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + tail)
     run_ranks(1, rewrite_metrics, tmp_path, first_step)
     assert [entry["step"] for entry in read_metrics(tmp_path)] == expected
+
+
+def test_a_step_without_a_loss_is_recorded_as_such(tmp_path: Path) -> None:
+    from pretrain.metrics import MetricsWriter
+
+    writer = MetricsWriter(tmp_path, 0, 1, 1, True)
+    known = dict.fromkeys(FIELDS, 1.0)
+    writer.write(known | {"step": 1, "loss": None, "perplexity": None})
+    writer.close()
+    (entry,) = read_metrics(tmp_path)
+    assert entry["loss"] is None
+    assert entry["grad_norm"] == 1.0
