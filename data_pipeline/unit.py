@@ -100,6 +100,13 @@ def write_unit(
         shutil.rmtree(temporary)  # somebody else has done this unit meanwhile
 
 
+def load_labels(folder: Path) -> NDArray[np.int64]:
+    """How often each token is a label in a unit that is done: [splits, vocabulary]."""
+    with np.load(folder / LABELS) as content:
+        labels: NDArray[np.int64] = content["labels"]
+    return labels
+
+
 def _batches(unit: Sequence[Piece], text_field: str) -> Iterator[tuple[list[Document], Done]]:
     """Documents in lists of about BATCH_BYTES, with the input's bytes and documents they are.
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import prepare as prepare_module
-from data_pipeline import unit
+from data_pipeline import claim, unit
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
 from data_pipeline.inspection import inspect_dataset, verify_dataset
@@ -133,7 +132,7 @@ def test_left_over_of_a_killed_run_is_replaced_but_no_other_folder(
     with pytest.raises(DataError, match="in the way"):
         prepare([corpus], tokenizer_file, tmp_path / "o", SEQ_LEN)
     assert contents(tmp_path) == {"o.tmp/thesis.txt": b"mine"}
-    (tmp_path / "o.tmp" / prepare_module.STATE).write_text("other work")
+    (tmp_path / "o.tmp" / claim.STATE).write_text("other work")
     prepare([corpus], tokenizer_file, tmp_path / "o", SEQ_LEN)
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
 

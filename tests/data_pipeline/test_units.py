@@ -160,10 +160,10 @@ def test_a_killed_worker_loses_nothing_that_was_done(
     """What `prepare` does when its pool of workers breaks, with one in the killed one's place."""
     work, done = preparing._work, []
 
-    def some(place: Any, plan: Any, mine: range, left: list[int], *rest: Any) -> None:
+    def some(place: Any, plan: Any, mine: range, left: list[str], *rest: Any) -> None:
         work(place, plan, mine, left[:5], *rest)
-        done.extend((place.folder / "units").iterdir())
-        raise preparing.WorkerKilledError("killed")
+        done.extend(place.folder.iterdir())
+        raise DataError("killed")
 
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "_work", some)
