@@ -83,7 +83,11 @@ def tidy(out: Path) -> None:
 
 def refuse_existing(out: Path) -> None:
     """Raises DataError if OUT is anything but an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:
+        raise DataError(f"{out}: cannot be looked into ({error.strerror}).") from error
+    if not is_empty:
         raise DataError(f"{out} exists and is not an empty folder; remove it or name another.")
 
 
@@ -95,6 +99,7 @@ def claim(out: Path, work: str, keys: Collection[str], *, alone: bool) -> Iterat
     alone: with nobody else, else together with others that do the same work.
     Raises DataError if OUT exists, OUT.tmp is not from `prepare`, or others are at work there.
     """
+    refuse_existing(out)  # a root, beside which there is nothing, is one
     folder = out.with_name(out.name + ".tmp")
     try:
         lock, locked = _enter(out, folder, work, keys, alone)

@@ -163,11 +163,17 @@ def _plan(
 
 
 def _resolved(out: Path | str) -> Path:
-    """Without links, so that OUT.tmp lies beside the folder it will be."""
+    """Without links, so that OUT.tmp lies beside the folder it will be.
+
+    Raises DataError for the working folder, which would be another one afterwards.
+    """
     try:
-        return Path(out).resolve()
+        resolved, here = Path(out).resolve(), Path.cwd()
     except (OSError, RuntimeError) as error:
         raise DataError(f"{out}: cannot be followed to a folder ({error}).") from error
+    if resolved == here:
+        raise DataError(f"--out {out} is the working folder; name a new folder in it.")
+    return resolved
 
 
 def _metas(out: Path, options: Options) -> dict[str, DatasetMeta]:
@@ -177,8 +183,8 @@ def _metas(out: Path, options: Options) -> dict[str, DatasetMeta]:
 
 def _explained(error: DataError | OSError, place: Workplace, keys: Collection[str]) -> DataError:
     """With what becomes of OUT.tmp: it goes if nothing in it is worth keeping."""
-    done = len(place.done(keys))
-    if place.locked and (not done or isinstance(error, EmptySplitError)):
+    kept = place.merged or bool(place.done(keys))
+    if place.locked and (not kept or isinstance(error, EmptySplitError)):
         place.remove()
     if isinstance(error, EmptySplitError):
         return error
@@ -188,11 +194,8 @@ def _explained(error: DataError | OSError, place: Workplace, keys: Collection[st
             f"{place.folder}: cannot be written ({error.strerror}). Free space or mend permissions "
             "and run again."
         )
-    if done:
-        text += (
-            f" What is done ({done} of {len(keys)} units) stays in {place.folder}; the same "
-            "command goes on from there."
-        )
+    if kept:
+        text += f" What is done stays in {place.folder}; the same command goes on from there."
     return DataError(text)
 
 
