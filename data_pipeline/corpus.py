@@ -180,7 +180,7 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
         path = Path(entry.path)
         if entry.name.startswith("."):
             continue
-        if path.is_dir():
+        if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and path.is_dir()):
             yield from _walk(path, seen)
         elif kind(path) in TEXT_SUFFIXES | ROW_SUFFIXES and path.is_file():
             yield path
