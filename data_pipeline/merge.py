@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +18,52 @@ from data_pipeline.tokenizer import TextTokenizer
 from data_pipeline.unit import Options
 
 
-def check_all_done(missing: list[int]) -> None:
-    """Raises DataError if there are `missing` units."""
+class EmptySplitError(DataError):
+    """A split without a document, of a corpus that has been read to its end."""
+
+
+def check_all_done(keys: Sequence[str], done: Collection[str]) -> None:
+    """Raises DataError if units are missing."""
+    missing = [number for number, key in enumerate(keys) if key not in done]
     if missing:
         raise DataError(
-            f"{len(missing)} units are not done (the first: {missing[0]:06d}); run `prepare` with "
-            "the same options for every share before it is merged"
+            f"{len(missing)} units are not done (the first: number {missing[0] + 1} of "
+            f"{len(keys)}); run `prepare` with the same options for every share before it is "
+            "merged."
         )
 
 
-def sum_counts(counts: list[dict[str, dict[str, int]]], split: str) -> dict[str, int]:
-    """A split's counts over all units. Raises DataError where it has no sample."""
-    fields = ("documents", "cut_documents", "samples", "tokens", "padding")
-    summed = {field: sum(unit[split][field] for unit in counts) for field in fields}
-    if not summed["samples"]:
-        raise DataError(
-            f"No document fell into the {split} split. The corpus has too few documents for this "
-            "validation fraction: give more (a line of a .jsonl file is one), or another "
-            "--validation-fraction (0: no validation split)."
-        )
-    return summed
+class Totals:
+    """Counts by split, and of labels [splits, vocabulary], of units that are added one by one."""
+
+    def __init__(self, splits: Sequence[str], vocab_size: int) -> None:
+        self.counts: dict[str, Counter[str]] = {split: Counter() for split in splits}
+        self.labels: NDArray[np.int64] = np.zeros((len(splits), vocab_size), np.int64)
+
+    def add(self, counts: dict[str, dict[str, int]], labels: NDArray[np.int64]) -> None:
+        """Add a unit."""
+        for split, summed in self.counts.items():
+            summed.update(counts[split])
+        self.labels += labels
+
+    def check(self) -> None:
+        """Raises EmptySplitError where a split has no sample."""
+        empty = [split for split, counts in self.counts.items() if not counts["samples"]]
+        if len(empty) == len(self.counts):
+            raise EmptySplitError("The corpus is empty: its files hold no text.")
+        if empty:
+            raise EmptySplitError(
+                f"No document fell into the {empty[0]} split. The corpus has too few documents for "
+                "this validation fraction: give more (a line of a .jsonl file is one), or another "
+                "--validation-fraction (0: no validation split)."
+            )
 
 
 def describe_split(
-    summed: dict[str, int],
-    labels: NDArray[np.int64],
-    index: bytes,
-    tokenizer: TextTokenizer,
-    options: Options,
+    totals: Totals, split: str, index: bytes, tokenizer: TextTokenizer, options: Options
 ) -> str:
     """meta.json of a split."""
+    labels = totals.labels[options.splits.index(split)]
     loss_tokens = int(labels.sum())
     p = labels[labels > 0] / max(1, loss_tokens)
     meta = DatasetMeta(
@@ -58,7 +76,7 @@ def describe_split(
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
         pad_id=tokenizer.pad_id,
-        **summed,
+        **totals.counts[split],
         loss_tokens=loss_tokens,
         unigram_entropy=float(-(p * np.log(p)).sum()),
         fingerprint=fingerprint(index, tokenizer.hash),
@@ -66,7 +84,7 @@ def describe_split(
     return json.dumps(meta.model_dump(), indent=2) + "\n"
 
 
-def move_shards(sources: list[Path], target: Path) -> bytes:
+def move_shards(sources: Iterable[Path], target: Path) -> bytes:
     """Number the units' shards through and move them to `target`; its index.json."""
     target.mkdir(exist_ok=True)
     shards: list[dict[str, Any]] = []

@@ -1,10 +1,10 @@
 """Documents into sequences of seq_len + 1 tokens.
 
-Every document ends with the end-of-text token. `best_fit` keeps documents whole: only one longer
-than a sequence is cut, into full sequences and a remainder; all pieces of a bounded buffer are
-then placed by best-fit decreasing, and what room stays is padded. `concat` puts documents one
-after another and cuts at every sequence end; only the last sequence is padded. Either way tokens
-are neither lost nor doubled.
+Every document ends with the end-of-text token; a long one may come in parts. `best_fit` keeps
+documents whole: only one longer than a sequence is cut, into full sequences and a remainder; all
+pieces of a bounded buffer are then placed by best-fit decreasing, and what room stays is padded.
+`concat` puts documents one after another and cuts at every sequence end; only the last sequence is
+padded. Either way tokens are neither lost nor doubled.
 """
 
 from abc import ABC, abstractmethod
@@ -58,14 +58,37 @@ class Packer(ABC):
         self.eod_id = eod_id
         self.pad_id = pad_id
         self.counts = PackingCounts()
+        self._sequence: list[NDArray[np.int32]] = []  # that is being filled, and its room
+        self._room = self.length
+        self._begun: NDArray[np.int32] = np.zeros(0, np.int32)  # of a document that goes on
+        self._was_cut = False  # that document
 
-    def add(self, ids: list[int]) -> list[Sample]:
-        """Take a document's token ids (without end-of-text); returns the samples now complete."""
-        self.counts.documents += 1
-        return self._add(np.array([*ids, self.eod_id], np.int32))
+    def add(self, ids: list[int], ends: bool = True) -> list[Sample]:
+        """Take a document's token ids (without end-of-text); returns the samples now complete.
+
+        ends: whether the document ends with them; else the next ids go on with it.
+        """
+        tokens = np.array([*ids, self.eod_id] if ends else ids, np.int32)
+        if self._begun.size:
+            tokens = np.concatenate([self._begun, tokens])
+        self._was_cut |= tokens.size + (not ends) > self._room
+        samples = []
+        while tokens.size >= self._room:
+            samples.append(self._sample([*self._sequence, tokens[: self._room]]))
+            tokens = tokens[self._room :]
+            self._sequence, self._room = [], self.length
+        self._begun = tokens
+        if ends:
+            self.counts.documents += 1
+            self.counts.cut_documents += self._was_cut
+            self._begun, self._was_cut = tokens[:0], False
+            if tokens.size:
+                samples += self._place(tokens)
+        return samples
 
     @abstractmethod
-    def _add(self, tokens: NDArray[np.int32]) -> list[Sample]: ...
+    def _place(self, rest: NDArray[np.int32]) -> list[Sample]:
+        """Take the end of a document, shorter than the room in the sequence."""
 
     @abstractmethod
     def finish(self) -> list[Sample]:
@@ -93,19 +116,10 @@ class BestFitPacker(Packer):
         self._buffered = 0
         self._capacity = max(BUFFER_TOKENS, MIN_BUFFER_SEQUENCES * self.length)
 
-    def _add(self, tokens: NDArray[np.int32]) -> list[Sample]:
-        samples = []
-        self.counts.cut_documents += tokens.size > self.length
-        for start in range(0, tokens.size, self.length):
-            piece = tokens[start : start + self.length]
-            if piece.size == self.length:
-                samples.append(self._sample([piece]))
-            else:
-                self._pieces.append(piece)
-                self._buffered += piece.size
-        if self._buffered >= self._capacity:
-            samples += self.finish()
-        return samples
+    def _place(self, rest: NDArray[np.int32]) -> list[Sample]:
+        self._pieces.append(rest)
+        self._buffered += rest.size
+        return self.finish() if self._buffered >= self._capacity else []
 
     def finish(self) -> list[Sample]:
         """Place each piece, longest first, where it leaves the least room; else open a bin."""
@@ -128,24 +142,13 @@ class BestFitPacker(Packer):
 class ConcatPacker(Packer):
     """Documents one after another, cut at every sequence end."""
 
-    def __init__(self, seq_len: int, eod_id: int, pad_id: int) -> None:
-        super().__init__(seq_len, eod_id, pad_id)
-        self._pieces: list[NDArray[np.int32]] = []
-        self._room = self.length
-
-    def _add(self, tokens: NDArray[np.int32]) -> list[Sample]:
-        samples = []
-        self.counts.cut_documents += tokens.size > self._room
-        while tokens.size:
-            piece, tokens = tokens[: self._room], tokens[self._room :]
-            self._pieces.append(piece)
-            self._room -= piece.size
-            if not self._room:
-                samples += self.finish()
-        return samples
+    def _place(self, rest: NDArray[np.int32]) -> list[Sample]:
+        self._sequence.append(rest)
+        self._room -= rest.size
+        return []
 
     def finish(self) -> list[Sample]:
-        pieces, self._pieces, self._room = self._pieces, [], self.length
+        pieces, self._sequence, self._room = self._sequence, [], self.length
         return [self._sample(pieces)] if pieces else []
 
 

@@ -5,8 +5,9 @@
 
 A document's split depends on the seed and its own name alone, a unit's shards on its documents
 alone: the same input gives the same bytes whoever does which unit, in however many processes and
-jobs. Everything is written to OUT.tmp and renamed at the end, so OUT exists whole or not at all;
-units that a killed run had finished are not done again.
+jobs. Everything is written to OUT.tmp and renamed at the end, so OUT exists whole or not at all.
+A unit's name says what it is made of and how; those that an earlier run had finished are not done
+again.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -28,26 +29,29 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.claim import Workplace, claim, is_finished, refuse_existing, tidy
 from data_pipeline.corpus import Piece, units
 from data_pipeline.errors import DataError
 from data_pipeline.mds import INDEX
-from data_pipeline.merge import check_all_done, describe_split, index_of, move_shards, sum_counts
+from data_pipeline.merge import (
+    EmptySplitError,
+    Totals,
+    check_all_done,
+    describe_split,
+    index_of,
+    move_shards,
+)
 from data_pipeline.meta import FORMAT_VERSION, META, DatasetMeta, Format, parse_meta
 from data_pipeline.packing import Packing
 from data_pipeline.reading import empty_corpus
 from data_pipeline.remote import is_remote
 from data_pipeline.remote_units import RemoteUnits
 from data_pipeline.tokenizer import TextTokenizer, load_tokenizer
-from data_pipeline.unit import COUNTS, LABELS, Compression, Done, Options, write_unit
+from data_pipeline.unit import COUNTS, Compression, Done, Options, load_labels, write_unit
 
 SHARD_BYTES = 1 << 26
 UNIT_BYTES = 1 << 26
-STATE = ".transxssm-prepare"  # in OUT.tmp: which work is done there, and whether it is merged
 POLL_SECONDS = 0.2
-
-
-class WorkerKilledError(DataError):
-    """A process that did a unit is gone; what others had done stays."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,8 @@ def prepare(
     that work on one OUT together; merge: put the units together, once all are there. `progress` is
     called about once a megabyte of text.
 
-    Raises DataError for bad input, an `out` that holds anything, a split without documents and a
-    full disk; `out` then does not exist.
+    Raises DataError for bad input, an `out` that holds anything or is being written to, a split
+    without documents and a full disk; `out` then does not exist, units that are done stay.
     """
     if seq_len < 1 or not 0 <= validation_fraction < 1:
         raise DataError(
@@ -113,94 +117,86 @@ def prepare(
         seq_len, packing, validation_fraction, text_field, seed, shard_bytes, format, compression
     )
     tokenizer = load_tokenizer(tokenizer_path, end_of_text)
-    plan = list(units(inputs, unit_bytes))
-    if not plan:
-        raise empty_corpus(inputs)
-    mine = range(share[0] - 1, len(plan), share[1])
-    work = _identity(plan, tokenizer, options)
+    plan = _plan(inputs, tokenizer, options, unit_bytes)
+    mine = list(plan)[share[0] - 1 :: share[1]]
     if is_remote(str(out)):
-        remote = RemoteUnits(str(out), work)
+        remote = RemoteUnits(str(out))
+        remote.refuse_finished()
         _work_remotely(remote, plan, mine, tokenizer, options, workers, progress)
-        return _merge_remotely(remote, len(plan), tokenizer, options) if merge else {}
-    out = Path(out)
-    temporary = out.with_name(out.name + ".tmp")
-    if _state(out) == f"{work} merged":  # killed at its very end
-        return _finish(temporary, out, options)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists and is not an empty folder; remove it or name another.")
-    resumed = _claim(temporary, work)
-    try:
-        if _state(temporary) == work:
-            left = [n for n in mine if not _unit_folder(temporary, n).exists()]
-            do = UnitWork(temporary, None)
-            _work(do, plan, mine, left, tokenizer, options, workers, progress)
+        return _merge_remotely(remote, list(plan), tokenizer, options) if merge else {}
+    out = _resolved(out)
+    work = hashlib.sha256("".join(plan).encode()).hexdigest()
+    if is_finished(out, work):
+        tidy(out)
+        return _metas(out, options)
+    with claim(out, work, plan.keys(), alone=merge) as place:
+        try:
+            refuse_existing(out)  # another start may have ended meanwhile
+            if not place.merged:
+                left = [key for key in mine if not (place.units / key).exists()]
+                _work(
+                    UnitWork(place.units), plan, mine, left, tokenizer, options, workers, progress
+                )
             if not merge:
                 return {}
-            _merge(temporary, len(plan), tokenizer, options)
-            _set_state(temporary, f"{work} merged")
-        return _finish(temporary, out, options)
-    except WorkerKilledError:
-        raise
-    except (DataError, OSError) as error:
-        fresh = share == (1, 1) and not resumed  # else others may be at work, or have been
-        if fresh:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, DataError):
-            raise
-        state = "nothing is left there" if fresh else f"what is done stays in {temporary}"
-        raise DataError(
-            f"{out}: cannot be written ({error.strerror}); {state}. Free space or mend permissions "
+            if not place.merged:
+                _merge(place, list(plan), tokenizer, options)
+            place.finish(out)
+        except (DataError, OSError) as error:
+            raise _explained(error, place, plan.keys()) from error
+    return _metas(out, options)
+
+
+def _plan(
+    inputs: Sequence[Path | str], tokenizer: TextTokenizer, options: Options, unit_bytes: int
+) -> dict[str, list[Piece]]:
+    """All units in order, by a key each: equal if and only if the same text becomes the same
+    shards."""
+    how = [asdict(options), tokenizer.hash, tokenizer.eod_id, FORMAT_VERSION]
+    plan = {}
+    for unit in units(inputs, unit_bytes):
+        what = [(p.name, p.start, p.end, p.num_bytes, p.content) for p in unit]
+        plan[hashlib.sha256(json.dumps([what, how]).encode()).hexdigest()[:32]] = unit
+    if not plan:
+        raise empty_corpus(inputs)
+    return plan
+
+
+def _resolved(out: Path | str) -> Path:
+    """Without links, so that OUT.tmp lies beside the folder it will be.
+
+    Raises DataError for the working folder, which would be another one afterwards.
+    """
+    try:
+        resolved, here = Path(out).resolve(), Path.cwd()
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{out}: cannot be followed to a folder ({error}).") from error
+    if resolved == here:
+        raise DataError(f"--out {out} is the working folder; name a new folder in it.")
+    return resolved
+
+
+def _metas(out: Path, options: Options) -> dict[str, DatasetMeta]:
+    files = {split: out / split / META for split in options.splits}
+    return {split: parse_meta(file.read_bytes(), str(file)) for split, file in files.items()}
+
+
+def _explained(error: DataError | OSError, place: Workplace, keys: Collection[str]) -> DataError:
+    """With what becomes of OUT.tmp: it goes if nothing in it is worth keeping."""
+    kept = place.merged or bool(place.done(keys))
+    if place.locked and (not kept or isinstance(error, EmptySplitError)):
+        place.remove()
+    if isinstance(error, EmptySplitError):
+        return error
+    text = str(error)
+    if isinstance(error, OSError):
+        text = (
+            f"{place.folder}: cannot be written ({error.strerror}). Free space or mend permissions "
             "and run again."
-        ) from error
-
-
-# -- the folder of unfinished work ----------------------------------------------------------------
-
-
-def _identity(plan: list[list[Piece]], tokenizer: TextTokenizer, options: Options) -> str:
-    """Of the work: equal if and only if the same units become the same shards."""
-    pieces = [[(p.name, p.start, p.end, p.num_bytes) for p in unit] for unit in plan]
-    work = json.dumps([pieces, asdict(options), tokenizer.hash, tokenizer.eod_id, FORMAT_VERSION])
-    return hashlib.sha256(work.encode()).hexdigest()
-
-
-def _state(folder: Path) -> str | None:
-    """Which work a folder is of, and whether it is merged; None where it says nothing."""
-    try:
-        return (folder / STATE).read_text()
-    except OSError:
-        return None
-
-
-def _set_state(folder: Path, state: str) -> None:
-    mine = folder / f"{STATE}.{os.getpid()}"
-    mine.write_text(state)
-    os.replace(mine, folder / STATE)
-
-
-def _claim(temporary: Path, work: str) -> bool:
-    """Make OUT.tmp, or go on with one of the same work; whether there was one."""
-    try:
-        state = _state(temporary)
-        if state is None and temporary.exists() and any(map(_is_strange, temporary.iterdir())):
-            raise DataError(f"{temporary} is in the way and not from `prepare`; move it elsewhere.")
-        if state not in (None, work, f"{work} merged"):
-            shutil.rmtree(temporary)  # left by a killed run over other text or with other options
-        temporary.mkdir(parents=True, exist_ok=True)
-        found = _state(temporary) is not None
-        if not found:
-            _set_state(temporary, work)
-        return found
-    except OSError as error:
-        raise DataError(f"{temporary}: cannot be created ({error.strerror}).") from error
-
-
-def _is_strange(path: Path) -> bool:
-    return not path.name.startswith(STATE)
-
-
-def _unit_folder(temporary: Path, number: int) -> Path:
-    return temporary / "units" / f"{number:06d}"
+        )
+    if kept:
+        text += f" What is done stays in {place.folder}; the same command goes on from there."
+    return DataError(text)
 
 
 # -- doing units ----------------------------------------------------------------------------------
@@ -227,33 +223,33 @@ class UnitWork:
     """Where units are written, and brought to if they do not stay there."""
 
     folder: Path
-    remote: RemoteUnits | None
+    remote: RemoteUnits | None = None
 
     def do(
         self,
-        number: int,
+        key: str,
         unit: list[Piece],
         tokenizer: TextTokenizer,
         options: Options,
         report: Callable[[Done], None],
     ) -> None:
         """Make one unit, whole or not at all."""
-        folder = _unit_folder(self.folder, number)
+        folder = self.folder / key
         write_unit(folder, unit, tokenizer, options, report)
         if self.remote is not None:
-            self.remote.put(number, folder, options.splits)
+            self.remote.put(key, folder, options.splits)
             shutil.rmtree(folder)
 
 
-def _do_unit(work: UnitWork, number: int, unit: list[Piece], options: Options) -> None:
-    work.do(number, unit, _tokenizer, options, _reports.put)
+def _do_unit(work: UnitWork, key: str, unit: list[Piece], options: Options) -> None:
+    work.do(key, unit, _tokenizer, options, _reports.put)
 
 
 def _work(
     work: UnitWork,
-    plan: list[list[Piece]],
-    mine: range,
-    left: list[int],
+    plan: dict[str, list[Piece]],
+    mine: list[str],
+    left: list[str],
     tokenizer: TextTokenizer,
     options: Options,
     workers: int,
@@ -261,8 +257,8 @@ def _work(
 ) -> None:
     """Do the units `left` of `mine`."""
     begin = time.monotonic()
-    total = sum(piece.num_bytes for number in mine for piece in plan[number])
-    done = total - sum(piece.num_bytes for number in left for piece in plan[number])
+    total = sum(piece.num_bytes for key in mine for piece in plan[key])
+    done = total - sum(piece.num_bytes for key in left for piece in plan[key])
     sums = np.array([done, 0, 0])
 
     def tell(change: Done) -> None:
@@ -275,8 +271,8 @@ def _work(
     cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()
     processes = min(workers or cores or 1, len(left))
     if processes <= 1:
-        for number in left:
-            work.do(number, plan[number], tokenizer, options, tell)
+        for key in left:
+            work.do(key, plan[key], tokenizer, options, tell)
         return
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
@@ -289,7 +285,7 @@ def _work(
             (os.getpid(), tokenizer.file, tokenizer.end_of_text, threads, reports),
         ) as pool:
             pending: set[Future[None]] = {
-                pool.submit(_do_unit, work, number, plan[number], options) for number in left
+                pool.submit(_do_unit, work, key, plan[key], options) for key in left
             }
             try:
                 while pending:
@@ -298,9 +294,8 @@ def _work(
                     for future in finished:
                         future.result()
             except BrokenProcessPool as error:
-                raise WorkerKilledError(
-                    "a worker process was killed (out of memory?); run the same command again "
-                    "with fewer --workers: it goes on with the units that are left"
+                raise DataError(
+                    "A worker process was killed (out of memory?). Run again with fewer --workers."
                 ) from error
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -317,30 +312,20 @@ def _drain(reports: Any, tell: Callable[[Done], None]) -> None:
 # -- putting units together -----------------------------------------------------------------------
 
 
-def _merge(temporary: Path, num_units: int, tokenizer: TextTokenizer, options: Options) -> None:
+def _merge(place: Workplace, keys: list[str], tokenizer: TextTokenizer, options: Options) -> None:
     """All units' shards as one folder a split. May be cut off at any point and repeated."""
-    folders = [_unit_folder(temporary, number) for number in range(num_units)]
-    check_all_done([number for number in range(num_units) if not folders[number].exists()])
-    counts = [json.loads((folder / COUNTS).read_text()) for folder in folders]
-    labels = np.sum([np.load(folder / LABELS) for folder in folders], axis=0)
-    for number, split in enumerate(options.splits):
-        summed = sum_counts(counts, split)
-        index = move_shards([folder / split for folder in folders], temporary / split)
-        meta = describe_split(summed, labels[number], index, tokenizer, options)
-        (temporary / split / META).write_text(meta)
-    shutil.copyfile(tokenizer.file, temporary / "tokenizer.json")
-
-
-def _finish(temporary: Path, out: Path, options: Options) -> dict[str, DatasetMeta]:
-    """OUT.tmp, merged, becomes OUT; each split's meta. May be cut off at any point and repeated."""
-    if temporary.exists():
-        shutil.rmtree(temporary / "units", ignore_errors=True)
-        for stray in temporary.glob(f"{STATE}.*"):  # of a process killed while it wrote its state
-            stray.unlink()
-        os.rename(temporary, out)  # replaces an empty folder
-    (out / STATE).unlink()
-    files = {split: out / split / META for split in options.splits}
-    return {split: parse_meta(file.read_bytes(), str(file)) for split, file in files.items()}
+    check_all_done(keys, place.done(keys))
+    totals = Totals(options.splits, tokenizer.vocab_size)
+    for key in keys:
+        unit = place.units / key
+        totals.add(json.loads((unit / COUNTS).read_text()), load_labels(unit))
+    totals.check()
+    for split in options.splits:
+        index = move_shards([place.units / key / split for key in keys], place.folder / split)
+        meta = describe_split(totals, split, index, tokenizer, options)
+        (place.folder / split / META).write_text(meta)
+    shutil.copyfile(tokenizer.file, place.folder / "tokenizer.json")
+    place.set_merged()
 
 
 # -- at a URL -------------------------------------------------------------------------------------
@@ -348,40 +333,44 @@ def _finish(temporary: Path, out: Path, options: Options) -> dict[str, DatasetMe
 
 def _work_remotely(
     remote: RemoteUnits,
-    plan: list[list[Piece]],
-    mine: range,
+    plan: dict[str, list[Piece]],
+    mine: list[str],
     tokenizer: TextTokenizer,
     options: Options,
     workers: int,
     progress: Callable[[Progress], None] | None,
 ) -> None:
     """Do those of `mine` that are not there, in a temporary folder from which each is uploaded."""
-    done = remote.done()
+    done = remote.done(mine)
     with tempfile.TemporaryDirectory(prefix="transxssm-prepare.") as folder:
-        do = UnitWork(Path(folder), remote)
-        left = [number for number in mine if number not in done]
-        _work(do, plan, mine, left, tokenizer, options, workers, progress)
+        left = [key for key in mine if key not in done]
+        work = UnitWork(Path(folder), remote)
+        _work(work, plan, mine, left, tokenizer, options, workers, progress)
 
 
 def _merge_remotely(
-    remote: RemoteUnits, num_units: int, tokenizer: TextTokenizer, options: Options
+    remote: RemoteUnits, keys: list[str], tokenizer: TextTokenizer, options: Options
 ) -> dict[str, DatasetMeta]:
     """Indexes and descriptions, uploaded last: what has no meta.json is no dataset."""
-    done = remote.done()
-    check_all_done([number for number in range(num_units) if number not in done])
+    check_all_done(keys, remote.done(keys))
+    totals = Totals(options.splits, tokenizer.vocab_size)
+    shards: dict[str, list[dict[str, Any]]] = {split: [] for split in options.splits}
+    for part in remote.parts(keys, options.splits):
+        totals.add(part.counts, part.labels)
+        for split in options.splits:
+            shards[split] += part.shards[split]
+    totals.check()
+    metas = {}
     with tempfile.TemporaryDirectory(prefix="transxssm-prepare.") as name:
         folder = Path(name)
-        parts = remote.collect(num_units, folder)
-        labels = np.sum([part.labels for part in parts], axis=0)
-        metas = {}
-        for number, split in enumerate(options.splits):
-            summed = sum_counts([part.counts for part in parts], split)
-            index = index_of([shard for part in parts for shard in part.shards[split]])
-            meta = describe_split(summed, labels[number], index, tokenizer, options)
+        for split in options.splits:
+            index = index_of(shards[split])
+            meta = describe_split(totals, split, index, tokenizer, options)
             (folder / split).mkdir()
             (folder / split / INDEX).write_bytes(index)
             (folder / split / META).write_text(meta)
             metas[split] = parse_meta(meta.encode(), f"{remote.url}/{split}/{META}")
         shutil.copyfile(tokenizer.file, folder / "tokenizer.json")
+        remote.refuse_finished()  # what another start has finished meanwhile
         remote.finish(folder, options.splits)
     return metas

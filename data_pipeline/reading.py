@@ -1,45 +1,47 @@
-"""Documents of pieces of input files: UTF-8 text, .jsonl and .parquet; memory is bounded by
-MAX_DOCUMENT_BYTES."""
+"""Documents of pieces of input files: UTF-8 text, .jsonl and .parquet.
 
-import gzip
+A long document comes in parts of at most PART_BYTES, so memory is bounded by that, MAX_LINE_BYTES
+and the rows of a .parquet file.
+"""
+
 import io
 import json
+import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any
 
 import zstandard
 
-from data_pipeline.corpus import (
-    COMPRESSED_SUFFIXES,
-    ROW_SUFFIXES,
-    TEXT_SUFFIXES,
-    Piece,
-    kind,
-    units,
-)
+from data_pipeline.compressed import is_compressed, open_bytes
+from data_pipeline.corpus import ROW_SUFFIXES, TEXT_SUFFIXES, Piece, kind, units
 from data_pipeline.errors import DataError
 
-MAX_DOCUMENT_BYTES = 8 << 20
+PART_BYTES = 8 << 20
+MAX_LINE_BYTES = 64 << 20
 PARQUET_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and a name for it that does not depend on where the corpus lies on disk.
+    """A text, or one part of a long one, and the document's name, which does not depend on where
+    the corpus lies on disk.
 
-    `num_bytes` is how much text it is, decompressed.
+    `num_bytes` is how much text it is, decompressed; `ends`: the document ends with it.
     """
 
     id: str
     text: str
     num_bytes: int
+    ends: bool = True
 
 
 def documents(inputs: Sequence[Path | str], text_field: str = "text") -> Iterator[Document]:
-    """Every non-empty document of `inputs`: files, folders (recursively), globs.
+    """Every non-empty document of `inputs`: files, folders (recursively), globs; long ones in
+    parts.
 
     Folders give their files with a known suffix and skip hidden names; a file that is named itself
     is read whatever its suffix. `text_field` is the field of a .jsonl line, the column of a
@@ -72,7 +74,7 @@ def unit_documents(unit: Sequence[Piece], text_field: str) -> Iterator[Document]
         try:
             if kind(piece.path) == ".jsonl":
                 yield from _jsonl_documents(piece, text_field)
-            elif piece.path.suffix == ".parquet":
+            elif kind(piece.path) == ".parquet":
                 yield from _parquet_documents(piece, text_field)
             else:
                 yield from _text_documents(piece)
@@ -82,25 +84,35 @@ def unit_documents(unit: Sequence[Piece], text_field: str) -> Iterator[Document]
 
 
 def _text_documents(piece: Piece) -> Iterator[Document]:
-    """The file as one document, or as several where it is longer than MAX_DOCUMENT_BYTES."""
-    name, path = piece.name, piece.path
-    offset = part = 0
-    rest = b""
-    with _open(path) as file:
-        while True:
-            block = rest + file.read(MAX_DOCUMENT_BYTES - len(rest))
-            if not block:
-                return
-            rest = b""
-            if len(block) == MAX_DOCUMENT_BYTES:
-                # Cut after the last line; in a file without lines, before the last character.
-                cut = block.rfind(b"\n") + 1 or _character_start(block)
-                block, rest = block[:cut], block[cut:]
-            text = _decode(block, path, offset)
-            if text.strip():
-                yield Document(f"{name}#{part}" if part else name, text, len(block))
-            offset += len(block)
-            part += 1
+    """The file as one document."""
+    with open_bytes(piece.path) as file:
+        yield from _parts(piece.name, file, piece.path)
+
+
+def _row_documents(name: str, text: str, num_bytes: int, path: Path) -> Iterator[Document]:
+    """The text of a line or row, which is `num_bytes` of input, as one document."""
+    if len(text) > PART_BYTES // 4:  # a character is at most 4 bytes
+        yield from _parts(name, io.BytesIO(text.encode()), path)
+    elif text.strip():
+        yield Document(name, text, num_bytes)
+
+
+def _parts(name: str, file: IO[bytes], path: Path) -> Iterator[Document]:
+    """One document of all there is in `file`, which was found in `path`; nothing if it is blank."""
+    offset, begun = 0, False
+    block = file.read(PART_BYTES)
+    while block:
+        cut = len(block)
+        if cut == PART_BYTES:
+            # After the last line; in a text without lines, before the last character.
+            cut = block.rfind(b"\n") + 1 or _character_start(block)
+        head, rest = block[:cut], block[cut:]
+        block = rest + file.read(PART_BYTES - len(rest))
+        text = _decode(head, path, offset)
+        begun = begun or bool(text.strip())
+        if begun:
+            yield Document(name, text, len(head), ends=not block)
+        offset += cut
 
 
 def _character_start(block: bytes) -> int:
@@ -114,27 +126,32 @@ def _character_start(block: bytes) -> int:
 def _jsonl_documents(piece: Piece, text_field: str) -> Iterator[Document]:
     """One document a line, named by its first byte; blank lines are skipped."""
     path = piece.path
-    with _open(path) as file:
+    with open_bytes(path) as file:
         offset = piece.start
         if offset:  # the line that begins before belongs to the piece before
             file.seek(offset - 1)
-            offset += len(file.readline()) - 1
-        whole = path.suffix in COMPRESSED_SUFFIXES
+            offset += len(_read_line(file, path, offset - 1)) - 1
+        whole = is_compressed(path)
         while whole or offset < piece.end:
-            line = file.readline(MAX_DOCUMENT_BYTES)
+            line = _read_line(file, path, offset)
             if not line:
                 return
-            if len(line) == MAX_DOCUMENT_BYTES and not line.endswith(b"\n"):
-                raise DataError(
-                    f"{_line(path, offset)}: the line is longer than {MAX_DOCUMENT_BYTES} bytes; "
-                    "split the document over several lines."
-                )
             text = _decode(line, path, offset)
             if text.strip():
                 value = _field(text, text_field, path, offset)
-                if value.strip():
-                    yield Document(f"{piece.name}@{offset}", value, len(line))
+                yield from _row_documents(f"{piece.name}@{offset}", value, len(line), path)
             offset += len(line)
+
+
+def _read_line(file: IO[bytes], path: Path, offset: int) -> bytes:
+    """The rest of the line at byte `offset`."""
+    line = file.readline(MAX_LINE_BYTES)
+    if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+        raise DataError(
+            f"{_line(path, offset)}: the line is longer than {MAX_LINE_BYTES} bytes; split the "
+            "document over several lines, or make it a text file of its own."
+        )
+    return line
 
 
 def _parquet_documents(piece: Piece, text_field: str) -> Iterator[Document]:
@@ -143,41 +160,57 @@ def _parquet_documents(piece: Piece, text_field: str) -> Iterator[Document]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
-        file = pyarrow.parquet.ParquetFile(piece.path)
-        fields = file.schema_arrow.names
-        if text_field not in fields:
-            raise DataError(
-                f"{piece.path}: no column {text_field!r} (columns: {', '.join(fields)}). Name the "
-                "text's column with --text-field."
-            )
-        kind = file.schema_arrow.field(text_field).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise DataError(f"{piece.path}: column {text_field!r} is {kind}, not a string.")
-        row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
-        groups = range(piece.start, piece.end)
-        for batch in file.iter_batches(PARQUET_ROWS, groups, [text_field]):
-            for value in batch.column(0).to_pylist():
-                if value and value.strip():
-                    yield Document(f"{piece.name}@{row}", value, len(value.encode()))
-                row += 1
+        with _seekable(piece.path) as content, pyarrow.parquet.ParquetFile(content) as file:
+            _check_column(file, text_field, piece.path)
+            whole = is_compressed(piece.path)
+            groups = range(file.num_row_groups) if whole else range(piece.start, piece.end)
+            row = sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
+            for batch in file.iter_batches(PARQUET_ROWS, groups, [text_field]):
+                for value in batch.column(0).to_pylist():
+                    if value:
+                        num_bytes = len(value.encode())
+                        yield from _row_documents(
+                            f"{piece.name}@{row}", value, num_bytes, piece.path
+                        )
+                    row += 1
     except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
         raise DataError(f"{piece.path}: damaged ({error}); copy or write it again.") from error
 
 
-def _open(path: Path) -> IO[bytes]:
-    """The file's bytes, decompressed."""
-    if path.suffix == ".gz":
-        return cast(IO[bytes], gzip.open(path))
-    if path.suffix == ".zst":
-        raw = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-        return io.BufferedReader(raw)
-    return path.open("rb")
+def _check_column(file: Any, text_field: str, path: Path) -> None:
+    """Raises DataError if a Parquet file has no such column of text."""
+    import pyarrow
+
+    fields = file.schema_arrow.names
+    if text_field not in fields:
+        raise DataError(
+            f"{path}: no column {text_field!r} (columns: {', '.join(fields)}). Name the text's "
+            "column with --text-field."
+        )
+    kind = file.schema_arrow.field(text_field).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise DataError(f"{path}: column {text_field!r} is {kind}, not a string.")
+
+
+def _seekable(path: Path) -> IO[bytes]:
+    """The file; what is compressed is unpacked into a temporary one, gone when it is closed."""
+    if not is_compressed(path):
+        return path.open("rb")
+    unpacked = tempfile.TemporaryFile(prefix="transxssm-prepare.")  # noqa: SIM115, the caller's
+    try:
+        with open_bytes(path) as packed:
+            shutil.copyfileobj(packed, unpacked, 1 << 20)
+        unpacked.seek(0)
+    except BaseException:
+        unpacked.close()
+        raise
+    return unpacked
 
 
 def _line(path: Path, offset: int) -> str:
     """file:line of a byte, for errors."""
     number = 1
-    with _open(path) as file:
+    with open_bytes(path) as file:
         while offset > 0 and (block := file.read(min(offset, 1 << 20))):
             number += block.count(b"\n")
             offset -= len(block)
@@ -188,7 +221,7 @@ def _field(line: str, text_field: str, path: Path, offset: int) -> str:
     """The text of one .jsonl line, which begins at a byte of the file."""
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of an integer of too many digits
         raise DataError(
             f"{_line(path, offset)}: not valid JSON ({error}). Every line must be one JSON object."
         ) from error

@@ -128,9 +128,12 @@ def load_tokenizer(path: Path, end_of_text: str | None = None) -> TextTokenizer:
     )
 
 
-def inspect_tokenizer(path: Path, text: str) -> dict[str, Any]:
-    """What `transxssm tokenizer inspect` prints, with `text` as the sample."""
-    loaded = load_tokenizer(path)
+def inspect_tokenizer(path: Path, text: str, end_of_text: str | None = None) -> dict[str, Any]:
+    """What `transxssm tokenizer inspect` prints, with `text` as the sample.
+
+    Raises DataError as load_tokenizer does.
+    """
+    loaded = load_tokenizer(path, end_of_text)
     (ids,) = loaded.encode_batch([text])
     return {
         "file": str(loaded.file),

@@ -28,7 +28,7 @@ from data_pipeline.tar import TarShardWriter
 from data_pipeline.tokenizer import TextTokenizer
 
 BATCH_BYTES = 1 << 20  # text tokenised at once; bounds memory and feeds the tokenizer's threads
-COUNTS, LABELS = "counts.json", "labels.npy"
+COUNTS, LABELS = "counts.json", "labels.npz"
 ZSTD_LEVEL = 3
 Compression = Literal["none", "zstd"]
 
@@ -67,7 +67,7 @@ def write_unit(
     options: Options,
     report: Callable[[Done], None],
 ) -> None:
-    """Make `folder`: a folder of shards a split that got text, counts.json and labels.npy.
+    """Make `folder`: a folder of shards a split that got text, counts.json and labels.npz.
 
     Raises DataError for bad input, OSError when it cannot be written; `folder` is not there then.
     """
@@ -77,10 +77,10 @@ def write_unit(
     try:
         for batch, tokens, done in _encoded(_batches(unit, options.text_field), tokenizer):
             for document, ids in zip(batch, tokens, strict=True):
-                name = f"{options.seed}:{document.id}".encode()
+                name = f"{options.seed}:{document.id}".encode("utf-8", "surrogateescape")
                 share = xxhash.xxh64_intdigest(name) / 2**64
                 held_out = share < options.validation_fraction
-                splits["validation" if held_out else "train"].add(ids)
+                splits["validation" if held_out else "train"].add(ids, document.ends)
                 done = Done(done.num_bytes, done.documents, done.tokens + len(ids))
             report(done)
         counts = {name: asdict(split.finish()) for name, split in splits.items()}
@@ -89,7 +89,8 @@ def write_unit(
             split.cancel()
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    np.save(temporary / LABELS, np.stack([splits[name].label_counts for name in options.splits]))
+    labels = np.stack([splits[name].label_counts for name in options.splits])
+    np.savez_compressed(temporary / LABELS, labels=labels)
     (temporary / COUNTS).write_text(json.dumps(counts))
     try:
         os.rename(temporary, folder)
@@ -99,8 +100,17 @@ def write_unit(
         shutil.rmtree(temporary)  # somebody else has done this unit meanwhile
 
 
+def load_labels(folder: Path) -> NDArray[np.int64]:
+    """How often each token is a label in a unit that is done: [splits, vocabulary]."""
+    with np.load(folder / LABELS) as content:
+        labels: NDArray[np.int64] = content["labels"]
+    return labels
+
+
 def _batches(unit: Sequence[Piece], text_field: str) -> Iterator[tuple[list[Document], Done]]:
-    """Documents in lists of about BATCH_BYTES, with the input's bytes and documents they are."""
+    """Documents in lists of about BATCH_BYTES, with the input's bytes and documents they are.
+
+    A part of a long document is counted when it is the last."""
     batch: list[Document] = []
     size = reported = 0
     for piece in unit:
@@ -112,11 +122,11 @@ def _batches(unit: Sequence[Piece], text_field: str) -> Iterator[tuple[list[Docu
             before, read = read, min(piece.num_bytes, read + document.num_bytes)
             reported += read - before
             if size >= BATCH_BYTES:
-                yield batch, Done(reported, len(batch), 0)
+                yield batch, Done(reported, sum(document.ends for document in batch), 0)
                 batch, size, reported = [], 0, 0
         reported += piece.num_bytes - read
     if batch or reported:
-        yield batch, Done(reported, len(batch), 0)
+        yield batch, Done(reported, sum(document.ends for document in batch), 0)
 
 
 def _encoded(
@@ -146,9 +156,9 @@ class SplitWriter:
         self.writer: Any = None  # opened with the first sample: a unit may have none
         self.label_counts: NDArray[np.int64] = np.zeros(tokenizer.vocab_size, np.int64)
 
-    def add(self, ids: list[int]) -> None:
-        """Take a document's token ids."""
-        self._write(self.packer.add(ids))
+    def add(self, ids: list[int], ends: bool) -> None:
+        """Take a document's token ids, or part of them: it `ends` with the last."""
+        self._write(self.packer.add(ids, ends))
 
     def _write(self, samples: list[Sample]) -> None:
         length = self.options.seq_len + 1

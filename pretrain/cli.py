@@ -269,11 +269,14 @@ def tokenizer_train(
 def tokenizer_inspect(
     tokenizer: Path,
     text: Annotated[str, typer.Option(help="Text to encode.")] = "The quick brown fox, 3.14159.",
+    end_of_text: Annotated[
+        str | None, typer.Option(help="Token that ends every document [as the tokenizer has it].")
+    ] = None,
 ) -> None:
     """Show size, special tokens and what it makes of a text."""
     from data_pipeline.tokenizer import inspect_tokenizer
 
-    _print_fields(inspect_tokenizer(tokenizer, text))
+    _print_fields(inspect_tokenizer(tokenizer, text, end_of_text))
 
 
 @data_app.command("inspect")

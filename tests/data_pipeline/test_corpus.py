@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,34 @@ def test_folder_is_read_recursively_sorted_and_without_hidden_or_binary_files(tm
     assert texts(tmp_path) == ["a/y.py", "a/z.md", "b.txt"]
     assert texts(str(tmp_path / "**" / "*.md")) == ["a/z.md"]
     assert texts(tmp_path / "image.png") == ["image.png"]
+
+
+def test_linked_folders_are_read_once_and_suffixes_in_any_case(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "B.TXT").write_text("b")
+    (tmp_path / "elsewhere" / "C.Jsonl").write_text('{"text": "c"}')
+    (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "loop").symlink_to("loop")
+    (tmp_path / "in" / "one").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "two").symlink_to(tmp_path / "elsewhere")
+    assert texts(tmp_path / "in") == ["b", "c"]
+
+
+def test_a_pattern_may_match_folders(tmp_path):
+    for name in ("one/a.txt", "one/image.png", "two/b.txt", "two/x.xz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert texts(tmp_path / "*") == ["one/a.txt", "two/b.txt"]
+    assert texts(tmp_path / "on*") == ["one/a.txt"]
+    assert texts(tmp_path / "one" / "**") == ["one/a.txt", "one/image.png"]
+    with pytest.raises(DataError, match=r"x\.xz: \.xz files cannot be read; unpack"):
+        texts(tmp_path / "two" / "*")
+
+
+def test_a_name_may_be_no_utf8(tmp_path):
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("text")
+    assert texts(tmp_path) == ["text"]
 
 
 def test_document_ids_do_not_depend_on_the_place_and_are_unique(tmp_path):
@@ -49,13 +78,26 @@ def test_byte_order_mark_is_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["zeile ä\n" * 40, "é" * 200, "🙂x" * 77, "abc\n" * 64])
-def test_long_file_is_cut_without_losing_a_character(tmp_path, monkeypatch, text):
-    monkeypatch.setattr(reading, "MAX_DOCUMENT_BYTES", 64)
-    (tmp_path / "a.txt").write_text(text)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_long_document_comes_in_parts_without_losing_a_character(tmp_path, monkeypatch, text, name):
+    monkeypatch.setattr(reading, "PART_BYTES", 64)
+    (tmp_path / name).write_text(text if name == "a.txt" else json.dumps({"text": text}))
     parts = list(documents([tmp_path]))
     assert "".join(d.text for d in parts) == text
-    assert len({d.id for d in parts}) == len(parts) > 3
+    assert len(parts) > 3
+    assert len({d.id for d in parts}) == 1
+    assert [d.ends for d in parts] == [False] * (len(parts) - 1) + [True]
     assert sum(d.num_bytes for d in parts) == len(text.encode())
+
+
+@pytest.mark.parametrize("end", ["", " " * 100])
+def test_blank_parts_begin_no_document_but_go_on_with_one(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(reading, "PART_BYTES", 64)
+    (tmp_path / "a.txt").write_text(" " * 200 + "x" + end)
+    (tmp_path / "b.txt").write_text(" " * 200)
+    parts = list(documents([tmp_path]))
+    assert "".join(d.text for d in parts).strip() == "x"
+    assert [d.ends for d in parts] == [False] * (len(parts) - 1) + [True]
 
 
 @pytest.mark.parametrize(
@@ -66,8 +108,9 @@ def test_long_file_is_cut_without_losing_a_character(tmp_path, monkeypatch, text
         ('{"title": "x"}', r"a\.jsonl:2: no field 'text' \(fields: title\).*--text-field"),
         ('{"text": 3}', r"a\.jsonl:2: field 'text' is int"),
         ('{"text": "\\ud800"}', r"a\.jsonl:2: .*surrogate"),
+        ('{"text": "x", "n": ' + "7" * 5000 + "}", r"a\.jsonl:2: not valid JSON.*digits"),
     ],
-    ids=["syntax", "list", "missing", "number", "surrogate"],
+    ids=["syntax", "list", "missing", "number", "surrogate", "digits"],
 )
 def test_bad_jsonl_line_is_named(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "fine"}) + "\n" + line + "\n")
@@ -76,14 +119,14 @@ def test_bad_jsonl_line_is_named(tmp_path, line, message):
 
 
 def test_file_that_is_not_utf8_is_named_with_the_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "MAX_DOCUMENT_BYTES", 64)
+    monkeypatch.setattr(reading, "PART_BYTES", 64)
     (tmp_path / "a.txt").write_bytes(b"fine line\n" * 20 + b"caf\xe9 au lait\n")
     with pytest.raises(DataError, match=r"a\.txt: not UTF-8 at byte 203 \(0xe9\).*iconv"):
         texts(tmp_path)
 
 
 def test_too_long_jsonl_line_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "MAX_DOCUMENT_BYTES", 64)
+    monkeypatch.setattr(reading, "MAX_LINE_BYTES", 64)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 100}))
     with pytest.raises(DataError, match="longer than 64 bytes"):
         texts(tmp_path)

@@ -46,6 +46,20 @@ def test_no_token_is_lost_or_doubled(packing, docs, seq_len, small_buffer):
 
 
 @settings(deadline=None)
+@given(docs=DOCUMENTS, seq_len=st.integers(1, 20), part=st.integers(1, 25))
+@pytest.mark.parametrize("packing", ["best_fit", "concat"])
+def test_parts_of_a_document_are_packed_as_the_whole(packing, docs, seq_len, part):
+    whole, parted = (make_packer(packing, seq_len, EOD, PAD) for _ in range(2))
+    expected, found = pack(whole, docs), []
+    for doc in docs:
+        for at in range(0, len(doc) + 1, part):
+            found += parted.add(doc[at : at + part], ends=at + part > len(doc))
+    found += parted.finish()
+    assert [pieces(sample) for sample in found] == [pieces(sample) for sample in expected]
+    assert parted.counts == whole.counts
+
+
+@settings(deadline=None)
 @given(docs=DOCUMENTS, seq_len=st.integers(1, 20))
 def test_best_fit_cuts_only_documents_longer_than_a_sequence(docs, seq_len):
     packer = make_packer("best_fit", seq_len, EOD, PAD)

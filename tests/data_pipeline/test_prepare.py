@@ -1,14 +1,14 @@
 import errno
 import json
 import math
+import os
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_pipeline import prepare as prepare_module
-from data_pipeline import unit
+from data_pipeline import claim, reading, unit
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
 from data_pipeline.inspection import inspect_dataset, verify_dataset
@@ -86,6 +86,20 @@ def test_counts_and_entropy_are_those_of_the_labels(prepared):
     assert meta.unigram_entropy == pytest.approx(entropy, rel=1e-9)
 
 
+def test_a_long_text_stays_one_document(tokenizer_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "PART_BYTES", 64)
+    (tmp_path / "in").mkdir()
+    texts = [f"{number} the state of a scan\n" * 20 for number in range(20)]
+    for number, text in enumerate(texts):
+        (tmp_path / "in" / f"{number:02}.txt").write_text(text)
+    metas = prepare(
+        [tmp_path / "in"], tokenizer_file, tmp_path / "o", 1000, validation_fraction=0.3
+    )
+    found = [split_texts(tmp_path / "o" / split) for split in ("train", "validation")]
+    assert sorted(found[0] + found[1]) == sorted(texts)
+    assert [meta.documents for meta in metas.values()] == [len(split) for split in found]
+
+
 def test_large_vocabulary_is_stored_in_32_bits(corpus, tokenizer_file, tmp_path):
     content = json.loads(tokenizer_file.read_text())
     vocab = content["model"]["vocab"]
@@ -133,7 +147,7 @@ def test_left_over_of_a_killed_run_is_replaced_but_no_other_folder(
     with pytest.raises(DataError, match="in the way"):
         prepare([corpus], tokenizer_file, tmp_path / "o", SEQ_LEN)
     assert contents(tmp_path) == {"o.tmp/thesis.txt": b"mine"}
-    (tmp_path / "o.tmp" / prepare_module.STATE).write_text("other work")
+    (tmp_path / "o.tmp" / claim.STATE).write_text("other work")
     prepare([corpus], tokenizer_file, tmp_path / "o", SEQ_LEN)
     assert [p.name for p in tmp_path.iterdir()] == ["o"]
 
@@ -172,4 +186,16 @@ def test_missing_corpus_and_empty_split_are_refused(tokenizer_file, tmp_path):
     (tmp_path / "a.txt").write_text("one document")
     with pytest.raises(DataError, match="validation split"):
         prepare([tmp_path / "a.txt"], tokenizer_file, tmp_path / "o", SEQ_LEN)
-    assert not (tmp_path / "o").exists()
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(DataError, match="corpus is empty: its files hold no text"):
+        prepare(
+            [tmp_path / "a.txt"], tokenizer_file, tmp_path / "o", SEQ_LEN, validation_fraction=0
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_file_name_may_be_no_utf8(tokenizer_file, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / os.fsdecode(b"\xff.txt")).write_text("text")
+    metas = prepare([tmp_path / "in"], tokenizer_file, tmp_path / "o", 64, validation_fraction=0)
+    assert metas["train"].documents == 1

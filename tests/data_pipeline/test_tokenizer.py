@@ -43,6 +43,14 @@ def test_inspect_tells_what_a_person_wants_to_know(tokenizer_file):
     assert found["bytes_per_token"] > 1
 
 
+def test_inspect_takes_the_end_of_text_that_it_asks_for(tokenizer_file, tmp_path):
+    other = tokenizer_file.read_text().replace("<|endoftext|>", "<|fin|>")
+    (tmp_path / "tokenizer.json").write_text(other)
+    with pytest.raises(DataError, match=r"--end-of-text \(special tokens: <\|fin\|>"):
+        inspect_tokenizer(tmp_path, "text")
+    assert inspect_tokenizer(tmp_path, "text", "<|fin|>")["eod_id"] == 0
+
+
 def test_bad_tokenizers_are_refused(tmp_path, corpus):
     with pytest.raises(DataError, match="no tokenizer there"):
         load_tokenizer(tmp_path)

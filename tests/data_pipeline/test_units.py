@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +46,6 @@ def test_lines_are_read_once_however_files_are_cut(
 def test_compressed_files_and_parquet_hold_the_same_documents(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
-    import zstandard
 
     texts = [f"document {i} " + "wörd " * (i % 7) for i in range(50)] + ["", "end"]
     plain = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
@@ -56,13 +56,32 @@ def test_compressed_files_and_parquet_hold_the_same_documents(tmp_path: Path) ->
     table = pyarrow.table({"text": [*texts, None], "n": range(len(texts) + 1)})
     pyarrow.parquet.write_table(table, tmp_path / "d.parquet", row_group_size=7)
     (tmp_path / "e.txt.gz").write_bytes(gzip.compress(b"ein Text"))
+    table = (tmp_path / "d.parquet").read_bytes()
+    (tmp_path / "f.parquet.gz").write_bytes(gzip.compress(table))
+    (tmp_path / "g.parquet.zst").write_bytes(zstandard.compress(table))
     expected = [text for text in texts if text]
-    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"):
+    for name in (
+        "a.jsonl",
+        "b.jsonl.gz",
+        "c.jsonl.zst",
+        "d.parquet",
+        "f.parquet.gz",
+        "g.parquet.zst",
+    ):
         assert [d.text for d in documents([tmp_path / name])] == expected, name
     cut = [d for unit in units([tmp_path / "d.parquet"], 300) for d in unit_documents(unit, "text")]
     assert [d.text for d in cut] == expected
     assert len({d.id for d in cut}) == len(expected)
-    assert len(list(documents([tmp_path]))) == 4 * len(expected) + 1
+    assert len(list(documents([tmp_path]))) == 6 * len(expected) + 1
+
+
+LINE = zstandard.compress(b'{"text": "x"}\n')
+
+
+def flushed(text: bytes) -> bytes:
+    """A frame that is cut off behind all of `text`."""
+    compressor = zstandard.ZstdCompressor().compressobj()
+    return compressor.compress(text) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +90,11 @@ def test_compressed_files_and_parquet_hold_the_same_documents(tmp_path: Path) ->
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-20], "cannot be read"),
         ("a.parquet", b"PAR1 and nothing", "not a Parquet file"),
         ("a.jsonl.zst", b"no zstd", "cannot be read"),
+        ("a.txt.zst", zstandard.compress(b"text " * 1000)[:-3], "ends within a frame"),
+        ("a.jsonl.zst", flushed(b'{"text": "x"}\n' * 10), "ends within a frame"),
+        ("a.jsonl.zst", LINE + LINE[:-1], "ends within a frame"),
+        ("a.txt.zst", b"", "it is empty"),
+        ("a.txt.gz", b"", "it is empty"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -136,10 +160,10 @@ def test_a_killed_worker_loses_nothing_that_was_done(
     """What `prepare` does when its pool of workers breaks, with one in the killed one's place."""
     work, done = preparing._work, []
 
-    def some(place: Any, plan: Any, mine: range, left: list[int], *rest: Any) -> None:
+    def some(place: Any, plan: Any, mine: range, left: list[str], *rest: Any) -> None:
         work(place, plan, mine, left[:5], *rest)
-        done.extend((place.folder / "units").iterdir())
-        raise preparing.WorkerKilledError("killed")
+        done.extend(place.folder.iterdir())
+        raise DataError("killed")
 
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "_work", some)
