@@ -4,6 +4,7 @@ A step folder is written as step-N.tmp and renamed when everything in it is on d
 named step-N is whole. `latest` is moved after the rename, old steps are removed after that.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -15,6 +16,8 @@ from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.manifest import FORMAT_VERSION, MANIFEST, file_entry, manifest_text
 
 log = logging.getLogger("transxssm")
+
+LATEST = "latest"
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -31,7 +34,8 @@ def committed_steps(folder: Path) -> list[int]:
 
 
 def resolve(path: Path) -> Path:
-    """The step folder that `path` means: itself, or the latest of a folder of step-* folders.
+    """The step folder that `path` means: itself, or what `latest` names in a folder of step-*
+    folders, else the newest of them.
 
     Raises CheckpointError when there is none.
     """
@@ -43,7 +47,12 @@ def resolve(path: Path) -> Path:
             f"{path} is not a checkpoint: neither {MANIFEST} nor step-* folders in it; name a "
             "step-* folder, a checkpoints folder or a run directory"
         )
-    return step_folder(path if committed_steps(path) else path / "checkpoints", steps[-1])
+    folder = path if committed_steps(path) else path / "checkpoints"
+    with contextlib.suppress(OSError, ValueError):  # after a fallback newer ones may be damaged
+        named = (folder / LATEST).read_text().strip()
+        if named in {step_folder(folder, step).name for step in steps}:
+            return folder / named
+    return step_folder(folder, steps[-1])
 
 
 def begin(folder: Path, step: int) -> Path:
@@ -90,8 +99,9 @@ def commit(
     temporary.rename(target)
     sync_folder(folder)
     shutil.rmtree(target.with_suffix(".old"), ignore_errors=True)
-    write_durably(folder / "latest.tmp", f"{target.name}\n".encode())
-    (folder / "latest.tmp").rename(folder / "latest")
+    written = folder / f"{LATEST}.tmp"
+    write_durably(written, f"{target.name}\n".encode())
+    written.rename(folder / LATEST)
     sync_folder(folder)
     return target
 
@@ -102,7 +112,11 @@ def remove_old(folder: Path, newest: int, keep_last: int, keep_every: int) -> No
     for step in steps[:-keep_last]:
         if not keep_every or step % keep_every:
             path = step_folder(folder, step)
-            path.rename(path.with_suffix(".tmp"))  # what is half removed has no step's name
+            try:
+                path.rename(path.with_suffix(".tmp"))  # what is half removed has no step's name
+            except OSError as error:
+                log.warning("%s cannot be removed: %s", path, error)
+                continue
             _remove(path.with_suffix(".tmp"))
 
 

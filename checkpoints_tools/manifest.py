@@ -76,10 +76,15 @@ def read_manifest(step_dir: Path) -> dict[str, Any]:
     faults = []
     for name, entry in manifest["files"].items():
         file = step_dir / name
-        found = file.stat().st_size if file.exists() else None
-        if found != entry["bytes"]:
-            what = "is missing" if found is None else f"has {found} bytes, not {entry['bytes']}"
+        try:
+            size = file.stat().st_size
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            what = "is missing" if missing else f"cannot be read ({error.strerror})"
             faults.append(f"{file} {what}")
+            continue
+        if size != entry["bytes"]:
+            faults.append(f"{file} has {size} bytes, not {entry['bytes']}")
     if faults:
         raise CheckpointError(f"{listed(faults)}; use another checkpoint than {step_dir.name}")
     return manifest

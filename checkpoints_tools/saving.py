@@ -94,24 +94,20 @@ class CheckpointSaver:
             log.info("waiting for the checkpoint of step %d to be written", self._flight.step)
             self.drain()
         temporary = folders.step_folder(self.folder, step).with_suffix(".tmp")
-        tokenizer = self.tokenizer.read_bytes() if dist.get_rank() == 0 else b""
 
         def make_folder() -> None:
             folders.begin(self.folder, step)
-            folders.write_durably(temporary / "tokenizer.json", tokenizer)
+            folders.write_durably(temporary / "tokenizer.json", self.tokenizer.read_bytes())
 
         self._on_rank_0(make_folder, f"cannot begin {temporary}")
         tensors = tensors_to_save(self.zero)
         plan = self._planned(tensors, temporary)
         state = state | {"adam_step": self.zero.adam_step(), "world_size": dist.get_world_size()}
+        self._host = self._host or HostCopy(tensors)
+        copy = self._host.begin(tensors)
         flight = self._flight = _Flight(temporary, step, state, begin)
-        if self.asynchronous:
-            self._host = self._host or HostCopy(tensors)
-            copy = self._host.begin(tensors)
-            flight.work = self._pool.submit(_copy_and_write, copy, flight, plan)
-        else:
-            flight.copied.set()
-            flight.work = self._pool.submit(_write, tensors, temporary, plan)
+        flight.work = self._pool.submit(_copy_and_write, copy, flight, plan)
+        if not self.asynchronous:
             self.drain()
         self._count_stall(flight, begin)
 
@@ -158,8 +154,7 @@ class CheckpointSaver:
         """Which rank writes what: the same in every save of a run, so asked once. A collective."""
         if self._plan is None:
             planner, writer = _planner(tensors), _writer(temporary)
-            local = writer.prepare_local_plan(planner.create_local_plan())
-            gathered = self._gathered(local)
+            gathered = self._gathered(planner.create_local_plan())
             plans: list[Any] = [None] * dist.get_world_size()
             metadata = None
             if gathered:
@@ -270,7 +265,7 @@ def save_checkpoint(
 class HostCopy:
     """Host memory for this rank's share, allocated once: twelve bytes a parameter it owns.
 
-    On GPUs it is page-locked, and filled on a stream of its own.
+    Of GPUs it is page-locked, if that is allowed, and filled on a stream of its own.
     """
 
     def __init__(self, tensors: Tensors) -> None:
@@ -280,10 +275,11 @@ class HostCopy:
         self._stream: torch.cuda.Stream | None = None
         if any(t.is_cuda for t in flats):
             self._stream = torch.cuda.Stream()
-            size = self._buffer.nbytes
-            torch.cuda.check_error(
-                torch.cuda.cudart().cudaHostRegister(self._buffer.data_ptr(), size, 0)
-            )
+            place, size = self._buffer.data_ptr(), self._buffer.nbytes
+            try:
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(place, size, 0))
+            except torch.cuda.CudaError as error:
+                log.warning("host memory is not page-locked (%s): copies will be slower", error)
 
     def begin(self, tensors: Tensors) -> Callable[[], Tensors]:
         """What makes the copy, to be called in another thread, of the state as it is now."""
@@ -292,7 +288,8 @@ class HostCopy:
             now = torch.cuda.current_stream().record_event()
 
         def copy() -> Tensors:
-            copied, at = dict(tensors), 0
+            # torch.save would copy once more what is a part of a larger storage; numpy's are not
+            copied, at, memory = dict(tensors), 0, self._buffer.numpy()
             with torch.cuda.stream(self._stream):
                 if self._stream is not None and now is not None:
                     self._stream.wait_event(now)
@@ -302,7 +299,7 @@ class HostCopy:
                     parts = []
                     for part in tensor.parts:
                         size = part.data.numel()
-                        host = self._buffer[at : at + size].view(part.data.shape)
+                        host = torch.from_numpy(memory[at : at + size]).view(part.data.shape)
                         host.copy_(part.data, non_blocking=True)
                         parts.append(Part(part.offsets, host))
                         at += size
@@ -363,7 +360,10 @@ def _check_all_files_here(step_dir: Path, entries: Entries) -> None:
 
 def free_space(folder: Path) -> str:
     """How full the disk is, for messages: DCP does not say that it was the reason."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    try:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+    except OSError:  # what is to be explained is explained without it
+        return ""
     full = "No space left on device: " if free < 2**20 else ""
     return f" ({full}{free / 2**20:,.1f} MiB free on the file system of {existing})"

@@ -189,7 +189,13 @@ class Config(Section):
 
 
 def _check_training(config: Config) -> None:
-    training = config.training
+    training, checkpoint = config.training, config.checkpoint
+    if checkpoint.load_weights_only and checkpoint.resume not in ("auto", "none"):
+        raise ValueError(
+            f"checkpoint.resume={checkpoint.resume!r} takes the whole state, "
+            f"checkpoint.load_weights_only={checkpoint.load_weights_only!r} the weights alone; "
+            "use one of them"
+        )
     if bool(training.steps) == bool(training.tokens):
         raise ValueError(
             f"training.steps={training.steps} and training.tokens={training.tokens}: set exactly "

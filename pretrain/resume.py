@@ -1,6 +1,8 @@
 """What a run starts from: the newest sound checkpoint, checked against configuration and data."""
 
+import hashlib
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch.distributed as dist
 from checkpoints_tools import folder as folders
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.exported_weights import is_exported, load_exported_weights
+from checkpoints_tools.importing import model_section, read_config
 from checkpoints_tools.manifest import damaged_files, listed, read_manifest
 from checkpoints_tools.sharded import load_stored_weights
 from data_pipeline.blend import Blend
@@ -57,11 +60,15 @@ def _candidates(config: Config) -> list[Path]:
     """Step folders to try, the best first."""
     folder, resume = config.checkpoint_dir, config.checkpoint.resume
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # now, rather than at the first save
+            pass
         folders.remove_temporary(folder)
         steps = folders.committed_steps(folder)
     except OSError as error:
         raise CheckpointError(
-            f"checkpoint.dir {folder}: {error}; mend its permissions, or name another folder"
+            f"checkpoint.dir {folder} cannot be written ({error}); mend its permissions, free "
+            "space, or name another folder"
         ) from error
     if resume == "none":
         if steps:
@@ -71,7 +78,12 @@ def _candidates(config: Config) -> list[Path]:
             )
         return []
     found = [folders.step_folder(folder, s) for s in reversed(steps)]
-    if resume != "auto":
+    if resume != "auto" and found and not Path(resume).exists():
+        log.warning(
+            "checkpoint.resume=%s is not there; going on from the run's own, of step %d",
+            *(resume, steps[-1]),
+        )
+    elif resume != "auto":
         named = folders.resolve(Path(resume))
         if named.resolve() in {path.resolve() for path in found[1:]}:
             raise CheckpointError(
@@ -101,6 +113,8 @@ def _manifest_or_fault(candidate: Path) -> tuple[dict[str, Any] | None, str]:
         return read_manifest(candidate), ""
     except CheckpointError as error:
         return None, str(error)
+    except OSError as error:
+        return None, f"{candidate}: {error}"
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -120,6 +134,15 @@ def _check_same_run(candidate: Path, config: Config, data: Blend) -> None:
     """Of rank 0: show what is another than when the checkpoint was written, refuse what must not be
     unless it is allowed."""
     manifest, allow = read_manifest(candidate), config.checkpoint
+    phase, step = config.phase_at(manifest["step"]), manifest["step"]
+    counted = (manifest["samples"], manifest["tokens"])
+    if counted != (ours := (phase.samples_at(step), phase.tokens_at(step))):
+        raise CheckpointError(
+            f"{candidate} was trained on {counted[0]} samples, {counted[1]} tokens, but by "
+            f"data.stages and training.global_batch_size step {step} comes after {ours[0]} and "
+            f"{ours[1]}; restore what was changed of them, or choose another logging.run_dir (and "
+            "checkpoint.load_weights_only for its weights)"
+        )
     changed = differences(manifest["config"], config.model_dump(mode="json"))
     shown = {name: f"{name}: {old!r} there, {new!r} here" for name, (old, new) in changed.items()}
     dangers: dict[str, list[str]] = {"data": [], "tokenizer": [], "model": []}
@@ -158,19 +181,51 @@ def _check_same_run(candidate: Path, config: Config, data: Blend) -> None:
             log.info("changed since %s: %s", candidate.name, line)
 
 
-def load_weights(source: Path, zero: ZeroOptimizer) -> None:
-    """Begin with the weights of a checkpoint or an exported model, and nothing else of it.
+def load_weights(config: Config, data: Blend, zero: ZeroOptimizer) -> None:
+    """Begin with the weights of checkpoint.load_weights_only, a checkpoint or an exported model.
 
-    Raises CheckpointError. A collective.
+    Raises CheckpointError, on every rank, where they are damaged, or of another model or tokenizer
+    and the configuration does not allow it. A collective.
     """
-    exported, step_dir = from_rank_0(lambda: _weights_source(source))
+    source = Path(config.checkpoint.load_weights_only)
+    exported, folder = from_rank_0(lambda: _weights_source(source, config, data))
     if exported:
-        load_exported_weights(source, zero)
+        load_exported_weights(folder, zero)
         return
-    if (fault := _fault(step_dir)) is not None:
+    if (fault := _fault(folder)) is not None:
         raise CheckpointError(fault)
-    load_stored_weights(step_dir, zero)
+    load_stored_weights(folder, zero)
 
 
-def _weights_source(source: Path) -> tuple[bool, Path]:
-    return (True, source) if is_exported(source) else (False, folders.resolve(source))
+def _weights_source(source: Path, config: Config, data: Blend) -> tuple[bool, Path]:
+    """Whether it is an exported model, and its folder; of rank 0."""
+    exported = is_exported(source)
+    folder = source if exported else folders.resolve(source)
+    if exported:
+        model = model_section(read_config(folder), folder)
+        try:
+            tokenizer = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder}/tokenizer.json cannot be read ({error.strerror}); copy there the one "
+                "that the model was exported with"
+            ) from error
+    else:
+        manifest = read_manifest(folder)
+        model, tokenizer = manifest["config"]["model"], manifest["tokenizer_hash"]
+    lines: dict[str, list[str]] = {"model": [], "tokenizer": []}
+    for name, (old, new) in differences(model, config.model.model_dump(mode="json")).items():
+        if name.partition(".")[0] not in FREE_MODEL_FIELDS:
+            lines["model"].append(f"model.{name}: {old!r} there, {new!r} here")
+    if tokenizer != (ours := data.meta.tokenizer_hash):
+        lines["tokenizer"].append(f"{tokenizer[:12]}… there, {ours[:12]}… here")
+    for danger, found in lines.items():
+        if not found:
+            continue
+        said = f"the weights of {folder} are of another {danger} ({'; '.join(found)})"
+        if not getattr(config.checkpoint, f"allow_{danger}_change"):
+            raise CheckpointError(
+                f"{said}; restore it, or go on with --checkpoint.allow_{danger}_change true"
+            )
+        log.warning("%s", said)
+    return exported, folder

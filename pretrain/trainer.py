@@ -87,7 +87,7 @@ def train(config: Config, launch: Launch) -> None:
         trainer.resume(start)
         log.info("resumed from %s", start)
     elif config.checkpoint.load_weights_only:
-        load_weights(Path(config.checkpoint.load_weights_only), trainer.zero)
+        load_weights(config, data, trainer.zero)
         log.info("beginning with the weights of %s", config.checkpoint.load_weights_only)
     trainer.run()
     destroy_groups()
@@ -177,7 +177,8 @@ class Trainer:
                 if self._saves_now():
                     self.save()
             self.saver.drain()
-        except TrainingError:  # which all ranks raise alike
+        except TrainingError as error:  # which all ranks raise alike
+            log.error("%s", error)
             self.saver.drain()
             raise
         finally:

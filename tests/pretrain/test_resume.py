@@ -1,6 +1,7 @@
 """What a run starts from: changes are shown, dangerous ones refused; new runs may begin with the
 weights of a checkpoint or of an exported model."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,63 @@ def test_a_new_run_begins_with_weights_alone(
 
 def test_weights_of_another_model_are_refused(ended: Path, tiny_data: Path, tmp_path: Path) -> None:
     export_checkpoint(ended / "run", tmp_path / "model")
-    for source in (tmp_path / "model", ended / "run", tmp_path / "nowhere"):
-        config = write_config(
-            tmp_path, tiny_data, model={"intermediate_size": 128, "num_layers": 4},
-            checkpoint={"load_weights_only": str(source)},
-        )  # fmt: skip
-        (end,) = run_command("pretrain", config)
+
+    def refused(source: Path, *options: str, **model: Any) -> str:
+        only = {"load_weights_only": str(source)}
+        config = write_config(tmp_path, tiny_data, model=model, checkpoint=only)
+        (end,) = run_command("pretrain", config, *options)
         assert end.code == 1, end.output
-        said = paragraph(end.output)
-        assert ("nowhere" if source.name == "nowhere" else "feed_forward") in said
+        return paragraph(end.output)
+
+    allow = "--checkpoint.allow_model_change=true"
+    for source in (tmp_path / "model", ended / "run"):
+        said = refused(source, intermediate_size=128)
+        assert "model.intermediate_size: 64 there, 128 here" in said
+        assert "feed_forward" in refused(source, allow, intermediate_size=128)
+        # what fits, but means something else
+        assert "model.rope_theta: 10000.0 there, 500.0 here" in refused(source, rope_theta=500.0)
+    assert "nowhere" in refused(tmp_path / "nowhere")
+
+
+def test_a_checkpoint_and_weights_alone_contradict(ended: Path) -> None:
+    options = [f"--checkpoint.resume={ended / STEP_2}", f"--checkpoint.load_weights_only={ended}"]
+    (end,) = run_command("pretrain", ended / "config.toml", *options)
+    assert end.code == 2
+    assert "use one of them" in paragraph(end.output)
+
+
+def test_a_run_goes_on_without_the_checkpoint_it_came_from(ended: Path, tmp_path: Path) -> None:
+    shutil.copytree(ended / STEP_2, tmp_path / "step-00000002")
+    options = [f"--checkpoint.resume={tmp_path / 'step-00000002'}"]
+    options += [f"--logging.run_dir={tmp_path / 'run'}"]
+    succeed("pretrain", ended / "config.toml", *options, "--training.steps=4")
+    shutil.rmtree(tmp_path / "step-00000002")
+    succeed("pretrain", ended / "config.toml", *options, "--training.steps=5")
+    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [3, 4, 5]
+
+
+def test_stages_that_would_move_what_was_read_are_refused(tiny_data: Path, tmp_path: Path) -> None:
+    def start(batch: int, steps: int) -> Any:
+        source = {"path": str(tiny_data / "train"), "name": "web"}
+        stage = {"from_tokens": 512, "weights": {"web": 1.0}, "global_batch_size": batch}
+        data = {"train": "", "sources": [source], "stages": [stage]}
+        steps_ = {"steps": steps, "eval_every": 0}
+        return run_command(
+            "pretrain", write_config(tmp_path, tiny_data, data=data, training=steps_)
+        )
+
+    assert start(8, 4)[0].code == 0
+    (end,) = start(16, 6)
+    assert end.code == 1
+    assert "data.stages and training.global_batch_size step 4 comes after" in paragraph(end.output)
+
+
+def test_a_checkpoint_folder_that_cannot_be_written_is_found_at_the_start(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    saves = {"dir": str(tmp_path / "file/checkpoints"), "every": 0}
+    (end,) = run_command("pretrain", write_config(tmp_path, tiny_data, checkpoint=saves))
+    assert end.code == 1
+    assert f"checkpoint.dir {tmp_path}/file/checkpoints cannot be written" in paragraph(end.output)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
