@@ -357,8 +357,8 @@ def test_resume_none_and_a_path(copy: Path) -> None:
     assert new == "None"
     assert "later checkpoints, up to step 6" in path  # going back needs them out of the way
     assert run == "step-00000006"
-    assert missing.startswith("error: ")
-    assert "elsewhere is not a checkpoint" in missing
+    assert "elsewhere is not there; going on from the run's own, of step 6" in missing
+    assert missing.endswith("step-00000006")
     assert damaged.startswith("error: ")  # asked for by name: no fallback
     assert "step-00000004" in damaged
 
