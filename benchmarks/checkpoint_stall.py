@@ -2,7 +2,7 @@
 
     python -m benchmarks.checkpoint_stall [--quick] [--ranks 1] [--repeats 5]
 
-A model of 118 million parameters (--quick: 30) makes steps of a few tokens on CPU processes and is
+A model of 108 million parameters (--quick: 29) makes steps of a few tokens on CPU processes and is
 saved in turns: at once, when training waits until the checkpoint is committed, and beside training,
 when it waits for the call to return and, if the copy is not made by then, before the next update.
 Medians over repeats in one run. Exits with 1 when the second is not below 10 % of the first.
