@@ -97,7 +97,7 @@ def make_checkpoint(folder: Path, size: dict[str, Any]) -> int:
         "head_dim": size["hidden_size"] // 16,
     }
     model = ModelConfig(**size, **sizes, ssd_groups=4, attn_layer_period=3, attn_layer_offset=2)
-    tokenizer = byte_tokenizer(model.vocab_size)
+    tokenizer = byte_tokenizer()
     state = {
         "tokens": 0, "samples": 0, "skipped_shards": [], "adam_step": 0, "world_size": 1,
         "config": {"model": model.model_dump(mode="json")}, "data_fingerprint": "",
@@ -130,14 +130,15 @@ def make_checkpoint(folder: Path, size: dict[str, Any]) -> int:
     return 4 * sum(prod(shape) for shape in shapes.values())
 
 
-def byte_tokenizer(vocab_size: int) -> bytes:
-    """tokenizer.json of bytes alone, their ids spread over the vocabulary."""
+def byte_tokenizer() -> bytes:
+    """tokenizer.json of bytes, and of a token for the end of documents and for padding."""
     from tokenizers import Tokenizer, models, pre_tokenizers  # type: ignore[import-untyped]
 
+    special = ["<eod>", "<pad>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    step = (vocab_size - 2) // len(letters)
-    vocab = {letter: 2 + step * number for number, letter in enumerate(letters)}
+    vocab = {token: number for number, token in enumerate([*special, *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.add_special_tokens(special)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     text: str = tokenizer.to_str()
     return text.encode()

@@ -21,7 +21,8 @@ def diff_checkpoints(a: Path, b: Path, *, values: bool = True) -> dict[str, Any]
     A tensor's entry has its name and either `problem` (missing, another shape, NaN or infinity
     where the other has something else; these come first) or `relative` |a - b| / max(|a|, |b|),
     `largest` |a_i - b_i| and `elements` that differ; all finite. Tensors whose values are the same,
-    NaN and infinity among them, are left out. Without `values` only shapes are compared. Raises CheckpointError.
+    NaN and infinity among them, are left out. Without `values` only shapes are compared. Raises
+    CheckpointError.
     """
     dirs = [folders.resolve(path) for path in (a, b)]
     manifests = [read_manifest(step_dir) for step_dir in dirs]
@@ -67,7 +68,7 @@ def _comparable(a: StoredTensors, b: StoredTensors, name: str) -> bool:
 
 
 def _value_differences(a: StoredTensors, b: StoredTensors) -> list[dict[str, Any]]:
-    found = []
+    found: list[dict[str, Any]] = []
     for name in a.tensors:
         if not _comparable(a, b, name):
             continue
