@@ -3,9 +3,15 @@
     python -m benchmarks.export_memory [--quick] [--folder FOLDER]
 
 Makes a checkpoint of 2.4 GB of weights (--quick: 0.6 GB), as one rank would write it: every tensor
-in one piece, an embedding of 1 GB among them. Each command runs in a process of its own; its peak
-resident memory above what the interpreter holds after its imports is to stay below 1 GB, and below
-the size of the weights. Exported files are read back with the safetensors library and compared.
+in one piece, an embedding of 1 GB among them. Each command runs in a process of its own. Exports
+are those of `transxssm checkpoint export`, with its checks: every file's checksum, every tensor,
+every layer and the logits against the training code.
+
+The baseline is the resident memory of that same process after its imports and before the command:
+torch, and for exports Megatron-core and DeepSpeed as well, which the checks need. The peak (VmHWM,
+reset at the baseline; it counts pages of mapped files too) is to stay less than 1 GB above it, and
+below the size of the weights. Exported files are read back with the safetensors library and
+compared.
 
 Exits with 1 when a bound is missed or a value is wrong.
 """
@@ -36,31 +42,39 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from checkpoints_tools import folder as folders
+from checkpoints_tools.single_gpu import initial_value
 from checkpoints_tools.source import parameter_shapes, single_gpu_config
 from checkpoints_tools.stored import KINDS
 from parallel.config import ModelConfig
 
 BOUND = 10**9
-FILE, TOKENIZER = "__0_0.distcp", b"{}"
+FILE = "__0_0.distcp"
 SIZES: dict[str, dict[str, Any]] = {
     "full": {"vocab_size": 131072, "hidden_size": 2048, "intermediate_size": 6144, "num_layers": 6},
     "quick": {"vocab_size": 65536, "hidden_size": 1024, "intermediate_size": 4096, "num_layers": 5},
 }
 # what each process runs: (folder of the checkpoint, folder of results)
 COMMANDS = {
-    "export fp32": "export_checkpoint(a, out / 'fp32')",
-    "export bf16, files of 500 MB": (
-        "export_checkpoint(a, out / 'bf16', 'bf16', max_shard_bytes=500_000_000)"
+    "export (default, verified)": "checkpoint_app(['export', str(a), str(out / 'fp32')], **whole)",
+    "export bf16, files of 500 MB, verified": (
+        "checkpoint_app(['export', str(a), str(out / 'bf16'), '--dtype', 'bf16',"
+        " '--max-shard-size', '500MB'], **whole)"
     ),
     "import fp32": "import_model(out / 'fp32', out / 'imported', {})",
     "average": "average_checkpoints([a, out / 'imported'], out / 'average')",
 }
 PROGRAM = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 from checkpoints_tools.averaging import average_checkpoints
-from checkpoints_tools.export import export_checkpoint
 from checkpoints_tools.importing import import_model
+if VERIFIES:  # what the command itself would import
+    import checkpoints_tools.comparison, checkpoints_tools.export, parallel.compat
+    import parallel.build, parallel.groups, parallel.model, pretrain.real_text, tokenizers
+    from pretrain.checkpoint_cli import checkpoint_app
+    parallel.compat.prepare_host()
+whole = {"standalone_mode": False}
 
 def resident(name):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -76,22 +90,24 @@ print(json.dumps({"before": before, "peak": resident("VmHWM"), "seconds": second
 
 
 def make_checkpoint(folder: Path, size: dict[str, Any]) -> int:
-    """FOLDER/step-00000001 of random weights, each in one piece; bytes of the weights."""
+    """FOLDER/step-00000001 of initial weights, each in one piece; bytes of the weights."""
     sizes: dict[str, Any] = {
         "num_heads": 16,
         "num_kv_heads": 8,
         "head_dim": size["hidden_size"] // 16,
     }
     model = ModelConfig(**size, **sizes, ssd_groups=4, attn_layer_period=3, attn_layer_offset=2)
+    tokenizer = byte_tokenizer()
     state = {
         "tokens": 0, "samples": 0, "skipped_shards": [], "adam_step": 0, "world_size": 1,
         "config": {"model": model.model_dump(mode="json")}, "data_fingerprint": "",
-        "tokenizer_hash": hashlib.sha256(TOKENIZER).hexdigest(), "eod_id": 0, "pad_id": 1,
+        "tokenizer_hash": hashlib.sha256(tokenizer).hexdigest(), "eod_id": 0, "pad_id": 1,
         "git_revision": "",
     }  # fmt: skip
-    shapes = parameter_shapes(single_gpu_config(state, "fp32"))
+    config = single_gpu_config(state, "fp32")
+    shapes = parameter_shapes(config)
     temporary = folders.begin(folder, 1)
-    (temporary / "tokenizer.json").write_bytes(TOKENIZER)
+    (temporary / "tokenizer.json").write_bytes(tokenizer)
     random = torch.Generator().manual_seed(1)
     metadata = Metadata({}, storage_data={}, version=CURRENT_DCP_VERSION)
     with (temporary / FILE).open("wb") as file:
@@ -99,7 +115,7 @@ def make_checkpoint(folder: Path, size: dict[str, Any]) -> int:
             for name, shape in shapes.items():
                 whole = torch.zeros(1).expand(shape)  # moments: a single stored value
                 if kind == "weight":
-                    whole = torch.rand(shape, generator=random)
+                    whole = initial_value(name, torch.Size(shape), config, random)
                 offsets, at = torch.Size([0] * len(shape)), file.tell()
                 torch.save(whole, file)
                 metadata.state_dict_metadata[f"{kind}.{name}"] = TensorStorageMetadata(
@@ -114,13 +130,28 @@ def make_checkpoint(folder: Path, size: dict[str, Any]) -> int:
     return 4 * sum(prod(shape) for shape in shapes.values())
 
 
+def byte_tokenizer() -> bytes:
+    """tokenizer.json of bytes, and of a token for the end of documents and for padding."""
+    from tokenizers import Tokenizer, models, pre_tokenizers  # type: ignore[import-untyped]
+
+    special = ["<eod>", "<pad>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: number for number, token in enumerate([*special, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.add_special_tokens(special)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text: str = tokenizer.to_str()
+    return text.encode()
+
+
 def measure(command: str, checkpoint: Path, out: Path) -> dict[str, Any]:
     """Peak and baseline of resident memory in bytes, and seconds, of a process of its own."""
     program = PROGRAM.replace("COMMAND", command)
+    program = program.replace("VERIFIES", str("checkpoint_app" in command))
     words = [sys.executable, "-c", program, str(checkpoint), str(out)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{command} failed: {done.stderr}")
+        raise SystemExit(f"{command} failed: {done.stdout}{done.stderr}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

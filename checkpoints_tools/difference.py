@@ -18,9 +18,11 @@ NOT_COMPARED = {"files", "config", "format_version"}
 def diff_checkpoints(a: Path, b: Path, *, values: bool = True) -> dict[str, Any]:
     """{"a", "b": folders; "fields": {name: [of a, of b]}; "tensors": entries, worst first}.
 
-    A tensor's entry has its name and either `problem` (missing, another shape) or `relative`
-    |a - b| / max(|a|, |b|), `largest` |a_i - b_i| and `elements` that differ; tensors whose values
-    are the same are left out. Without `values` only shapes are compared. Raises CheckpointError.
+    A tensor's entry has its name and either `problem` (missing, another shape, NaN or infinity
+    where the other has something else; these come first) or `relative` |a - b| / max(|a|, |b|),
+    `largest` |a_i - b_i| and `elements` that differ; all finite. Tensors whose values are the same,
+    NaN and infinity among them, are left out. Without `values` only shapes are compared. Raises
+    CheckpointError.
     """
     dirs = [folders.resolve(path) for path in (a, b)]
     manifests = [read_manifest(step_dir) for step_dir in dirs]
@@ -29,7 +31,8 @@ def diff_checkpoints(a: Path, b: Path, *, values: bool = True) -> dict[str, Any]
     tensors = _header_differences(*stored)
     # the same files hold the same tensors
     if values and manifests[0]["files"] != manifests[1]["files"]:
-        tensors += sorted(_value_differences(*stored), key=lambda entry: -entry["relative"])
+        different = _value_differences(*stored)
+        tensors += sorted(different, key=lambda entry: -entry.get("relative", math.inf))
     return {
         "a": str(dirs[0]),
         "b": str(dirs[1]),
@@ -65,29 +68,42 @@ def _comparable(a: StoredTensors, b: StoredTensors, name: str) -> bool:
 
 
 def _value_differences(a: StoredTensors, b: StoredTensors) -> list[dict[str, Any]]:
-    found = []
+    found: list[dict[str, Any]] = []
     for name in a.tensors:
         if not _comparable(a, b, name):
             continue
         sums = torch.zeros(3, dtype=torch.float64)  # of (a - b)², a², b²
         largest, elements = 0.0, 0
+        unusable: set[str] = set()
         for rows, block in a.blocks(name):
             other = b.rows(name, rows)
             if _same_bytes(block, other):
-                sums[1:] += block.double().square().sum()
+                sums[1:] += _finite(block).square().sum()
                 continue
-            block, other = block.double(), other.double()
+            different = (block != other) & ~(block.isnan() & other.isnan())
+            for which, values in (("a", block[different]), ("b", other[different])):
+                unusable |= {f"NaN in {which}"} if values.isnan().any() else set()
+                unusable |= {f"infinity in {which}"} if values.isinf().any() else set()
+            block, other = _finite(block), _finite(other)
             gap = block - other
             sums += torch.stack([t.square().sum() for t in (gap, block, other)])
             largest = max(largest, float(gap.abs().max()))
-            elements += int((gap != 0).sum())
-        if elements:
-            norm = math.sqrt(float(sums[1:].max()))
-            relative = math.sqrt(float(sums[0])) / norm if norm else 0.0
+            elements += int(different.sum())
+        norm = math.sqrt(float(sums[1:].max()))
+        relative = math.sqrt(float(sums[0])) / norm if norm else 0.0
+        if unusable or not math.isfinite(relative):
+            problem = ", ".join(sorted(unusable)) or "values too large to compare"
+            found.append({"name": name, "problem": problem})
+        elif elements:
             found.append(
                 {"name": name, "relative": relative, "largest": largest, "elements": elements}
             )
     return found
+
+
+def _finite(block: Tensor) -> Tensor:
+    """In float64, with 0 for NaN and infinity."""
+    return block.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:

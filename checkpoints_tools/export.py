@@ -1,12 +1,13 @@
 """From a sharded checkpoint to a single-GPU folder: safetensors, config.json, tokenizer, card.
 
 One process, no GPU, neither DeepSpeed nor Megatron-core. Tensors pass through a block of rows at a
-time, so memory does not grow with the model. Everything is written to OUT.tmp, which is renamed
-when it is whole: a failure leaves nothing at OUT.
+time, so memory does not grow with the model. Everything is written to a new folder .OUT.* beside
+OUT, which is renamed when it is whole: a failure leaves nothing at OUT.
 """
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
@@ -50,10 +51,11 @@ def export_checkpoint(
     config = single_gpu_config(source.manifest, dtype)
     files = plan_files(planned_tensors(source.shapes, EXPORT_DTYPES[dtype]), max_shard_bytes)
     num_parameters = sum(prod(shape) for shape in source.shapes.values())
-    temporary = out.with_name(out.name + ".tmp")
+    temporary: Path | None = None
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        temporary.chmod(0o755)
         _check_room(temporary, out, files)
         converted = Conversion(source)
         write_files(temporary, files, converted.blocks)
@@ -71,7 +73,8 @@ def export_checkpoint(
     except OSError as error:
         raise CheckpointError(f"writing {out} failed: {error}; nothing is left there") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)  # gone, when it was renamed
     return num_parameters
 
 

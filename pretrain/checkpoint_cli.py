@@ -167,22 +167,24 @@ def checkpoint_export(
         bool,
         typer.Option(
             help="Check the checkpoint's files, and compare the model with what the training code "
-            "computes; needs the model in memory in float32. Use --no-verify where it is too large."
+            "computes, a layer at a time."
         ),
     ] = True,
     json_output: Json = False,
 ) -> None:
     """Write a single-GPU model: safetensors, config.json, tokenizer.json, README.md."""
     from checkpoints_tools.export import export_checkpoint
+    from checkpoints_tools.folder import resolve
 
+    step_dir = resolve(step)  # once: a run may commit another meanwhile
     report: dict[str, Any] = {"folder": str(out), "dtype": dtype}
 
     def check(folder: Path) -> None:
-        found = _compared(step, folder, dtype, quiet=json_output)
+        found = _compared(step_dir, folder, dtype, quiet=json_output)
         report["compared_on"], report["differences"] = found
 
     parameters = export_checkpoint(
-        step,
+        step_dir,
         out,
         dtype,
         max_shard_bytes=parse_size(max_shard_size),
@@ -194,17 +196,15 @@ def checkpoint_export(
 
 
 def _compared(
-    step: Path, folder: Path, dtype: str, *, quiet: bool
+    step_dir: Path, folder: Path, dtype: str, *, quiet: bool
 ) -> tuple[str, list[dict[str, Any]]]:
     """Compare an export with its checkpoint and print how; raises CheckpointError beyond bounds."""
     import torch
 
     from checkpoints_tools.comparison import compare_export, refuse_excess
-    from checkpoints_tools.folder import resolve
     from checkpoints_tools.manifest import read_manifest
     from pretrain.real_text import real_tokens
 
-    step_dir = resolve(step)
     state = read_manifest(step_dir)
     length = min(COMPARED_TOKENS, state["config"]["model"]["max_position_embeddings"])
     ids, where = real_tokens(state, step_dir / "tokenizer.json", length)

@@ -146,7 +146,7 @@ def test_what_is_not_the_model_is_refused(
     step_dir = rewritten(steps, change)
     with pytest.raises(CheckpointError, match=found):
         export_checkpoint(step_dir, tmp_path / "model", "fp16")
-    assert not list(tmp_path.glob("model*"))
+    assert not list(tmp_path.glob("*model*"))
 
 
 def test_damaged_file_is_refused(steps: Path, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_damaged_file_is_refused(steps: Path, tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"__1_0\.distcp has checksum"):
         export_checkpoint(steps, tmp_path / "model")
-    assert not list(tmp_path.glob("model*"))
+    assert not list(tmp_path.glob("*model*"))
 
 
 def test_full_disk_and_interruption_leave_nothing(
@@ -288,7 +288,7 @@ def test_command_verifies_and_leaves_nothing_that_is_wrong(trained: Path, tmp_pa
     (end,) = run_command(*words, before=break_the_export)
     assert end.code == 1
     assert f"{NAME} is not that of" in paragraph(end.output)
-    assert not list(tmp_path.glob("model*"))
+    assert not list(tmp_path.glob("*model*"))
     (end,) = run_command(*words, "--max-shard-size", "50KB")
     assert end.code == 0, end.output
     assert "logits, end to end" in end.output
@@ -345,4 +345,39 @@ def test_kill_leaves_nothing_at_the_name_and_the_next_try_works(
     assert not (tmp_path / "model").exists()
     (end,) = run_command(*words)
     assert end.code == 0, end.output
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    left, model = sorted(path.name for path in tmp_path.iterdir())
+    assert (left[:7], model) == (".model.", "model")
+
+
+def test_only_its_own_folder_is_removed(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.tmp").mkdir()
+    (tmp_path / "model.tmp/mine").write_text("")
+    export_checkpoint(trained / "run", tmp_path / "model")
+    assert (tmp_path / "model.tmp/mine").exists()
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def commit_another() -> None:
+    """The run commits a newer step as soon as the export is written."""
+
+    def card(source: Any, *arguments: Any) -> str:
+        from checkpoints_tools import folder as folders
+
+        steps = source.step_dir.parent
+        temporary = folders.begin(steps, 5)
+        for path in (steps / "step-00000002").iterdir():
+            if path.name != "manifest.json":
+                shutil.copyfile(path, temporary / path.name)
+        state = {n: v for n, v in source.manifest.items() if n not in ("files", "step")}
+        folders.commit(steps, 5, state)
+        return whole(source, *arguments)
+
+    whole = export.model_card
+    export.model_card = card
+
+
+def test_export_is_compared_with_the_step_it_was_made_of(steps: Path, tmp_path: Path) -> None:
+    (end,) = run_command("checkpoint", "export", steps, tmp_path / "model", before=commit_another)
+    assert end.code == 0, end.output
+    assert (steps / "step-00000005").exists()

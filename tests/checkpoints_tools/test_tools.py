@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from benchmarks.checkpoint_layouts import stored_tensors
+from checkpoints_tools import difference
 from checkpoints_tools import folder as folders
 from checkpoints_tools.manifest import MANIFEST, file_entry, manifest_text, read_manifest
 from checkpoints_tools.verify import verify_checkpoint
@@ -275,3 +277,38 @@ def test_diff_finds_fields_and_shapes(steps: Path, trained: Path) -> None:
     found = told("diff", steps, other)
     assert found["fields"] == {"config.optimizer.lr": [0.001, 0.5]}
     assert found["tensors"] == [{"name": NAME, "problem": "only in a"}]
+
+
+def test_diff_of_what_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nan, inf = float("nan"), float("inf")
+    pairs = {
+        "same": ([nan, inf, 1.0], [nan, inf, 1.0]),
+        "zero": ([0.0, nan], [-0.0, nan]),
+        "near": ([inf, 3.0, 4.0], [inf, 3.0, 4.5]),
+        "far": ([1.0], [2.0]),
+        "nan": ([nan, 1.0], [1.0, 1.0]),
+        "infinite": ([1.0, 1.0], [1.0, -inf]),
+    }
+
+    class Stored:
+        def __init__(self, side: int) -> None:
+            self.tensors = {name: torch.tensor(pair[side]) for name, pair in pairs.items()}
+
+        def blocks(self, name: str) -> Any:
+            yield range(len(self.tensors[name])), self.tensors[name]
+
+        def rows(self, name: str, rows: range) -> torch.Tensor:
+            return self.tensors[name][rows.start : rows.stop]
+
+    a, b = tmp_path / "a", tmp_path / "b"
+    manifests = {a: {"files": 1, "config": {}}, b: {"files": 2, "config": {}}}
+    monkeypatch.setattr(folders, "resolve", lambda path: path)
+    monkeypatch.setattr(difference, "read_manifest", manifests.get)
+    monkeypatch.setattr(difference, "StoredTensors", lambda path: Stored(int(path == b)))
+    found = json.loads(json.dumps(difference.diff_checkpoints(a, b), allow_nan=False))["tensors"]
+    assert [entry["name"] for entry in found] == ["nan", "infinite", "far", "near"]
+    assert [entry["problem"] for entry in found[:2]] == ["NaN in a", "infinity in b"]
+    assert found[3] == {
+        "name": "near", "relative": pytest.approx(0.5 / (9 + 4.5**2) ** 0.5), "largest": 0.5,
+        "elements": 1,
+    }  # fmt: skip
