@@ -13,8 +13,8 @@ class CheckpointConfig(Section):
     every: int = Field(100, ge=0)
     """Steps between checkpoints, besides the one at the end; 0 saves only that one."""
     async_save: bool = True
-    """Train on while a checkpoint is written, from a copy in host memory: twelve bytes for every
-    parameter whose optimizer state a rank owns."""
+    """Train on while a checkpoint is written. Either way it is written from a copy in host memory:
+    twelve bytes for every parameter whose optimizer state a rank owns."""
     keep_last: int = Field(3, ge=1)
     """Newest checkpoints kept; older ones go once a newer one is committed."""
     keep_every: int = Field(0, ge=0)
