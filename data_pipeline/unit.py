@@ -27,7 +27,7 @@ from data_pipeline.reading import Document, unit_documents
 from data_pipeline.tar import TarShardWriter
 from data_pipeline.tokenizer import TextTokenizer
 
-BATCH_BYTES = 1 << 20  # text tokenised at once; bounds memory and feeds the tokenizer's threads
+BATCH_BYTES = 1 << 21  # text tokenised at once; bounds memory and feeds the tokenizer's threads
 COUNTS, LABELS = "counts.json", "labels.npz"
 ZSTD_LEVEL = 3
 Compression = Literal["none", "zstd"]
