@@ -21,6 +21,7 @@ from checkpoints_tools.manifest import read_manifest
 from data_pipeline import prepare as preparing
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.order import sample_indices
+from tests.conftest import missing
 from tests.pretrain.command import (
     Ended,
     paragraph,
@@ -268,14 +269,14 @@ def test_defect_on_one_rank_is_traced_there_and_ends_the_other(
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB."""
     if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a small tmpfs needs root")
+        missing("mounting a small tmpfs needs root")
     disk = tmp_path / "disk"
     disk.mkdir()
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True
     )
     if done.returncode:
-        pytest.skip(f"tmpfs cannot be mounted here: {done.stderr.decode().strip()}")
+        missing(f"tmpfs cannot be mounted here: {done.stderr.decode().strip()}")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
