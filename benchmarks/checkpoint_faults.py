@@ -87,7 +87,7 @@ def kill_in_save(step: int, delay: float, victim: int | None) -> None:
             timer.start()
         save(trainer)
 
-    def slow(trainer: Any, batches: Any) -> dict[str, Any]:
+    def slow(trainer: Any, batches: Any) -> dict[str, Any] | None:
         if trainer.step >= step:
             time.sleep(0.1)  # so that the window lies within the run
         return step_of(trainer, batches)

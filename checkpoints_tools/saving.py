@@ -33,7 +33,7 @@ from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.global_tensors import GlobalTensor, Part, SavePlanner
 from checkpoints_tools.manifest import file_entry
 from checkpoints_tools.sharded import tensors_to_save
-from parallel.groups import from_rank_0
+from parallel.groups import from_rank_0, host_group
 from parallel.zero import ZeroOptimizer
 
 log = logging.getLogger("transxssm")
@@ -74,9 +74,7 @@ class CheckpointSaver:
         self.folder, self.zero, self.tokenizer = folder, zero, tokenizer
         self.keep_last, self.keep_every = keep_last, keep_every
         self.asynchronous = asynchronous
-        group = dist.new_group(backend="gloo")  # of host objects, whatever trains
-        assert isinstance(group, dist.ProcessGroup)
-        self._group = group
+        self._group = host_group()
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._plan: tuple[SavePlan, Metadata | None] | None = None
         self._host: HostCopy | None = None

@@ -12,7 +12,7 @@ by a killed run: no shared memory, no lock that outlives its process.
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,23 +88,37 @@ class BatchLoader:
         if self._closed:
             raise RuntimeError("next_step() on a closed BatchLoader")
         size = self._size_at(self.samples_consumed)
-        if self._readers is None or self._fetcher is None:
+        if self._readers is None:
             batches = self._read(size, self.samples_consumed)
         else:
-            if self._ready < self._next + READY_STEPS // 2 * size.global_batch_size:
-                steps = []
-                for _ in range(READY_STEPS):
-                    steps.append(self._share(self._size_at(self._ready), self._ready))
-                    self._ready += self._size_at(self._ready).global_batch_size
-                self._fetcher.submit(self._make_ready, np.concatenate(steps))
-            while len(self._steps) < self._depth:
-                ahead = self._size_at(self._next)
-                self._steps.append(self._readers.submit(self._read, ahead, self._next))
-                self._next += ahead.global_batch_size
+            self._read_ahead()
             batches = self._steps[0].result()  # stays first if it raises
             self._steps.popleft()
         self.samples_consumed += size.global_batch_size
         return batches
+
+    def wait(self, seconds: float) -> bool:
+        """Whether next_step would not wait for data, after so many seconds at most."""
+        if self._readers is None:
+            return True
+        self._read_ahead()
+        return bool(wait([self._steps[0]], seconds).done)
+
+    def _read_ahead(self) -> None:
+        """Give the threads what they have not got yet of the steps ahead."""
+        assert self._readers is not None
+        assert self._fetcher is not None
+        size = self._size_at(self.samples_consumed)
+        if self._ready < self._next + READY_STEPS // 2 * size.global_batch_size:
+            steps = []
+            for _ in range(READY_STEPS):
+                steps.append(self._share(self._size_at(self._ready), self._ready))
+                self._ready += self._size_at(self._ready).global_batch_size
+            self._fetcher.submit(self._make_ready, np.concatenate(steps))
+        while len(self._steps) < self._depth:
+            ahead = self._size_at(self._next)
+            self._steps.append(self._readers.submit(self._read, ahead, self._next))
+            self._next += ahead.global_batch_size
 
     def _size_at(self, sample: int) -> BatchSize:
         return next(size for size in reversed(self._sizes) if size.first <= sample)
@@ -131,11 +145,11 @@ class BatchLoader:
             self._blend.make_ready(counters)
 
     def close(self) -> None:
-        """Stop the threads and wait for them. Steps read ahead are dropped."""
+        """Stop the threads; not waited for, since reads may be stalled. Their steps are dropped."""
         self._closed = True
         for pool in (self._readers, self._fetcher):
             if pool is not None:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
 
 
 def sequential_batches(

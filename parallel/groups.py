@@ -70,6 +70,27 @@ def init_groups(config: ParallelConfig) -> None:
         )
 
 
+_host_group: dist.ProcessGroup | None = None
+
+
+def host_group() -> dist.ProcessGroup:
+    """All ranks over gloo, for what lies on hosts, whatever trains. Made in the first call, which
+    is a collective."""
+    global _host_group
+    if _host_group is None:
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        _host_group = group
+    return _host_group
+
+
+def largest_of_all(value: int) -> int:
+    """Over all ranks, without a word to the device. A collective."""
+    found = torch.tensor(value)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=host_group())
+    return int(found)
+
+
 def virtual_pipeline_size(config: ParallelConfig) -> int | None:
     """Chunks a stage, or None: any number makes Megatron-core interleave."""
     return config.virtual_pipeline if config.virtual_pipeline > 1 else None
@@ -77,6 +98,8 @@ def virtual_pipeline_size(config: ParallelConfig) -> int | None:
 
 def destroy_groups() -> None:
     """Leave all groups and the job."""
+    global _host_group
+    _host_group = None
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """Where this process stands in its job, from the launcher's environment. Imports no torch."""
 
 import os
+import socket
 from dataclasses import dataclass
 
 
@@ -45,3 +46,8 @@ def launch_from_environment() -> Launch:
             int(env.get("SLURM_NTASKS_PER_NODE", 0)),
         )
     return Launch(0, 1, 0)
+
+
+def host_name() -> str:
+    """Of the node this process runs on, as Slurm knows it where there is Slurm."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

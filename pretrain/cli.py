@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 
+from pretrain import stop
 from pretrain.checkpoint_cli import checkpoint_app
 from pretrain.console import whole_console
 
@@ -38,6 +39,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(kernels_app, name="kernels")
 
 INVALID_CONFIGURATION = 2
+SECONDS_TO_CAUSE = 8.0  # until another rank has said why it broke the collectives of this one
 Inputs = Annotated[list[str], typer.Argument(help="Files, folders or globs of text or jsonl.")]
 
 
@@ -55,21 +57,22 @@ def _fail(error: Exception, started: float) -> NoReturn:
     """Report the error, or the one of another rank that broke this one's collectives, and exit."""
     from checkpoints_tools.errors import CheckpointError
     from data_pipeline.errors import DataError
-    from parallel.launch import LaunchError, launch_from_environment
+    from parallel.launch import LaunchError, host_name, launch_from_environment
     from pretrain.config import ConfigError
-    from pretrain.failure import announce, first_failure
+    from pretrain.failure import announce, first_failure, is_echo
 
     bad_configuration = isinstance(error, (ConfigError, LaunchError))
     known = bad_configuration or isinstance(error, (DataError, CheckpointError))
-    known = known or type(error).__name__ in ("ModelError", "TrainingError")  # these import torch
+    importing_torch = ("ModelError", "TrainingError", "RankLost")
+    known = known or type(error).__name__ in importing_torch
     files = [h for h in logging.getLogger("transxssm").handlers if isinstance(h, FileHandler)]
     logs = Path(files[0].baseFilename).parent if files else None
-    cause = None
+    who, cause = "", None
     if logs is not None and launch_from_environment().world_size > 1:
-        rank = f"rank {launch_from_environment().rank}: "
-        if not known:  # perhaps only the echo of another rank's failure
-            cause = first_failure(logs, started, seconds=2)
-        announce(logs, f"{rank}{error if known else f'{type(error).__name__}: {error}'}", started)
+        who = f"rank {launch_from_environment().rank} on {host_name()}: "
+        if not known and is_echo(error):
+            cause = first_failure(logs, started, SECONDS_TO_CAUSE)
+        announce(logs, f"{who}{error if known else f'{type(error).__name__}: {error}'}", started)
     if cause is not None:
         report = f"error: stopped because another rank failed: {cause}"
     elif known or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
@@ -77,6 +80,8 @@ def _fail(error: Exception, started: float) -> NoReturn:
         report = f"error: {error}{advice}"
     else:
         report = "".join(traceback.format_exception(error))
+        if who:
+            report = f"error: {who}{type(error).__name__}: {error}\n{report}"
     print(report, file=sys.stderr)
     for handler in files:
         handler.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": report}))
@@ -89,6 +94,7 @@ def _fail(error: Exception, started: float) -> NoReturn:
 
 def _quiet_libraries() -> None:
     """Drop what the engines say on import and at every start; their errors still come through."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(megatron|deepspeed|torch)\.")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -112,6 +118,8 @@ def pretrain(
     """
     from pretrain.config import ConfigError, load_config
 
+    if not dry_run:
+        stop.listen()
     loaded = load_config(config, context.args)
     if dry_run:
         loaded.data_parallel(world_size)
@@ -138,7 +146,10 @@ def pretrain(
         raise ConfigError(str(error)) from error
     from pretrain.trainer import train
 
-    train(loaded, launch)
+    if (reason := train(loaded, launch)) is not None:
+        if launch.rank == 0:
+            print(f"stopped, all saved ({reason}); run the same command again", file=sys.stderr)
+        stop.exit_for_requeue()
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -77,6 +77,12 @@ class TrainingConfig(Section):
     """Global batches' worth of validation sequences in an evaluation, at most."""
     deterministic: bool = False
     """Refuse operations whose result may differ between runs."""
+    stop_before_limit: float = Field(120.0, ge=0)
+    """Seconds before the end of a Slurm job's time at which to save and stop; 0: when told by a
+    signal only."""
+    hang_timeout: float = Field(600.0, ge=0)
+    """Seconds without progress after which the job writes where it is and ends, to be started
+    again; 0: never."""
 
     @model_validator(mode="before")
     @classmethod

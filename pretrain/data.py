@@ -4,7 +4,6 @@ import logging
 import math
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -12,9 +11,14 @@ from data_pipeline.batch import Batch
 from data_pipeline.blend import Blend
 from data_pipeline.errors import BadShardError, DataError
 from data_pipeline.loader import BatchLoader, BatchSize
+from parallel.groups import host_group, largest_of_all
+from pretrain import stop
 from pretrain.config import Config
 
 log = logging.getLogger("transxssm")
+
+STOP_SECONDS = 0.2  # between looks whether to stop, while data does not come
+_READ, _BAD, _STOP = range(3)  # what a rank says of its part of a step; the largest counts
 
 
 def warn_of_epochs(config: Config, data: Blend) -> None:
@@ -58,9 +62,8 @@ class TrainingBatches:
         data: Blend,
         samples_consumed: int,
         skipped: list[tuple[str, int]],
-        device: torch.device,
     ) -> None:
-        self._config, self._data, self._device = config, data, device
+        self._config, self._data = config, data
         self.skipped: list[tuple[str, int]] = []
         """(fingerprint of the source, number of the shard)."""
         for source, shard in skipped:  # older checkpoints have the source's name
@@ -90,34 +93,39 @@ class TrainingBatches:
         """Global samples of the steps handed out so far."""
         return self._loader.samples_consumed
 
-    def next_step(self) -> list[Batch]:
-        """A collective of all ranks where bad shards may be skipped. Raises DataError."""
-        if not self._config.data.skip_bad_shards:
-            return self._loader.next_step()
+    def next_step(self) -> list[Batch] | None:
+        """None, on every rank, if any was asked to stop, though it still waits for its data.
+
+        A collective. Raises DataError.
+        """
         while True:
             begin, bad = self.samples_consumed, None
             batches: list[Batch] = []
-            try:
-                batches = self._loader.next_step()
-            except BadShardError as error:
-                bad = error
-            found = self._agreed(bad)
-            if not found:
+            while not self._loader.wait(STOP_SECONDS) and not stop.requested():
+                pass
+            if not stop.requested():
+                try:
+                    batches = self._loader.next_step()
+                except BadShardError as error:
+                    if not self._config.data.skip_bad_shards:
+                        raise
+                    bad = error
+            asked = _STOP if stop.requested() else _BAD if bad is not None else _READ
+            agreed = largest_of_all(asked)
+            if agreed == _STOP:
+                return None
+            if agreed == _READ:
                 return batches
             self._loader.close()
-            for (fingerprint, shard), message in found.items():
+            for (fingerprint, shard), message in self._bad_shards(bad).items():
                 self._skip(fingerprint, shard, message)
             self._loader = self._open(begin)
 
-    def _agreed(self, bad: BadShardError | None) -> dict[tuple[str, int], str]:
-        """The bad shards that any rank has met in this step, the same on every rank."""
-        any_bad = torch.tensor(float(bad is not None), device=self._device)
-        dist.all_reduce(any_bad, op=dist.ReduceOp.MAX)
-        if not any_bad:
-            return {}
+    def _bad_shards(self, bad: BadShardError | None) -> dict[tuple[str, int], str]:
+        """Those that any rank has met in this step, the same on every rank. A collective."""
         mine = bad and (self._data.fingerprint_of(bad.folder), bad.shard, str(bad))
         every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, mine)
+        dist.all_gather_object(every, mine, group=host_group())
         return {(source, shard): message for source, shard, message in filter(None, every)}
 
     def _skip(self, fingerprint: str, shard: int, message: str) -> None:

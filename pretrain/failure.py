@@ -6,18 +6,30 @@ which lives in rank 0 and dies with it.
 """
 
 import contextlib
+import os
 import time
 from pathlib import Path
 
 FILE = "first_failure.txt"
 CLOCK_SKEW = 5.0  # seconds by which a shared file system's clock may lag behind
+ECHOES = ("gloo", "nccl", "connection", "socket", "broken pipe", "tcpstore")
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an error may be that of a collective, or of the store, which another rank broke."""
+    distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    said = str(error).lower()
+    return distributed or (isinstance(error, RuntimeError) and any(word in said for word in ECHOES))
 
 
 def announce(logs: Path, message: str, started: float) -> None:
     """Leave `message` for the ranks of the job `started` then (Unix time); the first stands."""
-    if _read(logs, started) is None:
-        with contextlib.suppress(OSError):  # a full disk may be what failed
-            (logs / FILE).write_text(message)
+    with contextlib.suppress(OSError):  # a full disk may be what failed
+        if (logs / FILE).exists() and _is_old(logs, started):
+            (logs / FILE).unlink(missing_ok=True)
+        descriptor = os.open(logs / FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(message)
 
 
 def first_failure(logs: Path, started: float, seconds: float) -> str | None:
@@ -30,8 +42,13 @@ def first_failure(logs: Path, started: float, seconds: float) -> str | None:
 
 def _read(logs: Path, started: float) -> str | None:
     try:
-        if (logs / FILE).stat().st_mtime < started - CLOCK_SKEW:
-            return None  # of an earlier start
+        if _is_old(logs, started):
+            return None
         return (logs / FILE).read_text() or None
     except OSError:
         return None
+
+
+def _is_old(logs: Path, started: float) -> bool:
+    """Whether what is there is of an earlier start."""
+    return (logs / FILE).stat().st_mtime < started - CLOCK_SKEW

@@ -4,9 +4,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,19 @@ from data_pipeline.loader import sequential_batches
 from parallel.compat import prepare_host
 from parallel.context import local_batch
 from parallel.flops import training_flops_per_token
-from parallel.groups import destroy_groups, from_rank_0, init_distributed, init_groups
+from parallel.groups import (
+    destroy_groups,
+    from_rank_0,
+    init_distributed,
+    init_groups,
+    largest_of_all,
+)
 from parallel.launch import Launch
 from parallel.schedule import LossSums, count_tokens, evaluate_loss, forward_backward
 from parallel.topology import topology
 from parallel.zero import ZeroOptimizer
-from pretrain.config import Config
+from pretrain import stop
+from pretrain.config import Config, ConfigError
 from pretrain.data import TrainingBatches, warn_of_cache, warn_of_epochs
 from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
@@ -35,6 +43,7 @@ from pretrain.resume import find_start, load_weights
 from pretrain.run_dir import git_revision, package_versions, record_start, start_log
 from pretrain.sources import keep_tokenizer, open_data
 from pretrain.stage import configured_stage
+from pretrain.watchdog import Watchdog
 
 log = logging.getLogger("transxssm")
 
@@ -43,69 +52,104 @@ class TrainingError(Exception):
     """Training cannot go on; the message says why and what to do."""
 
 
-def train(config: Config, launch: Launch) -> None:
+def train(config: Config, launch: Launch) -> str | None:
     """Run, or go on with, the training that `config` describes, as one rank of the job.
 
-    Raises ConfigError, DataError or CheckpointError before a model is built where it can.
+    Returns why it stopped before its end, with everything saved, or None at its end. Raises
+    ConfigError, DataError or CheckpointError before a model is built where it can.
     """
-    data_parallel = config.data_parallel(launch.world_size)
+    started = time.time()
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
         torch.use_deterministic_algorithms(True)
     device = prepare_host(launch.local_rank)
     init_distributed(launch, device)
+    run_dir = Path(config.logging.run_dir)
+    start_log(run_dir, launch.rank)
+    timeout = config.training.hang_timeout
+    with Watchdog(launch, timeout, run_dir / "logs", started) as watchdog:
+        reason = _train(config, launch, device, watchdog)
+    destroy_groups()
+    return reason
+
+
+def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watchdog) -> str | None:
     init_groups(config.parallel)
-    start_log(Path(config.logging.run_dir), launch.rank)
+    from_rank_0(lambda: _watch_time_left(config.training.stop_before_limit))
     data, validation = open_data(config)
     start = find_start(config, data)
     from_rank_0(lambda: record_start(config, launch.world_size))
     from_rank_0(lambda: keep_tokenizer(data, Path(config.logging.run_dir)))
-    trainer = Trainer(config, data, validation, device)
-    log.info(
-        "%s parameters, %d ranks: tensor %d × context %d × data %d × pipeline %d, ZeRO %d, %s, %s",
-        f"{config.model.num_params()['total']:,}",
-        launch.world_size,
-        config.parallel.tensor,
-        config.parallel.context,
-        data_parallel,
-        config.parallel.pipeline,
-        config.parallel.zero_stage,
-        config.training.dtype,
-        device.type,
-    )
-    top = topology(config.parallel, data_parallel, launch.ranks_per_node or launch.world_size)
-    if launch.rank == 0 and (reach := top.nodes_of_a_group("tensor")) > 1:
-        log.warning(
-            "parallel.tensor=%d reaches over %d nodes of %d ranks: every layer waits for the "
-            "network; use a parallel.tensor that divides %d",
-            *(config.parallel.tensor, reach, launch.ranks_per_node, launch.ranks_per_node),
-        )
+    watchdog.at("building the model")
+    trainer = Trainer(config, data, validation, device, watchdog.at)
+    _tell_of_layout(config, launch, device)
     if launch.rank == 0:
         warn_of_epochs(config, data)
         warn_of_cache(config, data)
     if start is not None:
+        watchdog.at(f"loading {start}")
         trainer.resume(start)
         log.info("resumed from %s", start)
     elif config.checkpoint.load_weights_only:
         load_weights(config, data, trainer.zero)
         log.info("beginning with the weights of %s", config.checkpoint.load_weights_only)
-    trainer.run()
-    destroy_groups()
+    stop.training_begins()
+    return trainer.run()
+
+
+def _watch_time_left(margin: float) -> None:
+    """Of rank 0. Raises ConfigError when the job has too little time to begin."""
+    job_id = os.environ.get("SLURM_JOB_ID")
+    if not job_id or not margin:
+        return
+    left = stop.watch_time_left(job_id, margin)
+    if left is not None and left < margin:
+        raise ConfigError(
+            f"training.stop_before_limit={margin:g} s is more than the {left:.0f} s that job "
+            f"{job_id} has left; give it a longer --time, or lower training.stop_before_limit"
+        )
+
+
+def _tell_of_layout(config: Config, launch: Launch, device: torch.device) -> None:
+    parallel, data_parallel = config.parallel, config.data_parallel(launch.world_size)
+    log.info(
+        "%s parameters, %d ranks: tensor %d × context %d × data %d × pipeline %d, ZeRO %d, %s, %s",
+        f"{config.model.num_params()['total']:,}",
+        launch.world_size,
+        parallel.tensor,
+        parallel.context,
+        data_parallel,
+        parallel.pipeline,
+        parallel.zero_stage,
+        config.training.dtype,
+        device.type,
+    )
+    top = topology(parallel, data_parallel, launch.ranks_per_node or launch.world_size)
+    if launch.rank == 0 and (reach := top.nodes_of_a_group("tensor")) > 1:
+        log.warning(
+            "parallel.tensor=%d reaches over %d nodes of %d ranks: every layer waits for the "
+            "network; use a parallel.tensor that divides %d",
+            *(parallel.tensor, reach, launch.ranks_per_node, launch.ranks_per_node),
+        )
 
 
 @dataclass
 class Stopwatch:
     """Seconds per phase of the current step."""
 
+    device: torch.device
+    step: int
+    progress: Callable[[str], None]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def phase(self, name: str, device: torch.device) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
         """Add the time of the body to a phase; waits for the device at its end."""
+        self.progress(f"step {self.step}: {name}")
         begin = time.perf_counter()
         yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 
@@ -118,11 +162,15 @@ class Trainer:
         data: Blend,
         validation: dict[str, PackedDataset],
         device: torch.device,
+        progress: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """progress: told what begins now."""
         self.config, self.data, self.validation = config, data, validation
         self.device, self.run_dir = device, Path(config.logging.run_dir)
-        self.step = 0
+        self.progress = progress
+        self.step = self.saved_step = 0
         self.samples = 0
+        self.unwritten: dict[str, Any] | None = None  # metrics of a step not evaluated yet
         self.skipped: list[tuple[str, int]] = []  # shards, as TrainingBatches has them
         self.revision = git_revision() if dist.get_rank() == 0 else ""
         self.versions = package_versions()
@@ -150,32 +198,42 @@ class Trainer:
         state = load_checkpoint(step_dir, self.zero)
         self.step, self.samples = state["step"], state["samples"]
         self.skipped = [(name, shard) for name, shard in state.get("skipped_shards", [])]
+        self.saved_step, self.unwritten = self.step, state.get("unwritten_metrics")
 
-    def run(self) -> None:
-        """Train to the end of the run; leaves a final checkpoint."""
+    def run(self) -> str | None:
+        """Train to the end of the run; leaves a final checkpoint.
+
+        Returns why all ranks stopped before it, everything being saved, or None.
+        """
         config, total = self.config, self.config.total_steps
-        if self.step >= total:
+        if self.step >= total and self.unwritten is None:
             log.info("nothing to do: step %d of %d", self.step, total)
-            return
+            return None
         batches = self.batches()
         rank_0 = dist.get_rank() == 0
+        written = self.step - (self.unwritten is not None)
         writer = (
             MetricsWriter(
-                self.run_dir, self.step, total, config.logging.every, config.logging.tensorboard
+                self.run_dir, written, total, config.logging.every, config.logging.tensorboard
             )
             if rank_0
             else None
         )
         try:
-            while self.step < total:
+            while self.step < total or self.unwritten is not None:
                 self.saver.poll()
-                metrics = self.train_step(batches)
-                if self.validation and self._evaluates_now():
-                    metrics |= self.evaluate()
+                metrics = self.unwritten or self.train_step(batches)
+                if metrics is not None and self.validation and self._evaluates_now():
+                    self.unwritten = metrics
+                    metrics = self.evaluate(metrics)
+                if metrics is None:
+                    return self.stop_early()
+                self.unwritten = None
                 if writer is not None:
                     writer.write(metrics)  # first: a resumed run does not make this step again
-                if self._saves_now():
+                if self._saves_now() and self.step > self.saved_step:
                     self.save()
+            self.progress("saving")
             self.saver.drain()
         except TrainingError as error:  # which all ranks raise alike
             log.error("%s", error)
@@ -186,6 +244,17 @@ class Trainer:
             if writer is not None:
                 writer.close()
         log.info("done: %d steps, checkpoint %s", self.step, self.config.checkpoint_dir)
+        return None
+
+    def stop_early(self) -> str:
+        """Save what is not saved, and wait for it. A collective; returns the reason."""
+        reason = stop.requested() or "another rank was asked to"
+        log.info("stopping after step %d (%s)", self.step, reason)
+        self.progress("saving")
+        if self.step > self.saved_step:
+            self.save()
+        self.saver.drain()
+        return reason
 
     def _evaluates_now(self) -> bool:
         every = self.config.training.eval_every
@@ -197,22 +266,26 @@ class Trainer:
 
     def batches(self) -> TrainingBatches:
         """This rank's batches from the present position on."""
-        return TrainingBatches(self.config, self.data, self.samples, self.skipped, self.device)
+        return TrainingBatches(self.config, self.data, self.samples, self.skipped)
 
-    def train_step(self, batches: TrainingBatches) -> dict[str, Any]:
-        """One update. Returns the step's metrics."""
+    def train_step(self, batches: TrainingBatches) -> dict[str, Any] | None:
+        """One update. Returns the step's metrics; None, and nothing is done, if any rank was asked
+        to stop."""
         config, phase = self.config, self.config.phase_at(self.step)
-        watch = Stopwatch()
+        watch = Stopwatch(self.device, self.step + 1, self.progress)
         begin = time.perf_counter()
-        with watch.phase("data", self.device):
-            read = [local_batch(batch, self.device) for batch in batches.next_step()]
-        with watch.phase("forward_backward", self.device):
+        with watch.phase("data"):
+            batch_here = batches.next_step()
+            if batch_here is None:
+                return None
+            read = [local_batch(batch, self.device) for batch in batch_here]
+        with watch.phase("forward_backward"):
             tokens_here = count_tokens(read, self.device)
             sums = forward_backward(self.zero, read, tokens_here, len(self.data.names))
         tokens = phase.tokens_at(self.step + 1)
         lr = learning_rate(config.optimizer, tokens, config.total_tokens)
         self.saver.before_update()
-        with watch.phase("step", self.device):
+        with watch.phase("step"):
             grad_norm = self.zero.step(lr)
         self.step, self.samples = self.step + 1, batches.samples_consumed
         self.skipped = batches.skipped
@@ -256,32 +329,39 @@ class Trainer:
         }
         return found | {f"tokens_{name}": n for name, n in self.data.tokens(self.samples).items()}
 
-    def evaluate(self) -> dict[str, float]:
-        """Mean loss per token in nats, over eval_batches global batches (or all there is) of each
-        validation set; of all sets together, and of each where they have names.
+    def evaluate(self, metrics: dict[str, Any]) -> dict[str, Any] | None:
+        """`metrics`, and the mean loss per token in nats over eval_batches global batches (or all
+        there is) of each validation set; of all sets together, and of each where they have names.
+        None if any rank was asked to stop.
 
         The samples do not depend on the layout.
         """
         training = self.config.training
         loss = tokens = 0.0
         found = {}
+        ranks = parallel_state.get_data_parallel_world_size()
+        micro_batches = training.global_batch_size // (training.micro_batch_size * ranks)
         for name, dataset in self.validation.items():
-            read = [
-                local_batch(batch, self.device)
-                for batch in sequential_batches(
-                    dataset,
-                    training.micro_batch_size,
-                    training.eval_batches * training.global_batch_size,
-                    data_parallel_rank=parallel_state.get_data_parallel_rank(),
-                    data_parallel_size=parallel_state.get_data_parallel_world_size(),
-                )
-            ]
-            sums = evaluate_loss(self.zero, read)
-            loss, tokens = loss + float(sums.loss.sum()), tokens + float(sums.tokens.sum())
+            batches = sequential_batches(
+                dataset,
+                training.micro_batch_size,
+                training.eval_batches * training.global_batch_size,
+                data_parallel_rank=parallel_state.get_data_parallel_rank(),
+                data_parallel_size=ranks,
+            )
+            set_loss = set_tokens = 0.0
+            while read := [local_batch(b, self.device) for b in islice(batches, micro_batches)]:
+                self.progress(f"step {self.step}: evaluation")
+                if largest_of_all(int(stop.requested() is not None)):
+                    return None
+                sums = evaluate_loss(self.zero, read)
+                set_loss += float(sums.loss.sum())
+                set_tokens += float(sums.tokens.sum())
+            loss, tokens = loss + set_loss, tokens + set_tokens
             if name:
-                found[f"validation_loss_{name}"] = float(sums.mean)
+                found[f"validation_loss_{name}"] = set_loss / max(set_tokens, 1)
         mean = loss / tokens
-        return {"validation_loss": mean, "validation_perplexity": _exp(mean)} | found
+        return metrics | {"validation_loss": mean, "validation_perplexity": _exp(mean)} | found
 
     def save(self) -> None:
         """Write a checkpoint of this step, or begin to. A collective."""
@@ -290,6 +370,7 @@ class Trainer:
             "samples": self.samples,
             "tokens": self.config.phase_at(self.step).tokens_at(self.step),
             "skipped_shards": self.skipped,
+            "unwritten_metrics": self.unwritten,
             "config": self.config.model_dump(mode="json"),
             "layout": parallel.model_dump(mode="json")
             | {"data": parallel_state.get_data_parallel_world_size()},
@@ -302,6 +383,7 @@ class Trainer:
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         self.saver.save(self.step, state)
+        self.saved_step = self.step
 
 
 def _exp(loss: float) -> float:

@@ -21,6 +21,7 @@ from checkpoints_tools.manifest import read_manifest
 from data_pipeline import prepare as preparing
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.order import sample_indices
+from parallel.launch import host_name
 from tests.conftest import missing
 from tests.pretrain.command import (
     Ended,
@@ -224,7 +225,7 @@ def test_shard_that_one_rank_finds_damaged_ends_both(
     assert str(shard) in errors[rank]
     assert "damaged" in errors[rank]
     assert "stopped because another rank failed" in errors[1 - rank]
-    assert f"rank {rank}: " in errors[1 - rank]
+    assert f"rank {rank} on {host_name()}: " in errors[1 - rank]
     assert str(shard) in errors[1 - rank]  # the first cause, not the broken connection
     for reader in range(2):
         assert str(shard) in (tmp_path / f"run/logs/rank-{reader}.log").read_text()
@@ -257,7 +258,9 @@ def test_defect_on_one_rank_is_traced_there_and_ends_the_other(
     )
     assert (other.code, broken.code) == (1, 1)
     assert "Traceback" in broken.output
-    assert "rank 1: RuntimeError: a defect in rank 1 alone" in paragraph(other.output)
+    cause = f"rank 1 on {host_name()}: RuntimeError: a defect in rank 1 alone"
+    assert broken.output.startswith(f"error: {cause}\nTraceback")
+    assert cause in paragraph(other.output)
     assert "a defect in rank 1 alone" in (tmp_path / "run/logs/rank-1.log").read_text()
     assert folders.committed_steps(tmp_path / "run/checkpoints") == [2]
 
