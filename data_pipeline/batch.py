@@ -13,7 +13,7 @@ class Batch:
     tokens:       int64 [B, L]
     labels:       int64 [B, L], the next token
     loss_mask:    float32 [B, L], 0 where the label belongs to another document or to padding
-    position_ids: int64 [B, L], restart at 0 with every document
+    position_ids: int32 [B, L], restart at 0 with every document
     cu_seqlens:   int32 [num_segments + 1], segment borders over the flattened B·L tokens, from 0 to
                   B·L; every row start is a border
     sources:      int64 [B], which of the blend's sources a row is of

@@ -194,11 +194,12 @@ class Blend:
     def _places(self, counters: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """As order.locate; of many samples at once and kept, since one costs as much as a page."""
         first, last = int(counters[0]) // PAGE, int(counters[-1]) // PAGE
-        pages = [self._page(number) for number in range(first, last + 1)]
         here = counters - first * PAGE
-        return np.concatenate([p[0] for p in pages])[here], np.concatenate([p[1] for p in pages])[
-            here
-        ]
+        sources, indices = self._page(first)
+        if last > first:
+            pages = [self._page(number) for number in range(first, last + 1)]
+            sources, indices = (np.concatenate(parts) for parts in zip(*pages, strict=True))
+        return sources[here], indices[here]
 
     def _located_page(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return self.order.locate(np.arange(number * PAGE, (number + 1) * PAGE))

@@ -174,17 +174,11 @@ class PackedDataset:
     def read(self, indices: NDArray[np.int64]) -> list[Sample]:
         """Samples of these indices [m], m > 0, each in [0, len). Raises BadShardError."""
         shards = self._shards_of(indices)
-        places = list(zip(shards.tolist(), (indices - self._begins[shards]).tolist(), strict=True))
-        samples = [self._sample(shard, number) for shard, number in places]
-        lens = np.concatenate([sample.doc_lens for sample in samples])
-        counts = np.array([sample.doc_lens.size for sample in samples])
-        whole = np.add.reduceat(lens, counts.cumsum() - counts) == self.meta.seq_len + 1
-        for place in np.flatnonzero(~whole).tolist():
-            samples[place] = self._read_again(*places[place])
-        return samples
+        numbers = indices - self._begins[shards]
+        return [self._sample(*at) for at in zip(shards.tolist(), numbers.tolist(), strict=True)]
 
     def _shards_of(self, indices: NDArray[np.int64]) -> NDArray[np.intp]:
-        return np.searchsorted(self._ends, indices, side="right")
+        return self._ends.searchsorted(indices, "right")
 
     def _sample(self, shard: int, number: int) -> Sample:
         if shard in self._skipped:
@@ -200,12 +194,9 @@ class PackedDataset:
         anew, a copy is mended and a bad shard is named."""
         reader = self._opened(shard, recheck=True)
         try:
-            sample = reader.read(number)
+            return reader.read(number)
         except UNDECODABLE as error:
             raise self._undecodable(shard, f"sample {number}", error) from error
-        if int(sample.doc_lens.sum()) != self.meta.seq_len + 1:
-            raise self._undecodable(shard, f"sample {number}", "it has another length")
-        return sample
 
     def _undecodable(self, shard: int, what: str, why: object) -> BadShardError:
         name = self._storage.name(self.shards[shard].raw.name)

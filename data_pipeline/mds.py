@@ -11,6 +11,7 @@ import importlib.util
 import os
 import struct
 import sys
+from array import array
 from io import FileIO
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ from data_pipeline.packing import Sample
 
 INDEX = "index.json"
 HASH = "xxh64"
+NUM_PAD = struct.Struct("<q")
 
 
 def without_packages(module: str) -> Any:
@@ -84,19 +86,23 @@ class MdsShard:
 
     def __init__(self, file: FileIO, samples: int, token_dtype: np.dtype[Any], length: int) -> None:
         """length: tokens of a sample. Raises OSError, or ValueError for a file that is cut off."""
-        self._file, self._dtype, self._length = file, token_dtype, length
+        self._file, self._fd = file, file.fileno()  # which the file closes with itself
+        self._dtype, self._length = token_dtype, length
         self._token_bytes = length * token_dtype.itemsize
-        table = os.pread(self._file.fileno(), 4 * (samples + 1), 4)
-        self._offsets: NDArray[np.uint32] = np.frombuffer(table, np.uint32)
+        # not of numpy: one number is read at a time
+        self._offsets = array("I", os.pread(self._fd, 4 * (samples + 1), 4))
 
     def read(self, number: int) -> Sample:
         """Raises OSError, ValueError, IndexError or struct.error for a file that is not whole."""
-        begin, end = int(self._offsets[number]), int(self._offsets[number + 1])
-        data = os.pread(self._file.fileno(), end - begin, begin)
+        begin = self._offsets[number]
+        data = os.pread(self._fd, self._offsets[number + 1] - begin, begin)
         after = len(data) - self._token_bytes
         tokens: NDArray[Any] = np.frombuffer(data, self._dtype, self._length, after)
-        (num_pad,) = struct.unpack_from("<q", data, after - 8)
+        (num_pad,) = NUM_PAD.unpack_from(data, after - 8)
         shape_bytes = 1 << (data[4] & 3)  # of one dimension
         lens_at = 5 + shape_bytes
         count = (after - 8 - lens_at) // 4
-        return Sample(tokens, np.frombuffer(data, np.int32, count, lens_at), num_pad)
+        lens = np.frombuffer(data, np.int32, count, lens_at)
+        if sum(lens.tolist()) != self._length:
+            raise ValueError("its documents have another length")
+        return Sample(tokens, lens, num_pad)

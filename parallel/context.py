@@ -53,10 +53,10 @@ class PackedBatch(Protocol):
 class LocalBatch:
     """A context-parallel rank's part of a batch.
 
-    tokens, labels, position_ids int64, loss_mask float32, all [B, L / context]; position_ids go on
-    counting from the document's first token, wherever that is. cu_seqlens: int32 borders of whole
-    rows over B·L tokens; local_cu_seqlens: of the parts, over B·L / context tokens. sources: int64
-    [B], which of the run's sources a row is of.
+    tokens, labels int64, position_ids int32, loss_mask float32, all [B, L / context]; position_ids
+    go on counting from the document's first token, wherever that is. cu_seqlens: int32 borders of
+    whole rows over B·L tokens; local_cu_seqlens: of the parts, over B·L / context tokens. sources:
+    int64 [B], which of the run's sources a row is of.
     """
 
     tokens: Tensor

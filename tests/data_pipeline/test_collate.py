@@ -43,8 +43,9 @@ def test_batch_equals_its_definition(samples):
             assert batch.loss_mask[b, i] == float(counts)
     assert batch.cu_seqlens.tolist() == [*borders, len(samples) * length]
     assert batch.cu_seqlens.diff().min() > 0
-    assert batch.tokens.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
-    assert (batch.loss_mask.dtype, batch.cu_seqlens.dtype) == (torch.float32, torch.int32)
+    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+    assert batch.position_ids.dtype == batch.cu_seqlens.dtype == torch.int32
+    assert batch.loss_mask.dtype == torch.float32
     assert all(tensor.stride(-1) == 1 for tensor in vars(batch).values())
     assert batch.sources.tolist() == [0] * len(samples)
 
