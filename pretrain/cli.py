@@ -153,6 +153,22 @@ def pretrain(
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def nodes(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="TOML file.")],
+    of: Annotated[int, typer.Option(min=1, help="How many there are.")],
+    tasks_per_node: Annotated[int, typer.Option(min=1)] = 8,
+) -> None:
+    """How many of the nodes granted to a job its layout can use.
+
+    Fields are overridden by --section.field VALUE.
+    """
+    from pretrain.config import load_config
+
+    print(load_config(config, context.args).usable_nodes(of, tasks_per_node))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def estimate(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML file.")],

@@ -173,6 +173,24 @@ class Config(Section):
             self._check_batch(phase, data_parallel)
         return data_parallel
 
+    def usable_nodes(self, nodes: int, tasks_per_node: int) -> int:
+        """The largest part of so many nodes that this layout and batch can use.
+
+        Raises ConfigError when there is none.
+        """
+        refusals = []
+        for used in range(nodes, 0, -1):
+            try:
+                self.data_parallel(used * tasks_per_node)
+            except ConfigError as error:
+                refusals.append(f"{used} nodes: {error}")
+            else:
+                return used
+        raise ConfigError(
+            f"no number of nodes up to {nodes}, with {tasks_per_node} tasks each, can be used; "
+            f"{refusals[0]}"
+        )
+
     def _check_batch(self, phase: Phase, data_parallel: int) -> None:
         parallel, batch, micro = self.parallel, phase.global_batch_size, phase.micro_batch_size
         where = "training" if not phase.first_step else f"data.stages from step {phase.first_step}"
