@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import missing
 from benchmarks.slurm_cluster import Cluster, why_not
+from tests.conftest import missing
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import missing
 from benchmarks.slurm_cluster import Cluster
+from tests.conftest import missing
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm/pretrain.sbatch"
