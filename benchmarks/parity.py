@@ -168,7 +168,7 @@ def train(layout: Layout, steps: int) -> Trace:
         losses.append(float(forward_backward(zero, batches, count_tokens(batches, device)).mean))
         if step == 0:
             gradients = zero.full_gradients()
-        norms.append(zero.step(LR))
+        norms.append(zero.step(LR).grad_norm)
     parameters = zero.full_parameters()
     seen = []
     for altered in (False, True):  # with a document of each row left out of the loss

@@ -121,4 +121,8 @@ def _sum_everywhere(losses: list[Tensor], num_sources: int, device: torch.device
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+    if (tensor := parallel_state.get_tensor_model_parallel_world_size()) > 1:
+        # the same already, unless one of them is broken: and then all of them are to know
+        dist.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
+        sums /= tensor
     return LossSums(*sums)

@@ -15,7 +15,9 @@ This is the one file that knows DeepSpeed's inner layout of master weights and o
 
 import io
 import logging
-from collections.abc import Iterator
+import math
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import is_invalid_grad_norm as _is_invalid
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -52,6 +55,15 @@ class Fragment:
     weight: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step came to."""
+
+    grad_norm: float
+    """Before clipping; nan if it is not finite."""
+    applied: bool
 
 
 class ZeroOptimizer:
@@ -100,6 +112,11 @@ class ZeroOptimizer:
             )[0]
         self.optimizer: Any = self.engine.optimizer
         self.adam = adam
+        self._refuse: Callable[[float], bool] | None = None
+        self._norm = 0.0
+        sys.modules[type(self.optimizer).__module__].is_invalid_grad_norm = self._is_refused  # type: ignore[attr-defined]
+        # a pass over all gradients, for what their norm tells
+        self.optimizer.check_overflow = lambda *_, **__: None
         if self.zero_stage == 3:
             _register_weights_used_by_parents(first)
         self._create_adam_state()
@@ -189,12 +206,27 @@ class ZeroOptimizer:
             work.wait()
         torch._foreach_div_(gradients, group.size())
 
-    def step(self, lr: float) -> float:
-        """Clip by the global norm, update, zero gradients. Returns the norm before clipping."""
+    def step(self, lr: float, refuse: Callable[[float], bool] = lambda _: False) -> Update:
+        """Clip by the global norm, update, zero gradients.
+
+        refuse: told the norm, which is the same on every rank, whether to leave the state as it is;
+        where the norm is not finite that is so anyway.
+        """
         for group in self.adam.param_groups:
             group["lr"] = lr
+        self._refuse = refuse
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        return Update(self._norm, applied=not self.optimizer.overflow)
+
+    def _is_refused(self, norm: Any) -> bool:
+        """In place of DeepSpeed's is_invalid_grad_norm, which every optimizer asks before it
+        updates, and then leaves out the update."""
+        invalid = _is_invalid(norm)
+        if self._refuse is not None:  # they ask again when they clip
+            self._norm, refuse = math.nan if invalid else float(norm), self._refuse
+            self._refuse = None
+            return refuse(self._norm) or invalid
+        return invalid
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Reduced float32 gradients of this rank's parameters [local shape], between

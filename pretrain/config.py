@@ -77,6 +77,19 @@ class TrainingConfig(Section):
     """Global batches' worth of validation sequences in an evaluation, at most."""
     deterministic: bool = False
     """Refuse operations whose result may differ between runs."""
+    on_bad_step: Literal["skip", "stop"] = "skip"
+    """What a step with a loss or gradient that is not finite, or that is a spike, does to the run:
+    its update is left out, or the run ends."""
+    spike_deviations: float = Field(20.0, ge=0)
+    """A loss, or logarithm of a gradient norm, more robust deviations than this above the median of
+    recent steps is a spike; 0: none is."""
+    spike_window: int = Field(128, ge=8)
+    """Recent good steps that spikes are told by; before there are so many nothing is one."""
+    bad_steps_in_a_row: int = Field(3, ge=0)
+    """After which the run goes back to its newest checkpoint and passes over the data of these
+    steps; 0: never."""
+    max_rollbacks: int = Field(3, ge=0)
+    """Of the run, before it ends with a report."""
     stop_before_limit: float = Field(120.0, ge=0)
     """Seconds before the end of a Slurm job's time at which to save and stop; 0: when told by a
     signal only."""

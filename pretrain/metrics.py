@@ -26,6 +26,8 @@ TENSORBOARD_GROUPS = {
     "model_flops_per_second": "speed/model_flops_per_second",
     "memory_bytes": "memory/peak_bytes",
     "skipped_shards": "data/skipped_shards",
+    "skipped_updates": "events/skipped_updates",
+    "rollbacks": "events/rollbacks",
     "time_data": "time/data",
     "time_forward_backward": "time/forward_backward",
     "time_step": "time/optimizer_step",
@@ -114,8 +116,9 @@ def _entries_before(path: Path, first_step: int) -> list[str]:
 
 def _line(metrics: dict[str, Any]) -> str:
     loss = "none" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
+    norm = "none" if metrics["grad_norm"] is None else f"{metrics['grad_norm']:.3f}"
     text = (
-        f"step {metrics['step']}  loss {loss}  grad {metrics['grad_norm']:.3f}  "
+        f"step {metrics['step']}  loss {loss}  grad {norm}  "
         f"lr {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tok/s  "
         f"{metrics['memory_bytes'] / 2**30:.1f} GiB"
     )

@@ -35,11 +35,21 @@ from parallel.schedule import LossSums, count_tokens, evaluate_loss, forward_bac
 from parallel.topology import topology
 from parallel.zero import ZeroOptimizer
 from pretrain import stop
+from pretrain.bad_steps import (
+    EVENTS,
+    Judge,
+    Windows,
+    merged,
+    passed_to,
+    read_windows,
+    record_event,
+    write_windows,
+)
 from pretrain.config import Config, ConfigError
 from pretrain.data import TrainingBatches, warn_of_cache, warn_of_epochs
 from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
-from pretrain.resume import find_start, load_weights
+from pretrain.resume import find_start, load_weights, newest_sound
 from pretrain.run_dir import git_revision, package_versions, record_start, start_log
 from pretrain.sources import keep_tokenizer, open_data
 from pretrain.stage import configured_stage
@@ -172,6 +182,9 @@ class Trainer:
         self.samples = 0
         self.unwritten: dict[str, Any] | None = None  # metrics of a step not evaluated yet
         self.skipped: list[tuple[str, int]] = []  # shards, as TrainingBatches has them
+        self.judge = Judge(config.training)
+        self.windows: Windows = []  # of samples to pass over
+        self.skipped_updates = 0
         self.revision = git_revision() if dist.get_rank() == 0 else ""
         self.versions = package_versions()
         optimizer = config.optimizer
@@ -199,29 +212,29 @@ class Trainer:
         self.step, self.samples = state["step"], state["samples"]
         self.skipped = [(name, shard) for name, shard in state.get("skipped_shards", [])]
         self.saved_step, self.unwritten = self.step, state.get("unwritten_metrics")
+        if "judge" in state:  # older checkpoints have none of these
+            self.judge.restore(state["judge"])
+        self.windows = [(first, end) for first, end in state.get("skipped_windows", [])]
+        self.skipped_updates = state.get("skipped_updates", 0)
 
     def run(self) -> str | None:
         """Train to the end of the run; leaves a final checkpoint.
 
         Returns why all ranks stopped before it, everything being saved, or None.
         """
-        config, total = self.config, self.config.total_steps
+        total = self.config.total_steps
         if self.step >= total and self.unwritten is None:
             log.info("nothing to do: step %d of %d", self.step, total)
             return None
-        batches = self.batches()
-        rank_0 = dist.get_rank() == 0
-        written = self.step - (self.unwritten is not None)
-        writer = (
-            MetricsWriter(
-                self.run_dir, written, total, config.logging.every, config.logging.tensorboard
-            )
-            if rank_0
-            else None
-        )
+        self.windows = merged(self.windows, from_rank_0(lambda: read_windows(self.run_dir)))
+        batches, writer = self.batches(), self._writer()
         try:
             while self.step < total or self.unwritten is not None:
                 self.saver.poll()
+                if self.unwritten is None and self._pass_over_windows():
+                    batches.close()
+                    batches = self.batches()
+                    continue
                 metrics = self.unwritten or self.train_step(batches)
                 if metrics is not None and self.validation and self._evaluates_now():
                     self.unwritten = metrics
@@ -231,9 +244,17 @@ class Trainer:
                 self.unwritten = None
                 if writer is not None:
                     writer.write(metrics)  # first: a resumed run does not make this step again
-                if self._saves_now() and self.step > self.saved_step:
+                if self._goes_back():
+                    self.roll_back()
+                    batches.close()
+                    if writer is not None:
+                        writer.close()
+                    batches, writer = self.batches(), self._writer()
+                elif self._saves_now() and self.step > self.saved_step:
                     self.save()
             self.progress("saving")
+            if self.step > self.saved_step:  # the last steps were passed over
+                self.save()
             self.saver.drain()
         except TrainingError as error:  # which all ranks raise alike
             log.error("%s", error)
@@ -245,6 +266,15 @@ class Trainer:
                 writer.close()
         log.info("done: %d steps, checkpoint %s", self.step, self.config.checkpoint_dir)
         return None
+
+    def _writer(self) -> MetricsWriter | None:
+        """Of rank 0, from the present step on."""
+        if dist.get_rank() != 0:
+            return None
+        written = self.step - (self.unwritten is not None)
+        logging_ = self.config.logging
+        total = self.config.total_steps
+        return MetricsWriter(self.run_dir, written, total, logging_.every, logging_.tensorboard)
 
     def stop_early(self) -> str:
         """Save what is not saved, and wait for it. A collective; returns the reason."""
@@ -262,7 +292,8 @@ class Trainer:
 
     def _saves_now(self) -> bool:
         every = self.config.checkpoint.every
-        return self.step == self.config.total_steps or bool(every and self.step % every == 0)
+        regular = bool(every and self.step % every == 0) and not self.judge.bad
+        return regular or self.step == self.config.total_steps
 
     def batches(self) -> TrainingBatches:
         """This rank's batches from the present position on."""
@@ -284,29 +315,37 @@ class Trainer:
             sums = forward_backward(self.zero, read, tokens_here, len(self.data.names))
         tokens = phase.tokens_at(self.step + 1)
         lr = learning_rate(config.optimizer, tokens, config.total_tokens)
-        self.saver.before_update()
-        with watch.phase("step"):
-            grad_norm = self.zero.step(lr)
-        self.step, self.samples = self.step + 1, batches.samples_consumed
-        self.skipped = batches.skipped
         # of a step of nothing but padding and skipped shards there is no loss
         loss = float(sums.mean) if float(sums.tokens.sum()) else None
-        if not math.isfinite(loss or 0.0) or not math.isfinite(grad_norm):
-            raise TrainingError(
-                f"step {self.step}: loss {loss}, gradient norm {grad_norm}; stopped. The newest "
-                f"checkpoint in {config.checkpoint_dir} is from before; lower optimizer.lr or "
-                "optimizer.clip_grad_norm and start again"
-            )
+        faults: list[str] = []
+
+        def refuse(grad_norm: float) -> bool:
+            if loss is not None and (fault := self.judge.fault(loss, grad_norm)):
+                faults.append(fault)
+            return bool(faults)
+
+        self.saver.before_update()
+        with watch.phase("step"):
+            update = self.zero.step(lr, refuse)
+        first_sample = self.samples
+        self.step, self.samples = self.step + 1, batches.samples_consumed
+        self.skipped = batches.skipped
+        if not update.applied:
+            self._leave_out(first_sample, faults[0] if faults else "gradient norm nan")
+        elif loss is not None:
+            self.judge.good(loss, update.grad_norm)
         rate = phase.tokens_per_step / (time.perf_counter() - begin)
         flops_per_token = training_flops_per_token(config.model, phase.seq_len)
         return {
             "step": self.step,
             "tokens": tokens,
             "samples": self.samples,
-            "loss": loss,
-            "perplexity": None if loss is None else _exp(loss),
+            "loss": _finite(loss),
+            "perplexity": None if _finite(loss) is None else _exp(loss or 0.0),
             **self._by_source(sums),
-            "grad_norm": grad_norm,
+            "grad_norm": _finite(update.grad_norm),
+            "skipped_updates": self.skipped_updates,
+            "rollbacks": len(self.windows),
             "lr": lr,
             "tokens_per_second": rate,
             "model_flops_per_second": rate * flops_per_token,
@@ -315,6 +354,77 @@ class Trainer:
             "time_checkpoint": self.saver.take_stall(),
             **{f"time_{name}": seconds for name, seconds in watch.seconds.items()},
         }
+
+    # -- bad steps ---------------------------------------------------------------------------------
+
+    def _leave_out(self, first_sample: int, fault: str) -> None:
+        """Of a step whose update was not made. Raises TrainingError where that ends the run."""
+        self.skipped_updates += 1
+        self.judge.bad.append((self.step, first_sample, fault))
+        self._record("update skipped", fault)
+        if self.config.training.on_bad_step == "stop":
+            raise TrainingError(
+                f"step {self.step}: {fault}; stopped before the update. The newest checkpoint in "
+                f"{self.config.checkpoint_dir} is from before; lower optimizer.lr or "
+                "optimizer.clip_grad_norm and start again"
+            )
+
+    def _goes_back(self) -> bool:
+        limit = self.config.training.bad_steps_in_a_row
+        return bool(limit) and len(self.judge.bad) >= limit
+
+    def roll_back(self) -> None:
+        """Take up the newest checkpoint from before the bad steps, and pass over their samples from
+        now on. A collective.
+
+        Raises TrainingError when there is none, or after max_rollbacks.
+        """
+        first_step, first_sample, _ = self.judge.bad[0]
+        window = (first_sample, self.samples)
+        report = "; ".join(f"step {step}: {fault}" for step, _, fault in self.judge.bad)
+        advice = "lower optimizer.lr or optimizer.clip_grad_norm, or look at that data"
+        if len(self.windows) >= self.config.training.max_rollbacks:
+            before = ", ".join(f"[{first}, {end})" for first, end in self.windows)
+            raise TrainingError(
+                f"{report} (samples [{window[0]}, {window[1]})). The run has gone back "
+                f"{len(self.windows)} times, as often as training.max_rollbacks allows, and passed "
+                f"over the samples {before or 'of none'}; {advice}. {EVENTS} in {self.run_dir} has "
+                "every event"
+            )
+        self.progress("going back")
+        self.saver.drain()
+        start = newest_sound(self.config.checkpoint_dir, first_step - 1)
+        if start is None:
+            raise TrainingError(
+                f"{report}. There is no checkpoint from before to go back to; {advice}, or save "
+                "more often with checkpoint.every"
+            )
+        windows, skipped_updates = [*self.windows, window], self.skipped_updates
+        # first: a run that dies now passes over them, too
+        from_rank_0(lambda: write_windows(self.run_dir, windows))
+        self._record("rollback", f"to {start.name}, for {report}", window=window)
+        self.resume(start)
+        self.windows = merged(self.windows, windows)
+        self.skipped_updates = skipped_updates
+        self.judge.bad.clear()
+
+    def _pass_over_windows(self) -> bool:
+        """Leave out the steps whose samples are to be passed over; whether there were any."""
+        begin, end = self.samples, passed_to(self.samples, self.windows)
+        if begin == end:
+            return False
+        first = self.step + 1
+        while self.samples < end and self.step < self.config.total_steps:
+            phase = self.config.phase_at(self.step)
+            self.step += 1
+            self.samples = phase.samples_at(self.step)
+        self._record("window passed over", f"steps {first} to {self.step}", window=(begin, end))
+        return True
+
+    def _record(self, event: str, said: str, **fields: Any) -> None:
+        if dist.get_rank() == 0:
+            log.warning("%s at step %d: %s", event, self.step, said)
+            record_event(self.run_dir, event, step=self.step, said=said, **fields)
 
     def _by_source(self, sums: LossSums) -> dict[str, float]:
         """Where there are several: the step's loss and the run's tokens so far, of each."""
@@ -371,6 +481,9 @@ class Trainer:
             "tokens": self.config.phase_at(self.step).tokens_at(self.step),
             "skipped_shards": self.skipped,
             "unwritten_metrics": self.unwritten,
+            "judge": self.judge.state(),
+            "skipped_windows": self.windows,
+            "skipped_updates": self.skipped_updates,
             "config": self.config.model_dump(mode="json"),
             "layout": parallel.model_dump(mode="json")
             | {"data": parallel_state.get_data_parallel_world_size()},
@@ -384,6 +497,11 @@ class Trainer:
         }
         self.saver.save(self.step, state)
         self.saved_step = self.step
+
+
+def _finite(number: float | None) -> float | None:
+    """None for what JSON has no word for."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _exp(loss: float) -> float:

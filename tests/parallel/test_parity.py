@@ -62,7 +62,7 @@ def train_trace(config: Config, steps: int) -> Trace:
         if step == 0:
             for name, gradient in trainer.zero.full_gradients().items():
                 gradients[name] = (trainer.zero.infos[name], gradient)
-        norms.append(trainer.zero.step(config.optimizer.lr))
+        norms.append(trainer.zero.step(config.optimizer.lr).grad_norm)
     reading.close()
     return losses, norms, gradients
 
