@@ -20,6 +20,7 @@ from rich.table import Column, Table
 from pretrain import stop
 from pretrain.checkpoint_cli import checkpoint_app
 from pretrain.console import whole_console
+from slurm import cli as job_commands
 
 app = typer.Typer(
     name="transxssm",
@@ -37,6 +38,11 @@ app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(kernels_app, name="kernels")
+
+WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(context_settings=WITH_OVERRIDES)(job_commands.submit)
+for command in (job_commands.runs, job_commands.status, job_commands.logs, job_commands.cancel):
+    app.command()(command)
 
 INVALID_CONFIGURATION = 2
 SECONDS_TO_CAUSE = 8.0  # until another rank has said why it broke the collectives of this one
@@ -60,9 +66,10 @@ def _fail(error: Exception, started: float) -> NoReturn:
     from parallel.launch import LaunchError, host_name, launch_from_environment
     from pretrain.config import ConfigError
     from pretrain.failure import announce, first_failure, is_echo
+    from slurm.jobs import SlurmError
 
     bad_configuration = isinstance(error, (ConfigError, LaunchError))
-    known = bad_configuration or isinstance(error, (DataError, CheckpointError))
+    known = bad_configuration or isinstance(error, (DataError, CheckpointError, SlurmError))
     importing_torch = ("ModelError", "TrainingError", "RankLost")
     known = known or type(error).__name__ in importing_torch
     files = [h for h in logging.getLogger("transxssm").handlers if isinstance(h, FileHandler)]
@@ -101,7 +108,7 @@ def _quiet_libraries() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=WITH_OVERRIDES)
 def pretrain(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML file, e.g. configs/demo.toml.")],
@@ -152,7 +159,7 @@ def pretrain(
         stop.exit_for_requeue()
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=WITH_OVERRIDES)
 def nodes(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML file.")],
@@ -168,7 +175,7 @@ def nodes(
     print(load_config(config, context.args).usable_nodes(of, tasks_per_node))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=WITH_OVERRIDES)
 def estimate(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML file.")],
@@ -404,7 +411,7 @@ def kernels_tune(context: typer.Context) -> None:
     raise typer.Exit(main(context.args))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=WITH_OVERRIDES)
 def doctor(
     context: typer.Context,
     layout: Annotated[

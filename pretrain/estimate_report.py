@@ -49,6 +49,11 @@ def run(config: Config, job: Job, *, search: bool, as_json: bool) -> None:
         print(json.dumps(as_plain(result, job)))
     else:
         _print(console, result, job)
+    check_fits(result, job)
+
+
+def check_fits(result: Estimate, job: Job) -> None:
+    """Raises ConfigError when a rank needs more memory than its GPU has."""
     if result.peak > job.usable:
         stage = max(range(len(result.memory)), key=lambda s: result.memory[s].peak)
         largest = max(result.memory[stage].by_category().items(), key=_in_device_memory)

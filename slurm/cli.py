@@ -1,0 +1,169 @@
+"""The commands about jobs: submit, runs, status, logs, cancel. They parse and print."""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from pretrain.console import whole_console
+
+Run = Annotated[Path, typer.Argument(help="A run directory.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
+
+
+def submit(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="TOML file.")],
+    nodes: Annotated[str, typer.Option(help="A number, or MIN-MAX with --elastic.")],
+    partition: Annotated[str | None, typer.Option()] = None,
+    account: Annotated[str | None, typer.Option()] = None,
+    qos: Annotated[str | None, typer.Option()] = None,
+    time: Annotated[str | None, typer.Option(help="Limit, as sbatch takes it.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="0: CPUs only.")] = None,
+    tasks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="[as many as GPUs, or 1]")
+    ] = None,
+    constraint: Annotated[str | None, typer.Option()] = None,
+    exclude: Annotated[str, typer.Option(help="Nodes not to use.")] = "",
+    array: Annotated[
+        int, typer.Option(min=0, help="Jobs one after the other, where requeueing is not allowed.")
+    ] = 0,
+    after: Annotated[str, typer.Option(help="A job to wait for, however it ends.")] = "",
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="Let data parallelism follow the nodes granted.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script.")] = False,
+) -> None:
+    """Check a run against the nodes asked for, make its directory and submit it to Slurm.
+
+    Defaults come from cluster.toml (see docs/slurm.md); fields are overridden by
+    --section.field VALUE.
+    """
+    from pretrain.config import load_config
+    from slurm.cluster import load_cluster
+    from slurm.submit import NODE_LOCAL, Request, check, job_script, missing_paths
+    from slurm.submit import submit as run
+
+    loaded, cluster = load_config(config, context.args), load_cluster()
+    gpus = cluster.gpus_per_node if gpus_per_node is None else gpus_per_node
+    request = Request(
+        nodes=nodes,
+        tasks_per_node=tasks_per_node or gpus or 1,
+        partition=cluster.partition if partition is None else partition,
+        account=cluster.account if account is None else account,
+        qos=cluster.qos if qos is None else qos,
+        constraint=cluster.constraint if constraint is None else constraint,
+        time=cluster.time if time is None else time,
+        gpus_per_node=gpus,
+        cpus_per_task=cluster.cpus_per_task,
+        exclude=exclude,
+        after=after,
+        array=array,
+        elastic=elastic,
+    )
+    run_dir = Path(loaded.logging.run_dir).resolve()
+    check(loaded, request, cluster)
+    if request.most_nodes > 1 and str(run_dir).startswith(NODE_LOCAL):
+        print(f"warning: {run_dir} lies where nodes have disks of their own", file=sys.stderr)
+    if dry_run:
+        for missing in missing_paths(loaded):
+            print(f"warning: {missing}", file=sys.stderr)
+        print(job_script(request, cluster, run_dir), end="")
+        return
+    job_id = run(loaded, request, cluster)
+    print(f"job {job_id}: {run_dir / 'job.sbatch'}")
+    for word in ("status", "logs -f", "cancel"):
+        print(f"  transxssm {word} {loaded.logging.run_dir}")
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where run directories are.")] = Path("runs"),
+    json_output: Json = False,
+) -> None:
+    """List runs: state, step, loss, speed, starts, time left."""
+    from slurm.jobs import active_jobs
+    from slurm.runs import find_runs, run_status
+
+    jobs = active_jobs()
+    found = [run_status(run_dir, jobs) for run_dir in find_runs(folder)]
+    if json_output:
+        print(json.dumps([asdict(status) for status in found]))
+        return
+    table = Table("run", "job", "state", "step", "loss", "tokens/s", "starts", "left", "limit")
+    for status in found:
+        table.add_row(
+            status.run_dir, status.job_id or "", status.state,
+            f"{status.step:,} of {status.total_steps:,}",
+            "" if status.loss is None else f"{status.loss:.4f}",
+            "" if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}",
+            str(status.starts), _duration(status.seconds_left), status.job_time_left,
+        )  # fmt: skip
+    whole_console().print(table)
+
+
+def status(run: Run, json_output: Json = False) -> None:
+    """How a run is doing."""
+    from slurm.runs import run_status
+
+    found = run_status(run)
+    if json_output:
+        print(json.dumps(asdict(found)))
+        return
+    table = Table("name", "value", show_header=False, box=None)
+    fields = asdict(found) | {"seconds_left": _duration(found.seconds_left)}
+    for name, value in fields.items():
+        if value not in (None, ""):
+            table.add_row(name.replace("seconds_left", "left"), str(value))
+    whole_console().print(table)
+
+
+def logs(
+    run: Run,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing.")] = False,
+    rank: Annotated[int | None, typer.Option(min=0, help="This rank's log instead.")] = None,
+) -> None:
+    """Print what the run's newest job, or one rank, has written."""
+    from pretrain.config import ConfigError
+
+    def newest() -> Path:
+        found = [run / f"logs/rank-{rank}.log"] if rank is not None else list(run.glob("job-*.log"))
+        found = [path for path in found if path.exists()]
+        if not found:
+            raise ConfigError(f"{run}: nothing is logged yet; see transxssm status {run}")
+        return max(found, key=lambda path: path.stat().st_mtime)
+
+    path, at = newest(), 0
+    while True:
+        with path.open("rb") as file:
+            file.seek(at)
+            sys.stdout.buffer.write(file.read())
+            sys.stdout.flush()
+            at = file.tell()
+        if not follow:
+            return
+        time.sleep(0.5)
+        if (latest := newest()) != path:
+            path, at = latest, 0
+
+
+def cancel(run: Run) -> None:
+    """Cancel a run's jobs. What is saved stays; `submit` goes on from it."""
+    from pretrain.config import ConfigError
+    from slurm.jobs import active_jobs, job_ids, slurm
+
+    jobs = active_jobs()
+    found = [job_id for job_id in job_ids(run) if job_id in jobs]
+    if not found:
+        raise ConfigError(f"{run}: no job of it waits or runs")
+    slurm("scancel", *found)
+    print(f"cancelled {', '.join(found)}")
+
+
+def _duration(seconds: float | None) -> str:
+    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
