@@ -48,6 +48,7 @@ class TrainingJob:
     def __init__(
         self, cluster: Cluster, config: Path, run_dir: Path, *words: str | Path, nodes: int = 2,
         options: tuple[str, ...] = (), step: float = 0.0, save: float = 0.0,
+        preflight: bool = False,
     ) -> None:  # fmt: skip
         """words: of `transxssm pretrain`; options: of sbatch."""
         program = run_dir.with_suffix(".program")
@@ -61,7 +62,7 @@ class TrainingJob:
         self.id = cluster.sbatch(
             f"--nodes={nodes}", "--ntasks-per-node=1", f"--output={self.output}", *options, SCRIPT,
             config, f"--logging.run_dir={run_dir}", *words,
-            cwd=ROOT, env={"TRANSXSSM": str(program)},
+            cwd=ROOT, env={"TRANSXSSM": str(program), "TRANSXSSM_PREFLIGHT": str(int(preflight))},
         )  # fmt: skip
 
     @property

@@ -38,7 +38,9 @@ def from_rank_0(action: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def init_distributed(launch: Launch, device: torch.device) -> None:
+def init_distributed(
+    launch: Launch, device: torch.device, timeout: timedelta = COLLECTIVE_TIMEOUT
+) -> None:
     """Join the job's process group: NCCL on GPUs, gloo on CPUs. One process needs no address."""
     if dist.is_initialized():
         return
@@ -54,7 +56,7 @@ def init_distributed(launch: Launch, device: torch.device) -> None:
         "nccl" if device.type == "cuda" else "gloo",
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timeout,
     )
 
 

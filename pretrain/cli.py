@@ -1,5 +1,6 @@
 """The `transxssm` command. Heavy imports happen inside the command that needs them."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -70,13 +71,15 @@ def _fail(error: Exception, started: float) -> NoReturn:
 
     bad_configuration = isinstance(error, (ConfigError, LaunchError))
     known = bad_configuration or isinstance(error, (DataError, CheckpointError, SlurmError))
-    importing_torch = ("ModelError", "TrainingError", "RankLost")
+    importing_torch = ("ModelError", "TrainingError", "RankLost", "PreflightError")
     known = known or type(error).__name__ in importing_torch
     files = [h for h in logging.getLogger("transxssm").handlers if isinstance(h, FileHandler)]
     logs = Path(files[0].baseFilename).parent if files else None
     who, cause = "", None
-    if logs is not None and launch_from_environment().world_size > 1:
-        who = f"rank {launch_from_environment().rank} on {host_name()}: "
+    with contextlib.suppress(LaunchError):  # the error itself
+        if launch_from_environment().world_size > 1:
+            who = f"rank {launch_from_environment().rank} on {host_name()}: "
+    if who and logs is not None:
         if not known and is_echo(error):
             cause = first_failure(logs, started, SECONDS_TO_CAUSE)
         announce(logs, f"{who}{error if known else f'{type(error).__name__}: {error}'}", started)
@@ -157,6 +160,40 @@ def pretrain(
         if launch.rank == 0:
             print(f"stopped, all saved ({reason}); run the same command again", file=sys.stderr)
         stop.exit_for_requeue()
+
+
+@app.command(context_settings=WITH_OVERRIDES)
+def preflight(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="TOML file.")],
+) -> None:
+    """Check and compare the nodes of a job, as its ranks. 86: bad ones are named.
+
+    Fields are overridden by --section.field VALUE.
+    """
+    from parallel.launch import launch_from_environment
+    from pretrain.config import load_config
+
+    stop.listen()
+    loaded, launch = load_config(config, context.args), launch_from_environment()
+    loaded.data_parallel(launch.world_size)
+    from parallel.compat import prepare_host
+
+    prepare_host(launch.local_rank)  # before DeepSpeed looks for an accelerator
+    from slurm.preflight import run
+
+    code = run(loaded, launch)
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@app.command("bad-nodes", context_settings=WITH_OVERRIDES, hidden=True)
+def bad_nodes(context: typer.Context, config: Path) -> None:
+    """Those that the run's preflight named, as Slurm lists nodes."""
+    from pretrain.config import load_config
+
+    run_dir = Path(load_config(config, context.args).logging.run_dir)
+    print(",".join(json.loads((run_dir / "preflight.json").read_text())["bad_nodes"]))
 
 
 @app.command(context_settings=WITH_OVERRIDES)

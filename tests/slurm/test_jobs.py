@@ -33,7 +33,7 @@ class Job:
         self.cluster, self.folder = cluster, folder
         self.id = cluster.sbatch(
             "--nodes=2", "--ntasks-per-node=2", *words, SCRIPT, "a.toml", "--x.y", "a b",
-            cwd=folder, env={"TRANSXSSM": str(program), **env},
+            cwd=folder, env={"TRANSXSSM": str(program), "TRANSXSSM_PREFLIGHT": "0", **env},
         )  # fmt: skip
 
     @property

@@ -119,7 +119,7 @@ def test_submitted_run_is_listed_followed_and_cancelled(
     program.chmod(0o755)
 
     def transxssm(*words: Any) -> str:
-        env = {"TRANSXSSM": str(program), "PYTHONPATH": str(ROOT)}
+        env = {"TRANSXSSM": str(program), "TRANSXSSM_PREFLIGHT": "0", "PYTHONPATH": str(ROOT)}
         done = cluster.run(TRANSXSSM, *words, cwd=tmp_path, env=env)
         assert done.returncode == 0, done.stderr
         return done.stdout

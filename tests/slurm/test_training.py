@@ -11,7 +11,7 @@ from benchmarks.slurm_training import TrainingJob, curve
 from tests.pretrain.command import succeed, write_config
 
 SECTIONS: dict[str, Any] = {
-    "training": {"steps": 40, "eval_every": 20, "stop_before_limit": 60},
+    "training": {"steps": 40, "eval_every": 20, "stop_before_limit": 200},
     "checkpoint": {"every": 5},
 }
 
@@ -34,7 +34,9 @@ def test_jobs_of_two_and_four_nodes_train_as_one_process_does(
 ) -> None:
     short = ("--training.steps=6", "--training.micro_batch_size=1", "--training.eval_every=6")
     jobs = [
-        TrainingJob(cluster, config, tmp_path / f"run{nodes}", *short, nodes=nodes)
+        TrainingJob(
+            cluster, config, tmp_path / f"run{nodes}", *short, nodes=nodes, preflight=nodes == 2
+        )
         for nodes in (2, 4)
     ]
     succeed("pretrain", config, *short, f"--logging.run_dir={tmp_path / 'alone'}")
@@ -47,6 +49,7 @@ def test_jobs_of_two_and_four_nodes_train_as_one_process_does(
             values = [line[name] for line in found]
             assert values == pytest.approx([line[name] for line in expected], rel=1e-5)
         assert "validation_loss" in found[-1]
+    assert "every node is fit" in jobs[0].log
 
 
 def test_job_whose_time_ends_and_whose_node_dies_completes_digit_for_digit(
