@@ -1,5 +1,6 @@
 """One global step over the micro-batches: Megatron-core's schedule, losses summed per token."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -18,6 +19,23 @@ from parallel.context import LocalBatch
 from parallel.zero import ZeroOptimizer
 
 
+class Mark:
+    """A moment in what the device does; nothing waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._host = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record(torch.cuda.current_stream(device))
+
+    def seconds_since(self, earlier: "Mark") -> float:
+        """Both must be past."""
+        if self._event is None or earlier._event is None:
+            return self._host - earlier._host
+        return earlier._event.elapsed_time(self._event) / 1000
+
+
 @dataclass(frozen=True)
 class LossSums:
     """Over a global batch, by source of the rows; float64 [sources], the same on every rank."""
@@ -26,6 +44,8 @@ class LossSums:
     """Nats."""
     tokens: Tensor
     """Those with a loss."""
+    computed: Mark
+    """When this rank had done its own part."""
 
     @property
     def mean(self) -> Tensor:
@@ -53,8 +73,9 @@ def forward_backward(
     scale = replicas / tokens
     zero.set_no_sync(True)
     losses = _run(zero.scheduled_modules, batches, scale.float(), forward_only=False)
+    computed = Mark(tokens.device)
     zero.reduce_gradients()
-    return _sum_everywhere(losses, num_sources, tokens.device)
+    return _sum_everywhere(losses, num_sources, tokens.device, computed)
 
 
 @torch.no_grad()
@@ -68,7 +89,7 @@ def evaluate_loss(zero: ZeroOptimizer, batches: Sequence[LocalBatch]) -> LossSum
         blank = replace(batches[0], loss_mask=torch.zeros_like(batches[0].loss_mask))
         batches = [*batches, *[blank] * (-len(batches) % stages)]
     losses = _run(modules, batches, torch.ones((), device=device), True)
-    return _sum_everywhere(losses, 1, device)
+    return _sum_everywhere(losses, 1, device, Mark(device))
 
 
 def _run(
@@ -112,7 +133,9 @@ def _run(
         )
 
 
-def _sum_everywhere(losses: list[Tensor], num_sources: int, device: torch.device) -> LossSums:
+def _sum_everywhere(
+    losses: list[Tensor], num_sources: int, device: torch.device, computed: Mark
+) -> LossSums:
     """Over micro-batches, data- and context-parallel ranks; from the last stage to all."""
     sums = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
     if losses:
@@ -125,4 +148,4 @@ def _sum_everywhere(losses: list[Tensor], num_sources: int, device: torch.device
         # the same already, unless one of them is broken: and then all of them are to know
         dist.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
         sums /= tensor
-    return LossSums(*sums)
+    return LossSums(sums[0], sums[1], computed)

@@ -114,6 +114,8 @@ class LoggingConfig(Section):
     every: int = Field(1, ge=1)
     """Steps between progress lines; metrics.jsonl has every step."""
     tensorboard: bool = True
+    stragglers_every: int = Field(100, ge=0)
+    """Steps between looks for ranks that are slower than their peers; 0: never."""
 
 
 class Config(Section):

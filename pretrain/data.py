@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from typing import Any
 
 import torch.distributed as dist
@@ -64,6 +65,8 @@ class TrainingBatches:
         skipped: list[tuple[str, int]],
     ) -> None:
         self._config, self._data = config, data
+        self.seconds_reading = 0.0
+        """Of the last step, of this rank alone."""
         self.skipped: list[tuple[str, int]] = []
         """(fingerprint of the source, number of the shard)."""
         for source, shard in skipped:  # older checkpoints have the source's name
@@ -98,6 +101,7 @@ class TrainingBatches:
 
         A collective. Raises DataError.
         """
+        started = time.perf_counter()
         while True:
             begin, bad = self.samples_consumed, None
             batches: list[Batch] = []
@@ -110,6 +114,7 @@ class TrainingBatches:
                     if not self._config.data.skip_bad_shards:
                         raise
                     bad = error
+            self.seconds_reading = time.perf_counter() - started
             asked = _STOP if stop.requested() else _BAD if bad is not None else _READ
             agreed = largest_of_all(asked)
             if agreed == _STOP:

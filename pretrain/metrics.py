@@ -28,6 +28,7 @@ TENSORBOARD_GROUPS = {
     "skipped_shards": "data/skipped_shards",
     "skipped_updates": "events/skipped_updates",
     "rollbacks": "events/rollbacks",
+    "stragglers": "events/stragglers",
     "time_data": "time/data",
     "time_forward_backward": "time/forward_backward",
     "time_step": "time/optimizer_step",

@@ -31,7 +31,7 @@ from parallel.groups import (
     largest_of_all,
 )
 from parallel.launch import Launch
-from parallel.schedule import LossSums, count_tokens, evaluate_loss, forward_backward
+from parallel.schedule import LossSums, Mark, count_tokens, evaluate_loss, forward_backward
 from parallel.topology import topology
 from parallel.zero import ZeroOptimizer
 from pretrain import stop
@@ -53,6 +53,7 @@ from pretrain.resume import find_start, load_weights, newest_sound
 from pretrain.run_dir import git_revision, package_versions, record_start, start_log
 from pretrain.sources import keep_tokenizer, open_data
 from pretrain.stage import configured_stage
+from pretrain.stragglers import Stragglers
 from pretrain.watchdog import Watchdog
 
 log = logging.getLogger("transxssm")
@@ -183,6 +184,7 @@ class Trainer:
         self.unwritten: dict[str, Any] | None = None  # metrics of a step not evaluated yet
         self.skipped: list[tuple[str, int]] = []  # shards, as TrainingBatches has them
         self.judge = Judge(config.training)
+        self.stragglers = Stragglers(config.logging.stragglers_every)
         self.windows: Windows = []  # of samples to pass over
         self.skipped_updates = 0
         self.revision = git_revision() if dist.get_rank() == 0 else ""
@@ -312,6 +314,7 @@ class Trainer:
             read = [local_batch(batch, self.device) for batch in batch_here]
         with watch.phase("forward_backward"):
             tokens_here = count_tokens(read, self.device)
+            begun = Mark(self.device)
             sums = forward_backward(self.zero, read, tokens_here, len(self.data.names))
         tokens = phase.tokens_at(self.step + 1)
         lr = learning_rate(config.optimizer, tokens, config.total_tokens)
@@ -334,6 +337,9 @@ class Trainer:
             self._leave_out(first_sample, faults[0] if faults else "gradient norm nan")
         elif loss is not None:
             self.judge.good(loss, update.grad_norm)
+        slow = self.stragglers.add(batches.seconds_reading, sums.computed.seconds_since(begun))
+        for said in slow:
+            self._record("straggler", said)
         rate = phase.tokens_per_step / (time.perf_counter() - begin)
         flops_per_token = training_flops_per_token(config.model, phase.seq_len)
         return {
@@ -346,6 +352,7 @@ class Trainer:
             "grad_norm": _finite(update.grad_norm),
             "skipped_updates": self.skipped_updates,
             "rollbacks": len(self.windows),
+            "stragglers": len(slow),
             "lr": lr,
             "tokens_per_second": rate,
             "model_flops_per_second": rate * flops_per_token,

@@ -1,0 +1,62 @@
+"""The slow rank is named, and no other."""
+
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel.launch import host_name
+from pretrain.stragglers import slow_ranks
+from tests.pretrain.command import read_metrics, run_command, write_config
+
+
+def slow(rank: int, what: str) -> None:
+    """A rank takes 50 ms longer to compute a step, or to read it."""
+    from data_pipeline.blend import Blend
+    from parallel.model import PipelineStage
+
+    if os.environ["RANK"] != str(rank):
+        return
+    owner: Any = PipelineStage if what == "computing" else Blend
+    name = "forward" if what == "computing" else "read"
+    real = getattr(owner, name)
+
+    def slowed(*words: Any) -> Any:
+        time.sleep(0.05)
+        return real(*words)
+
+    setattr(owner, name, slowed)
+
+
+@pytest.mark.parametrize("what", ["computing", "reading", "nothing"])
+def test_slow_rank_is_named(what: str, tiny_data: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path, tiny_data, training={"steps": 8, "eval_every": 0, "global_batch_size": 6},
+        logging={"stragglers_every": 4}, data={"num_workers": 0},
+    )  # fmt: skip
+    before = None if what == "nothing" else partial(slow, 1, what)
+    ends = run_command("pretrain", config, ranks=3, before=before)
+    assert [end.code for end in ends] == [0, 0, 0], ends[0].output
+    counts = [line["stragglers"] for line in read_metrics(tmp_path / "run")]
+    if what == "nothing":
+        assert sum(counts) <= 1  # the machine's own doing
+        return
+    assert counts[3] >= 1
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").open()]
+    named = [e["said"] for e in events if e["said"].startswith(f"rank 1 on {host_name()}: {what}")]
+    assert len(named) == 2
+    assert len(named) >= len(events) - 1
+
+
+def test_what_is_slow() -> None:
+    ranks = [("node0", 0.001, 1.0), ("node0", 0.004, 1.2), ("node1", 0.001, 1.4), ("node1", 1, 1)]
+    assert slow_ranks(ranks) == [
+        "rank 3 on node1: reading 1.000 s a step, usually 0.003",
+    ]
+    assert slow_ranks([*ranks, ("node2", 0.0, 2.0)])[-1].startswith(
+        "rank 4 on node2: computing 2.0"
+    )
