@@ -61,7 +61,7 @@ class Watchdog:
         self._main = threading.get_ident()
         self._place, self._since, self._beats = "starting", time.monotonic(), 0
         self._looked: set[str] = set()  # places at which this rank has looked at the others
-        self._left, self._hangs = threading.Event(), False
+        self._left, self._hangs, self._fails = threading.Event(), False, False
         self._store: dist.Store | None = None
         # a store whose host is gone may not answer at all
         self._asker = ThreadPoolExecutor(1, "watchdog-store")
@@ -88,11 +88,11 @@ class Watchdog:
         """Raises RankLost in place of an error that a lost rank caused."""
         if error is not None and self._hangs:  # and ranks that have ended broke the collective
             threading.Event().wait()  # for the thread to end the process
-        self._left.set()
         faulthandler.cancel_dump_traceback_later()
+        self._fails = isinstance(error, Exception)
         if self._store is None or not isinstance(error, Exception):
-            return
-        if not failure.is_echo(error):
+            self._left.set()
+        elif not failure.is_echo(error):
             who = f"rank {self.launch.rank} on {host_name()}"
             self._end_all(1, f"{who}: {type(error).__name__}: {error}")
         elif (
@@ -108,6 +108,8 @@ class Watchdog:
         while not self._left.wait(self._interval):
             if self._store is not None:
                 self._exchange()
+            if self._fails:
+                continue  # it still lives, for whoever asks
             idle = time.monotonic() - self._since
             if self.hang_timeout and idle > self.hang_timeout:
                 self._report_hang(idle)
@@ -118,7 +120,7 @@ class Watchdog:
         """Say that this rank lives; obey if the job is over. Whether the store answers."""
         try:
             self._ask(self._beat)
-            if (over := self._ask(self._over)) is not None:
+            if not self._fails and (over := self._ask(self._over)) is not None:
                 self._obey(**over)
         except _StoreGone:
             return False  # of consequence only when this rank gets no further
@@ -142,8 +144,8 @@ class Watchdog:
     def _obey(self, code: int, message: str) -> None:
         """The job is over, and why."""
         self._hangs = code == HUNG
-        if code != HUNG and self._left.wait(SECONDS_TO_STOP):
-            return  # the main thread has noticed by itself
+        if code != HUNG and self._main_thread_ends():
+            return
         log.error("%s", message)
         if code == HUNG:
             faulthandler.cancel_dump_traceback_later()
@@ -154,6 +156,13 @@ class Watchdog:
         logging.shutdown()
         sys.stderr.flush()
         os._exit(code)
+
+    def _main_thread_ends(self) -> bool:
+        """By itself, having noticed, too."""
+        deadline = time.monotonic() + SECONDS_TO_STOP
+        while time.monotonic() < deadline and not self._fails and not self._left.is_set():
+            time.sleep(0.1)
+        return self._fails or self._left.is_set()
 
     def _wait_for_stacks(self) -> None:
         """Of the other ranks: with the first that ends, the launcher ends them all."""

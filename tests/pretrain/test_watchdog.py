@@ -80,6 +80,8 @@ def test_killed_rank_is_named_by_the_others(tiny_data: Path, tmp_path: Path) -> 
     for end in ends[:2]:
         assert f"rank 2 on {host_name()} ended without a word" in paragraph(end.output)
         assert end.seconds < 20
+    told = (tmp_path / "run/logs/first_failure.txt").read_text()
+    assert told.split(": ", 1)[1].startswith("rank 2"), "and nobody else"
 
 
 def test_job_whose_first_rank_was_killed_says_so(tiny_data: Path, tmp_path: Path) -> None:
