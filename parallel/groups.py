@@ -80,6 +80,8 @@ def host_group() -> dist.ProcessGroup:
     is a collective."""
     global _host_group
     if _host_group is None:
+        # connects ranks when they first talk: else each one to all others, thousands of sockets
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         _host_group = group
