@@ -125,7 +125,9 @@ def test_preempted_jobs_come_back(cluster: Cluster, folder: Path) -> None:
 
 def test_elastic_job_uses_the_nodes_that_its_layout_can(cluster: Cluster, folder: Path) -> None:
     program = folder / "program"
-    program.write_text('#!/bin/bash\n[[ $1 == nodes ]] && echo 2 || echo "of $SLURM_NTASKS: $*"\n')
+    program.write_text(
+        '#!/bin/bash\n[[ $1 == nodes ]] && echo 2 || echo "of $SLURM_NTASKS: $*, $(hostname)"\n'
+    )
     program.chmod(0o755)
     job = cluster.sbatch(
         "--nodes=3", "--ntasks-per-node=2", SCRIPT, "a.toml", cwd=folder,
@@ -133,4 +135,5 @@ def test_elastic_job_uses_the_nodes_that_its_layout_can(cluster: Cluster, folder
     )  # fmt: skip
     assert cluster.wait(job) == "COMPLETED"
     log = (folder / f"transxssm-{job}.log").read_text()
-    assert log.count("of 4: pretrain a.toml") == 4
+    for node in ("node1", "node2"):
+        assert log.count(f"of 4: pretrain a.toml, {node}") == 2
