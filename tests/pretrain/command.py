@@ -1,5 +1,7 @@
 """Short runs of the `transxssm` command in tests."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +35,21 @@ def paragraph(output: str) -> str:
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, output
     return errors[0]
+
+
+def at_step(step: int, only_rank: int, act: Callable[[], None]) -> None:
+    """`act` as the step's forward begins, on one rank."""
+    from pretrain import trainer
+
+    if os.environ.get("RANK", "0") != str(only_rank):
+        return
+    calls = [0]
+    count_tokens = trainer.count_tokens
+
+    def counted(*words: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == step:
+            act()
+        return count_tokens(*words)
+
+    trainer.count_tokens = counted

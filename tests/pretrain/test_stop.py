@@ -13,7 +13,7 @@ import pytest
 
 from checkpoints_tools import folder as folders
 from pretrain import stop
-from tests.pretrain.command import read_metrics, run_command, succeed, write_config
+from tests.pretrain.command import at_step, read_metrics, run_command, succeed, write_config
 from tests.pretrain.test_run import curve
 
 SECTIONS: dict[str, Any] = {
@@ -24,24 +24,6 @@ SECTIONS: dict[str, Any] = {
 
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
-
-
-def signal_at_step(number: int, step: int, only_rank: int) -> None:
-    """As soon as the step's forward begins, on one rank."""
-    from pretrain import trainer
-
-    if os.environ.get("RANK", "0") != str(only_rank):
-        return
-    calls = [0]
-    count_tokens = trainer.count_tokens
-
-    def counted(*words: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == step:
-            send(number)
-        return count_tokens(*words)
-
-    trainer.count_tokens = counted
 
 
 def signal_in_evaluation(number: int) -> None:
@@ -98,8 +80,8 @@ def whole(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("ranks", "fault", "saved"),
     [
-        (1, partial(signal_at_step, signal.SIGTERM, 2, 0), 2),
-        (2, partial(signal_at_step, signal.SIGUSR1, 4, 1), 4),
+        (1, partial(at_step, 2, 0, partial(send, signal.SIGTERM)), 2),
+        (2, partial(at_step, 4, 1, partial(send, signal.SIGUSR1)), 4),
         (1, partial(signal_in_evaluation, signal.SIGUSR1), 3),
         (2, partial(signal_while_data_stalls, signal.SIGUSR1, 1), 3),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 
 from parallel.launch import host_name
 from pretrain.watchdog import HUNG
-from tests.pretrain.command import paragraph, run_command, write_config
+from tests.pretrain.command import at_step, paragraph, run_command, write_config
 
 SIXES: dict[str, Any] = {"global_batch_size": 6, "micro_batch_size": 1}
 
@@ -24,24 +24,6 @@ def kill_itself() -> None:
 
 def sleep_long() -> None:
     time.sleep(600)
-
-
-def at_step(step: int, only_rank: int, act: Any) -> None:
-    """`act` as the step's forward begins, on one rank."""
-    from pretrain import trainer
-
-    if os.environ["RANK"] != str(only_rank):
-        return
-    calls = [0]
-    count_tokens = trainer.count_tokens
-
-    def counted(*words: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == step:
-            act()
-        return count_tokens(*words)
-
-    trainer.count_tokens = counted
 
 
 def test_stopped_rank_is_named_and_the_others_write_their_stacks(
