@@ -26,7 +26,7 @@ SECONDS_BETWEEN_LOOKS = 10.0  # at the time that is left
 SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
 
 _reason: str | None = None
-_training = False
+_outlived = False
 
 
 def requested() -> str | None:
@@ -59,15 +59,16 @@ def _wait_for_signals() -> None:
 
 def _take(number: int, _: FrameType | None) -> None:
     interrupted_again = number == signal.SIGINT and requested() == "SIGINT"
-    if not _training or interrupted_again:
+    if not _outlived or interrupted_again:
         os._exit(REQUEUE if number == signal.SIGUSR1 else 128 + number)
     request(signal.Signals(number).name)
 
 
-def training_begins() -> None:
-    """From now on signals ask to stop: there is something to save."""
-    global _training
-    _training = True
+def outlive_signals() -> None:
+    """From now on they ask to stop and do not end the process: there is something to save or to
+    say."""
+    global _outlived
+    _outlived = True
 
 
 def exit_for_requeue() -> NoReturn:

@@ -104,7 +104,7 @@ def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watch
     elif config.checkpoint.load_weights_only:
         load_weights(config, data, trainer.zero)
         log.info("beginning with the weights of %s", config.checkpoint.load_weights_only)
-    stop.training_begins()
+    stop.outlive_signals()
     return trainer.run()
 
 

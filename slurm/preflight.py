@@ -30,6 +30,7 @@ from megatron.core import parallel_state
 from parallel.compat import prepare_host
 from parallel.groups import destroy_groups, host_group, init_distributed, init_groups
 from parallel.launch import Launch, host_name
+from pretrain import stop
 from pretrain.config import Config
 from pretrain.run_dir import git_revision, package_versions
 
@@ -95,6 +96,9 @@ def preflight(config: Config, launch: Launch) -> dict[str, list[str]]:
             _write(run_dir, reports, found)
         if found and len(found) == _told(len({r.host for r in reports}) if reports else None):
             refusal = "every node is unfit: " + in_words(found)
+    # srun ends the other ranks with the first that exits, and takes the largest exit code: 143 then
+    stop.outlive_signals()
+    dist.barrier(group=host_group())
     destroy_groups()
     if refusal is not None:
         raise PreflightError(refusal)
