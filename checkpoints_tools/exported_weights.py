@@ -8,9 +8,8 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.global_tensors import GlobalTensor
-from checkpoints_tools.sharded import check_names, weights_to_load
+from checkpoints_tools.sharded import Weights, check_names, weights_to_load
 from parallel.groups import from_rank_0
-from parallel.zero import ZeroOptimizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -20,12 +19,12 @@ def is_exported(folder: Path) -> bool:
     return (folder / SINGLE).exists() or (folder / INDEX).exists()
 
 
-def load_exported_weights(folder: Path, zero: ZeroOptimizer) -> None:
+def load_exported_weights(folder: Path, weights: Weights) -> None:
     """Fill the weights of every rank, each reading its own parts alone. A collective.
 
     Raises CheckpointError naming tensors that are missing, unknown or of another shape.
     """
-    wanted = weights_to_load(zero)
+    wanted = weights_to_load(weights)
     places = from_rank_0(lambda: _places(folder))
     check_names(folder, set(wanted), set(places))
     causes: list[str | None] = [None] * dist.get_world_size()
@@ -33,7 +32,7 @@ def load_exported_weights(folder: Path, zero: ZeroOptimizer) -> None:
     for rank, cause in enumerate(causes):
         if cause is not None:
             raise CheckpointError(f"rank {rank}: {cause}")
-    zero.refresh_parameters()
+    weights.refresh_parameters()
 
 
 def _fill(folder: Path, places: dict[str, str], wanted: dict[str, GlobalTensor]) -> str | None:

@@ -7,8 +7,9 @@ they are not stored twice.
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,9 +22,22 @@ from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.global_tensors import GlobalTensor, LoadPlanner, Part, global_parts
 from checkpoints_tools.manifest import read_manifest
 from parallel.groups import replicas_group
+from parallel.params import ParamInfo
 from parallel.zero import Fragment, ZeroOptimizer
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+class Weights(Protocol):
+    """What weights are loaded into: a ZeroOptimizer or a FrozenStage."""
+
+    infos: dict[str, ParamInfo]
+
+    def fragments(self) -> Iterator[Fragment]:
+        """To be filled."""
+
+    def refresh_parameters(self) -> None:
+        """Called when they are."""
 
 
 def tensors_to_save(zero: ZeroOptimizer) -> dict[str, GlobalTensor | Tensor]:
@@ -88,17 +102,17 @@ def load_checkpoint(step_dir: Path, zero: ZeroOptimizer) -> dict[str, Any]:
     return manifest
 
 
-def weights_to_load(zero: ZeroOptimizer) -> dict[str, GlobalTensor]:
+def weights_to_load(weights: Weights) -> dict[str, GlobalTensor]:
     """This rank's parts of every weight, under the single-GPU model's names."""
     (kind,) = KINDS[:1]
-    found = _tensors_to_load(zero, (kind,))
+    found = _tensors_to_load(weights, (kind,))
     return {name.removeprefix(f"{kind}."): tensor for name, tensor in found.items()}
 
 
-def load_stored_weights(step_dir: Path, zero: ZeroOptimizer) -> None:
+def load_stored_weights(step_dir: Path, weights: Weights) -> None:
     """Fill the weights alone, and nothing else, from a checkpoint. Raises CheckpointError. A
     collective."""
-    tensors = _tensors_to_load(zero, KINDS[:1])
+    tensors = _tensors_to_load(weights, KINDS[:1])
     reader = FileSystemReader(step_dir)
     try:
         stored = reader.read_metadata().state_dict_metadata
@@ -106,18 +120,18 @@ def load_stored_weights(step_dir: Path, zero: ZeroOptimizer) -> None:
         dcp.load(dict(tensors), storage_reader=reader, planner=LoadPlanner())
     except (CheckpointException, OSError, EOFError, ValueError) as error:
         raise CheckpointError(f"loading {step_dir} failed: {_causes(error)}") from error
-    zero.refresh_parameters()
+    weights.refresh_parameters()
 
 
-def _tensors_to_load(zero: ZeroOptimizer, kinds: tuple[str, ...]) -> dict[str, GlobalTensor]:
+def _tensors_to_load(weights: Weights, kinds: tuple[str, ...]) -> dict[str, GlobalTensor]:
     """All this rank holds. Names with no part here are present too, so that they can be compared"""
     parts: dict[str, list[Part]] = defaultdict(list)
-    for fragment in zero.fragments():
+    for fragment in weights.fragments():
         for kind in kinds:
             flat = getattr(fragment, kind)
             name = f"{kind}.{fragment.info.name}"
             parts[name] += global_parts(fragment.info, fragment.start, flat)
-    shapes = {f"{k}.{i.name}": i.global_shape for i in zero.infos.values() for k in kinds}
+    shapes = {f"{k}.{i.name}": i.global_shape for i in weights.infos.values() for k in kinds}
     return {name: GlobalTensor(shape, parts[name]) for name, shape in shapes.items()}
 
 

@@ -13,7 +13,6 @@ the sum running from the rank's first token.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,23 +29,7 @@ from kernels.rope.rope import apply_rope
 from parallel.layers import recomputed
 from parallel.ring import ring_attention
 from parallel.sizes import heads_are_shared_out
-
-
-class PackedBatch(Protocol):
-    """What a loader gives (shapes as in DESIGN: [B, L], cu_seqlens flat), whole rows."""
-
-    @property
-    def tokens(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
-    @property
-    def loss_mask(self) -> Tensor: ...
-    @property
-    def position_ids(self) -> Tensor: ...
-    @property
-    def cu_seqlens(self) -> Tensor: ...
-    @property
-    def sources(self) -> Tensor: ...
+from parallel.sums import PackedBatch
 
 
 @dataclass(frozen=True)

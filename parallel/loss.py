@@ -10,7 +10,9 @@ scales the gradients. The vocabulary is split over the tensor-parallel group.
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
@@ -30,6 +32,32 @@ def head_loss(
     return total, by_token
 
 
+@torch.no_grad()
+def head_scores(
+    h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`head_loss`, and for every token, float32 [T], whether another than the label is likelier."""
+    block = head_block_tokens(weight.shape[0], h.is_cuda)
+    by_token, missed = torch.empty_like(loss_mask), torch.empty_like(loss_mask)
+    group = parallel_state.get_tensor_model_parallel_group()
+    first = group.rank() * weight.shape[0]
+    for at in range(0, h.shape[0], block):
+        part = slice(at, at + block)
+        logits = head_logits(h[part], weight, valid).float()  # [t, V]
+        best = logits.amax(1)
+        row = labels[part] - first
+        here = (row >= 0) & (row < weight.shape[0])
+        of_label = logits.gather(1, row.clamp(0, weight.shape[0] - 1)[:, None])[:, 0]
+        of_label = torch.where(here, of_label, float("-inf"))
+        if group.size() > 1:
+            for part_of_ranks in (best, of_label):
+                dist.all_reduce(part_of_ranks, op=dist.ReduceOp.MAX, group=group)
+        missed[part] = (of_label < best).float() * loss_mask[part]
+        # in the same order of operations as head_loss; it changes the logits
+        by_token[part] = _cross_entropy(logits, labels[part]) * loss_mask[part]
+    return by_token.sum(), by_token, missed
+
+
 def head_logits(h: Tensor, weight: Tensor, valid: int) -> Tensor:
     """W h [T, V], with -inf in the columns of vocabulary padding."""
     logits = F.linear(h, weight)
@@ -40,8 +68,12 @@ def head_logits(h: Tensor, weight: Tensor, valid: int) -> Tensor:
 
 def _block_loss(h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int) -> Tensor:
     """Of every token [t]."""
-    logits = head_logits(h, weight, valid).float().unsqueeze(1)  # [t, 1, V]
-    return vocab_parallel_cross_entropy(logits, labels.unsqueeze(1)).view(-1) * loss_mask
+    return _cross_entropy(head_logits(h, weight, valid).float(), labels) * loss_mask
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of logits [t, V / tp]: [t]. May change the logits."""
+    return vocab_parallel_cross_entropy(logits.unsqueeze(1), labels.unsqueeze(1)).view(-1)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -51,15 +83,10 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         block = head_block_tokens(weight.shape[0], h.is_cuda)
         by_token = torch.empty_like(loss_mask)
-        with_grad = ctx.needs_input_grad[0]
-        if with_grad:
-            grad_h = torch.empty_like(h)
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_h = torch.empty_like(h)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for at in range(0, h.shape[0], block):
             part = slice(at, at + block)
-            if not with_grad:
-                by_token[part] = _block_loss(h[part], weight, labels[part], loss_mask[part], valid)
-                continue
             with torch.enable_grad():
                 h_part = h[part].detach().requires_grad_()
                 weight_part = weight.detach().requires_grad_()
@@ -69,8 +96,7 @@ class _HeadLoss(torch.autograd.Function):
                 )
             grad_weight += part_grad_weight
             by_token[part] = loss.detach()
-        if with_grad:
-            ctx.save_for_backward(grad_h, grad_weight.to(weight.dtype))
+        ctx.save_for_backward(grad_h, grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(by_token)
         return by_token.sum(), by_token
 

@@ -27,7 +27,7 @@ from parallel.layers import (
     mark_split,
     recomputed,
 )
-from parallel.loss import head_logits, head_loss
+from parallel.loss import head_logits, head_loss, head_scores
 from parallel.mixers import AttentionMixer, Positions, SSDMixer
 from parallel.params import EMBEDDING
 
@@ -184,18 +184,20 @@ class PipelineStage(nn.Module):
         position_ids: Tensor,
         cu_seqlens: Tensor,
         local_cu_seqlens: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """Of a `parallel.context.LocalBatch`; without context parallelism cu_seqlens is enough.
 
         Returns hidden states [T or T/tp, 1, hidden]; on the last stage the summed loss, a float32
-        scalar, and that of every token, float32 [T], which has no gradient.
+        scalar, and that of every token, float32 [T], which has no gradient; with gradients switched
+        off also, float32 [T], 1 where another token than the label is the likeliest.
         """
         h = self.hidden(tokens, position_ids, cu_seqlens, local_cu_seqlens)
         if not self.last:
             return h
         u = enter_tensor_parallel(h, self.config).squeeze(1)  # [T, hidden]
         weight, valid = self._head()
-        return head_loss(u, weight, labels.reshape(-1), loss_mask.reshape(-1), valid)
+        head = head_loss if torch.is_grad_enabled() else head_scores
+        return head(u, weight, labels.reshape(-1), loss_mask.reshape(-1), valid)
 
     def hidden(
         self,

@@ -1,7 +1,7 @@
 """One global step over the micro-batches: Megatron-core's schedule, losses summed per token."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from parallel.compat import cuda_calls_on_cpu
 from parallel.context import LocalBatch
+from parallel.sums import Key, sums_by
 from parallel.zero import ZeroOptimizer
 
 
@@ -72,38 +73,56 @@ def forward_backward(
     replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     scale = replicas / tokens
     zero.set_no_sync(True)
-    losses = _run(zero.scheduled_modules, batches, scale.float(), forward_only=False)
+    losses = _run(zero.scheduled_modules, batches, scale.float(), _rows)
     computed = Mark(tokens.device)
     zero.reduce_gradients()
     return _sum_everywhere(losses, num_sources, tokens.device, computed)
 
 
 @torch.no_grad()
-def evaluate_loss(zero: ZeroOptimizer, batches: Sequence[LocalBatch]) -> LossSums:
-    """Over data- and context-parallel ranks' micro-batches, as many on each."""
+def evaluate(
+    modules: list[Any], batches: Sequence[LocalBatch], key: Key, size: int, weights: Tensor
+) -> Tensor:
+    """Sums over the counted tokens of all ranks' micro-batches, as many on each, by a key.
+
+    The rows of `parallel.sums`, float64 [4, size], the same on every rank.
+    """
     device = batches[0].tokens.device
-    zero.set_no_sync(False)
-    modules = zero.scheduled_modules
     if len(modules) > 1:  # interleaved stages take micro-batches by as many as there are stages
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         blank = replace(batches[0], loss_mask=torch.zeros_like(batches[0].loss_mask))
         batches = [*batches, *[blank] * (-len(batches) % stages)]
-    losses = _run(modules, batches, torch.ones((), device=device), True)
-    return _sum_everywhere(losses, 1, device, Mark(device))
+
+    def by_key(batch: LocalBatch, by_token: Tensor, missed: Tensor) -> Tensor:
+        return sums_by(batch, key, size, weights, by_token, missed)
+
+    tables = _run(modules, batches, None, by_key)
+    sums = torch.zeros(4, size, dtype=torch.float64, device=device)
+    return _over_ranks(torch.stack(tables).sum(0) if tables else sums)
+
+
+def _rows(batch: LocalBatch, by_token: Tensor) -> Tensor:
+    """Source, summed loss and tokens of a batch's rows, float64 [3, B]."""
+    by_row = by_token.view_as(batch.loss_mask).sum(1, dtype=torch.float64)
+    return torch.stack(
+        (batch.sources.double(), by_row, batch.loss_mask.sum(1, dtype=torch.float64))
+    )
 
 
 def _run(
-    modules: list[Any], batches: Sequence[LocalBatch], scale: Tensor, forward_only: bool
+    modules: list[Any],
+    batches: Sequence[LocalBatch],
+    scale: Tensor | None,
+    summary: Callable[..., Tensor],
 ) -> list[Tensor]:
-    """Of every micro-batch, on the last stage: source, summed loss and tokens of its rows, float64
-    [3, B]. An empty list elsewhere."""
+    """The summary of every micro-batch (of the batch and what the last stage says of its tokens),
+    on the last stage; an empty list elsewhere. scale: of the loss, before its gradients are taken;
+    None goes forward only."""
 
-    def scaled(batch: LocalBatch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        loss, by_token = output
-        by_row = by_token.view_as(batch.loss_mask).sum(1, dtype=torch.float64)
-        tokens = batch.loss_mask.sum(1, dtype=torch.float64)
-        rows = torch.stack((batch.sources.double(), by_row, tokens))
-        return loss * scale, tokens.sum().int(), rows
+    def scaled(batch: LocalBatch, output: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        loss, *by_token = output
+        tokens = batch.loss_mask.sum().int()
+        return loss if scale is None else loss * scale, tokens, summary(batch, *by_token)
 
     def forward_step(iterator: Iterator[LocalBatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(iterator)
@@ -129,7 +148,7 @@ def _run(
             # of whole rows: the schedule itself divides by the context-parallel size
             seq_length=batches[0].tokens.numel() * context,
             micro_batch_size=1,
-            forward_only=forward_only,
+            forward_only=scale is None,
         )
 
 
@@ -141,6 +160,12 @@ def _sum_everywhere(
     if losses:
         sources, *rows = torch.cat(losses, dim=1)
         sums = torch.stack(rows) @ F.one_hot(sources.long(), num_sources).double()
+    loss, tokens = _over_ranks(sums)
+    return LossSums(loss, tokens, computed)
+
+
+def _over_ranks(sums: Tensor) -> Tensor:
+    """Of the last stage's ranks, on all ranks."""
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
@@ -148,4 +173,4 @@ def _sum_everywhere(
         # the same already, unless one of them is broken: and then all of them are to know
         dist.all_reduce(sums, group=parallel_state.get_tensor_model_parallel_group())
         sums /= tensor
-    return LossSums(sums[0], sums[1], computed)
+    return sums

@@ -21,6 +21,7 @@ from rich.table import Column, Table
 from pretrain import stop
 from pretrain.checkpoint_cli import checkpoint_app
 from pretrain.console import whole_console
+from pretrain.evaluation import cli as evaluation_command
 from slurm import cli as job_commands
 
 app = typer.Typer(
@@ -44,6 +45,7 @@ WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=WITH_OVERRIDES)(job_commands.submit)
 for command in (job_commands.runs, job_commands.status, job_commands.logs, job_commands.cancel):
     app.command()(command)
+app.command()(evaluation_command.evaluate)
 
 INVALID_CONFIGURATION = 2
 SECONDS_TO_CAUSE = 8.0  # until another rank has said why it broke the collectives of this one

@@ -165,7 +165,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> "Config":
         _check_training(self)
-        _check_model_against_layout(self.model, self.parallel)
+        check_layout(self.model, self.parallel)
         _check_sequence(self)
         return self
 
@@ -258,7 +258,8 @@ def _check_training(config: Config) -> None:
         )
 
 
-def _check_model_against_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises ValueError where the model cannot be split so."""
     tensor = parallel.tensor
     split = {
         "num_heads": model.num_heads,

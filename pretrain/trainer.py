@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 from checkpoints_tools.saving import CheckpointSaver
 from checkpoints_tools.sharded import load_checkpoint
@@ -31,7 +32,8 @@ from parallel.groups import (
     largest_of_all,
 )
 from parallel.launch import Launch
-from parallel.schedule import LossSums, Mark, count_tokens, evaluate_loss, forward_backward
+from parallel.schedule import LossSums, Mark, count_tokens, evaluate, forward_backward
+from parallel.sums import by_position
 from parallel.topology import topology
 from parallel.zero import ZeroOptimizer
 from pretrain import stop
@@ -47,6 +49,7 @@ from pretrain.bad_steps import (
 )
 from pretrain.config import Config, ConfigError
 from pretrain.data import TrainingBatches, warn_of_cache, warn_of_epochs
+from pretrain.evaluation.scores import Scores, by_bins, token_bytes
 from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
 from pretrain.resume import find_start, load_weights, newest_sound
@@ -178,6 +181,8 @@ class Trainer:
         """progress: told what begins now."""
         self.config, self.data, self.validation = config, data, validation
         self.device, self.run_dir = device, Path(config.logging.run_dir)
+        tokenizer = Tokenizer.from_buffer(data.sources[0].tokenizer())
+        self.token_bytes = token_bytes(tokenizer, config.model.vocab_size).to(device)
         self.progress = progress
         self.step = self.saved_step = 0
         self.samples = 0
@@ -448,16 +453,16 @@ class Trainer:
 
     def evaluate(self, metrics: dict[str, Any]) -> dict[str, Any] | None:
         """`metrics`, and the mean loss per token in nats over eval_batches global batches (or all
-        there is) of each validation set; of all sets together, and of each where they have names.
-        None if any rank was asked to stop.
+        there is) of each validation set: of all sets together, by position, and of each set where
+        they have names. None if any rank was asked to stop.
 
         The samples do not depend on the layout.
         """
-        training = self.config.training
-        loss = tokens = 0.0
-        found = {}
+        training, seq_len = self.config.training, self.config.data.seq_len
+        tables = {}
         ranks = parallel_state.get_data_parallel_world_size()
         micro_batches = training.global_batch_size // (training.micro_batch_size * ranks)
+        self.zero.set_no_sync(False)
         for name, dataset in self.validation.items():
             batches = sequential_batches(
                 dataset,
@@ -466,19 +471,25 @@ class Trainer:
                 data_parallel_rank=parallel_state.get_data_parallel_rank(),
                 data_parallel_size=ranks,
             )
-            set_loss = set_tokens = 0.0
+            tables[name] = torch.zeros(4, seq_len, dtype=torch.float64, device=self.device)
             while read := [local_batch(b, self.device) for b in islice(batches, micro_batches)]:
                 self.progress(f"step {self.step}: evaluation")
                 if largest_of_all(int(stop.requested() is not None)):
                     return None
-                sums = evaluate_loss(self.zero, read)
-                set_loss += float(sums.loss.sum())
-                set_tokens += float(sums.tokens.sum())
-            loss, tokens = loss + set_loss, tokens + set_tokens
-            if name:
-                found[f"validation_loss_{name}"] = set_loss / max(set_tokens, 1)
-        mean = loss / tokens
-        return metrics | {"validation_loss": mean, "validation_perplexity": _exp(mean)} | found
+                modules = self.zero.scheduled_modules
+                tables[name] += evaluate(modules, read, by_position, seq_len, self.token_bytes)
+        table = torch.stack(list(tables.values())).sum(0)
+        scores = Scores.of(table)
+        return (
+            metrics
+            | {
+                "validation_loss": scores.loss,
+                "validation_perplexity": scores.perplexity,
+                "validation_bits_per_byte": scores.bits_per_byte,
+            }
+            | {f"validation_loss_{name}": Scores.of(t).loss for name, t in tables.items() if name}
+            | {f"validation_loss_from_{bin_[0]}": s.loss for bin_, s in by_bins(table).items()}
+        )
 
     def save(self) -> None:
         """Write a checkpoint of this step, or begin to. A collective."""

@@ -29,14 +29,14 @@ def send(number: int) -> None:
 def signal_in_evaluation(number: int) -> None:
     from pretrain import trainer
 
-    evaluate_loss = trainer.evaluate_loss
+    evaluate = trainer.evaluate
 
     def slow(*words: Any) -> Any:
         send(number)
         time.sleep(0.1)
-        return evaluate_loss(*words)
+        return evaluate(*words)
 
-    trainer.evaluate_loss = slow
+    trainer.evaluate = slow
 
 
 def signal_while_data_stalls(number: int, only_rank: int) -> None:

@@ -1,5 +1,7 @@
 """Training on a real Slurm: right on any number of nodes, and after what happens to nodes."""
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from benchmarks.slurm_cluster import Cluster
 from benchmarks.slurm_training import TrainingJob, curve
 from tests.pretrain.command import succeed, write_config
 
+ROOT = Path(__file__).parents[2]
 SECTIONS: dict[str, Any] = {
     "training": {"steps": 40, "eval_every": 20, "stop_before_limit": 200},
     "checkpoint": {"every": 5},
@@ -50,6 +53,20 @@ def test_jobs_of_two_and_four_nodes_train_as_one_process_does(
             assert values == pytest.approx([line[name] for line in expected], rel=1e-5)
         assert "validation_loss" in found[-1]
     assert "every node is fit" in jobs[0].log
+    evaluation = cluster.sbatch(
+        "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/evaluation.log",
+        ROOT / "slurm/evaluate.sbatch", jobs[0].run_dir, "--text", ROOT / "README.md", "--out",
+        tmp_path / "evaluation", "--max-length", "64",
+        cwd=tmp_path, env={"TRANSXSSM": str(Path(sys.executable).with_name("transxssm"))},
+    )  # fmt: skip
+    assert cluster.wait(evaluation) == "COMPLETED", (tmp_path / "evaluation.log").read_text()
+    (found,) = json.loads((tmp_path / "evaluation/results.json").read_text())["results"].values()
+    succeed(
+        "evaluate", tmp_path / "alone", "--text", ROOT / "README.md", "--max-length", "64",
+        "--out", tmp_path / "here",
+    )  # fmt: skip
+    (here,) = json.loads((tmp_path / "here/results.json").read_text())["results"].values()
+    assert found["bits_per_byte"] == pytest.approx(here["bits_per_byte"], rel=1e-5)
 
 
 def test_job_whose_time_ends_and_whose_node_dies_completes_digit_for_digit(
