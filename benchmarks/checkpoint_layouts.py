@@ -51,7 +51,6 @@ QUICK = [
     ("one", "tensor 2 context 2 ZeRO 3"), ("tensor 4", "data 4"), ("ZeRO 3 × 4", "pipeline 2"),
     ("tensor 2 context 2 ZeRO 3", "tensor 4"), ("interleaved", "ZeRO 2 × 2"),
     ("context 2", "tensor 2 pipeline 2"), ("offload", "split [3, 1]"), ("ZeRO 0 × 2", "offload"),
-    ("data 4", "data 4"), ("interleaved", "interleaved"),
 ]  # fmt: skip
 BEFORE, AFTER, BOUND = 3, 10, 1e-4
 

@@ -17,7 +17,7 @@ def campaign() -> Iterator[Campaign]:
         yield Campaign(Path(name))
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 3, 6, 8, 9, 11, 13, 15, 17, 19])
+@pytest.mark.parametrize("number", [0, 1, 3, 6, 8, 11, 13, 15, 17, 19])
 def test_a_run_goes_on_after_a_fault_in_its_save(campaign: Campaign, number: int) -> None:
     result = one_run(campaign, 1000 + number, kinds(20)[number])
     assert not result["bad"], result

@@ -138,7 +138,7 @@ def test_threads_end_with_their_loaders(dataset):
     deadline = time.monotonic() + 10
     while running() > before and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert running() == before
+    assert running() <= before  # threads of earlier tests may have ended, too
 
 
 def test_sizes_that_do_not_divide_are_refused(dataset):

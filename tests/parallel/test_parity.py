@@ -12,7 +12,7 @@ from parallel.params import ParamInfo
 from pretrain.config import Config
 from tests.tiny import tiny_config
 
-STEPS = 20
+STEPS = 8  # python -m benchmarks.parity makes more
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor2": (2, {"tensor": 2}),
     "tensor2-no-sequence": (2, {"tensor": 2, "sequence": False}),
