@@ -18,6 +18,8 @@ Choice = Literal["triton", "torch", "naive"]
 
 _logger = logging.getLogger(__name__)
 _warned: set[tuple[str, str]] = set()
+chosen: dict[str, set[str]] = {}
+"""What has run so far, of every operation."""
 
 
 def strict() -> bool:
@@ -35,13 +37,19 @@ def check_environment() -> None:
 
 
 def choose(op: str, device: torch.device, unsupported: str | None) -> Choice:
-    """The implementation of `op` for tensors on `device`.
+    """The implementation of `op` for tensors on `device`, which `chosen` remembers.
 
     unsupported: why Triton cannot serve this call, or None when it can.
 
     Raises ValueError for an unknown TRANSXSSM_KERNELS, for `triton` where no Triton kernel can run,
     and in strict mode for an unsupported call.
     """
+    choice = _choose(op, device, unsupported)
+    chosen.setdefault(op, set()).add(choice)
+    return choice
+
+
+def _choose(op: str, device: torch.device, unsupported: str | None) -> Choice:
     forced = _forced()
     if forced == "torch":
         return "torch"

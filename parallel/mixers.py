@@ -7,6 +7,7 @@ SSD:        x = W_x u;  b, c = RoPE(W_b u), RoPE(W_c u);  Δ = softplus(W_dt u +
 Both take the same cos/sin at the same positions: the Unified RoPE.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -125,6 +126,8 @@ class SSDMixer(nn.Module):
         super().__init__()
         self.config, self.recompute = config, recompute
         self.head_dim, self.state_dim = model.head_dim, model.state_dim
+        self.observe: Callable[[Tensor, Tensor, Tensor], None] | None = None
+        """Told Δ before its bias, the bias, and A (parallel.vitals)."""
         self.chunk_size = model.chunk_size
         tensor = config.tensor_model_parallel_size
         width, bc_width = model.num_heads * model.head_dim, model.ssd_groups * model.state_dim
@@ -164,6 +167,8 @@ class SSDMixer(nn.Module):
         rows = (positions.batch_size, positions.seq_len)
         cos, sin = positions.ssd_rope or (None, None)
         dt, A = dt.view(*rows, -1), -torch.exp(self.A_log.float())
+        if self.observe is not None:
+            self.observe(dt, self.dt_bias, A)
         c = c.reshape(*rows, -1, self.state_dim)  # [B, L, groups / tp, N]
         y, final_state = ssd(
             x.reshape(*rows, -1, self.head_dim),  # [B, L, heads / tp, P]

@@ -231,14 +231,13 @@ class ZeroOptimizer:
     def full_gradients(self) -> dict[str, Tensor]:
         """Reduced float32 gradients of this rank's parameters [local shape], between
         reduce_gradients and step. A collective over the data-parallel group; for comparisons."""
-        return {
-            name: safe_get_full_grad(p)
-            .detach()
-            .float()
-            .reshape(self.infos[name].local_shape)
-            .clone()
-            for name, p in self.built.named_parameters()
-        }
+        return {name: gradient.clone() for name, gradient in self.gradients()}
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The same, one after the other."""
+        for name, parameter in self.built.named_parameters():
+            gradient = safe_get_full_grad(parameter).detach().float()
+            yield name, gradient.reshape(self.infos[name].local_shape)
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Float32 masters of this rank's parameters [local shape]. A collective over the

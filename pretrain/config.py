@@ -116,6 +116,16 @@ class LoggingConfig(Section):
     tensorboard: bool = True
     stragglers_every: int = Field(100, ge=0)
     """Steps between looks for ranks that are slower than their peers; 0: never."""
+    vitals_every: int = Field(50, ge=0)
+    """Steps between looks at norms, update ratios, activations and decays by kind of layer; 0:
+    never."""
+    profile_steps: list[int] = Field(default=[])
+    """Steps of which logging.profile_ranks write a trace of torch's profiler."""
+    profile_ranks: list[int] = Field(default=[0])
+    wandb_project: str = ""
+    """Send the metrics to Weights & Biases, too."""
+    prometheus_file: str = ""
+    """Keep the newest metrics in a file of Prometheus's text format (*.prom), too."""
 
 
 class Config(Section):

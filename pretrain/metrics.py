@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,6 +12,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from pretrain.trackers import Tracker
 
 log = logging.getLogger("transxssm")
 console = Console(stderr=True)
@@ -20,10 +23,12 @@ TENSORBOARD_GROUPS = {
     "perplexity": "train/perplexity",
     "validation_loss": "validation/loss",
     "validation_perplexity": "validation/perplexity",
+    "validation_bits_per_byte": "validation/bits_per_byte",
     "lr": "optimizer/learning_rate",
     "grad_norm": "optimizer/grad_norm",
     "tokens_per_second": "speed/tokens_per_second",
     "model_flops_per_second": "speed/model_flops_per_second",
+    "model_flop_utilisation": "speed/model_flop_utilisation",
     "memory_bytes": "memory/peak_bytes",
     "skipped_shards": "data/skipped_shards",
     "skipped_updates": "events/skipped_updates",
@@ -32,18 +37,35 @@ TENSORBOARD_GROUPS = {
     "time_data": "time/data",
     "time_forward_backward": "time/forward_backward",
     "time_step": "time/optimizer_step",
+    "time_checkpoint": "time/checkpoint_stall",
 }
-# of one source or validation set each
-TENSORBOARD_PREFIXES = {"loss_": "train", "tokens_": "data", "validation_loss_": "validation"}
+# the first that fits; the rest is the name of a source, of a bin of positions, of a kind of layer
+TENSORBOARD_PREFIXES = {
+    "validation_loss_from_": "validation_by_position/loss_from_",
+    "validation_loss_": "validation_by_set/loss_",
+    "loss_": "train_by_source/loss_",
+    "tokens_": "data/tokens_",
+    "grad_norm_": "gradient_norm/",
+    "weight_norm_": "weight_norm/",
+    "update_ratio_": "update_ratio/",
+    "activation_rms_": "activation_rms/",
+    "ssd_": "ssd/",
+}
 
 
 class MetricsWriter:
     """Rank 0's record of a run. On resume, entries after the step resumed from are dropped."""
 
     def __init__(
-        self, run_dir: Path, first_step: int, total_steps: int, every: int, tensorboard: bool
+        self,
+        run_dir: Path,
+        first_step: int,
+        total_steps: int,
+        every: int,
+        tensorboard: bool,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
-        self.every = every
+        self.every, self.trackers = every, trackers
         path = run_dir / "metrics.jsonl"
         kept = _entries_before(path, first_step)
         temporary = path.with_suffix(".tmp")
@@ -75,10 +97,17 @@ class MetricsWriter:
             for name, value in metrics.items():
                 if (tag := _tag(name)) and value is not None:
                     self.tensorboard.add_scalar(tag, value, step)
+        for tracker in self.trackers:
+            tracker.write(metrics)
         line = _line(metrics)
         self.progress.update(self.task, completed=step, description=line)
         if step % self.every == 0 or "validation_loss" in metrics:
             _log_line(line)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """A note in TensorBoard, as Markdown."""
+        if self.tensorboard is not None:
+            self.tensorboard.add_text(tag, text, step)
 
     def close(self) -> None:
         """Flush and release; the live line stays as it is."""
@@ -90,10 +119,12 @@ class MetricsWriter:
 
 def _tag(name: str) -> str | None:
     """TensorBoard's name of a metric, or None if it does not go there."""
+    if name in TENSORBOARD_GROUPS:
+        return TENSORBOARD_GROUPS[name]
     for prefix, group in TENSORBOARD_PREFIXES.items():
-        if name.startswith(prefix) and name not in TENSORBOARD_GROUPS:
-            return f"{group}/{name}"
-    return TENSORBOARD_GROUPS.get(name)
+        if name.startswith(prefix):
+            return group + name.removeprefix(prefix)
+    return None
 
 
 def peak_memory(device: torch.device) -> int:

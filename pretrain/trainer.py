@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from checkpoints_tools.sharded import load_checkpoint
 from data_pipeline.blend import Blend
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.loader import sequential_batches
+from kernels.dispatch import chosen
 from parallel.compat import prepare_host
 from parallel.context import local_batch
 from parallel.flops import training_flops_per_token
@@ -35,6 +36,7 @@ from parallel.launch import Launch
 from parallel.schedule import LossSums, Mark, count_tokens, evaluate, forward_backward
 from parallel.sums import by_position
 from parallel.topology import topology
+from parallel.vitals import Vitals, gpu_peak
 from parallel.zero import ZeroOptimizer
 from pretrain import stop
 from pretrain.bad_steps import (
@@ -47,7 +49,7 @@ from pretrain.bad_steps import (
     record_event,
     write_windows,
 )
-from pretrain.config import Config, ConfigError
+from pretrain.config import Config, ConfigError, dump_config
 from pretrain.data import TrainingBatches, warn_of_cache, warn_of_epochs
 from pretrain.evaluation.scores import Scores, by_bins, token_bytes
 from pretrain.lr import learning_rate
@@ -57,6 +59,7 @@ from pretrain.run_dir import git_revision, package_versions, record_start, start
 from pretrain.sources import keep_tokenizer, open_data
 from pretrain.stage import configured_stage
 from pretrain.stragglers import Stragglers
+from pretrain.trackers import check_trackers, open_trackers
 from pretrain.watchdog import Watchdog
 
 log = logging.getLogger("transxssm")
@@ -89,6 +92,7 @@ def train(config: Config, launch: Launch) -> str | None:
 
 def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watchdog) -> str | None:
     init_groups(config.parallel)
+    check_trackers(config)
     from_rank_0(lambda: _watch_time_left(config.training.stop_before_limit))
     data, validation = open_data(config)
     start = find_start(config, data)
@@ -192,6 +196,9 @@ class Trainer:
         self.stragglers = Stragglers(config.logging.stragglers_every)
         self.windows: Windows = []  # of samples to pass over
         self.skipped_updates = 0
+        self.events: list[tuple[str, str]] = []  # for TensorBoard, since the last step
+        self.kernels = ""
+        self.trackers = open_trackers(config) if dist.get_rank() == 0 else []
         self.revision = git_revision() if dist.get_rank() == 0 else ""
         self.versions = package_versions()
         optimizer = config.optimizer
@@ -242,7 +249,8 @@ class Trainer:
                     batches.close()
                     batches = self.batches()
                     continue
-                metrics = self.unwritten or self.train_step(batches)
+                with self._profiled():
+                    metrics = self.unwritten or self.train_step(batches)
                 if metrics is not None and self.validation and self._evaluates_now():
                     self.unwritten = metrics
                     metrics = self.evaluate(metrics)
@@ -251,6 +259,7 @@ class Trainer:
                 self.unwritten = None
                 if writer is not None:
                     writer.write(metrics)  # first: a resumed run does not make this step again
+                    self._note(writer)
                 if self._goes_back():
                     self.roll_back()
                     batches.close()
@@ -269,6 +278,8 @@ class Trainer:
             raise
         finally:
             batches.close()
+            for tracker in self.trackers:
+                tracker.close()
             if writer is not None:
                 writer.close()
         log.info("done: %d steps, checkpoint %s", self.step, self.config.checkpoint_dir)
@@ -280,8 +291,32 @@ class Trainer:
             return None
         written = self.step - (self.unwritten is not None)
         logging_ = self.config.logging
-        total = self.config.total_steps
-        return MetricsWriter(self.run_dir, written, total, logging_.every, logging_.tensorboard)
+        writer = MetricsWriter(
+            self.run_dir,
+            written,
+            self.config.total_steps,
+            logging_.every,
+            logging_.tensorboard,
+            self.trackers,
+        )
+        writer.text("run/config", f"```toml\n{dump_config(self.config)}```", written)
+        began = f"begins after step {written} on {dist.get_world_size()} ranks, {self.revision}"
+        writer.text("events/starts", began, written)
+        return writer
+
+    @contextmanager
+    def _profiled(self) -> Iterator[None]:
+        """Write a trace of the step that the body makes, if it is to be profiled."""
+        logging_, step, rank = self.config.logging, self.step + 1, dist.get_rank()
+        if step not in logging_.profile_steps or rank not in logging_.profile_ranks:
+            yield
+            return
+        with torch.profiler.profile(record_shapes=True) as profile:
+            yield
+        path = self.run_dir / "traces" / f"step-{step}-rank-{rank}.json.gz"
+        path.parent.mkdir(exist_ok=True)
+        profile.export_chrome_trace(str(path))
+        log.info("profiled step %d: %s", step, path)
 
     def stop_early(self) -> str:
         """Save what is not saved, and wait for it. A collective; returns the reason."""
@@ -311,6 +346,8 @@ class Trainer:
         to stop."""
         config, phase = self.config, self.config.phase_at(self.step)
         watch = Stopwatch(self.device, self.step + 1, self.progress)
+        every = config.logging.vitals_every
+        vitals = Vitals(self.zero) if every and (self.step + 1) % every == 0 else None
         begin = time.perf_counter()
         with watch.phase("data"):
             batch_here = batches.next_step()
@@ -320,7 +357,11 @@ class Trainer:
         with watch.phase("forward_backward"):
             tokens_here = count_tokens(read, self.device)
             begun = Mark(self.device)
-            sums = forward_backward(self.zero, read, tokens_here, len(self.data.names))
+            with vitals.watching() if vitals else nullcontext():
+                sums = forward_backward(self.zero, read, tokens_here, len(self.data.names))
+        if vitals:
+            with watch.phase("vitals"):
+                vitals.gradients()
         tokens = phase.tokens_at(self.step + 1)
         lr = learning_rate(config.optimizer, tokens, config.total_tokens)
         # of a step of nothing but padding and skipped shards there is no loss
@@ -345,6 +386,10 @@ class Trainer:
         slow = self.stragglers.add(batches.seconds_reading, sums.computed.seconds_since(begun))
         for said in slow:
             self._record("straggler", said)
+        seen = {}
+        if vitals:
+            with watch.phase("vitals"):
+                seen = vitals.collect(lr, update.applied)
         rate = phase.tokens_per_step / (time.perf_counter() - begin)
         flops_per_token = training_flops_per_token(config.model, phase.seq_len)
         return {
@@ -361,11 +406,22 @@ class Trainer:
             "lr": lr,
             "tokens_per_second": rate,
             "model_flops_per_second": rate * flops_per_token,
+            **self._utilisation(rate * flops_per_token),
             "memory_bytes": peak_memory(self.device),
             "skipped_shards": len(self.skipped),
             "time_checkpoint": self.saver.take_stall(),
             **{f"time_{name}": seconds for name, seconds in watch.seconds.items()},
+            **seen,
         }
+
+    def _utilisation(self, flops: float) -> dict[str, float]:
+        """Model FLOP/s as a share of the GPUs' peak, where that is known."""
+        peak = gpu_peak(self.device)
+        return (
+            {}
+            if peak is None
+            else {"model_flop_utilisation": flops / (peak * dist.get_world_size())}
+        )
 
     # -- bad steps ---------------------------------------------------------------------------------
 
@@ -433,8 +489,19 @@ class Trainer:
         self._record("window passed over", f"steps {first} to {self.step}", window=(begin, end))
         return True
 
+    def _note(self, writer: MetricsWriter) -> None:
+        """Into TensorBoard: events since the last step, and at first what computes."""
+        for event, said in self.events:
+            writer.text(f"events/{event.replace(' ', '_')}", said, self.step)
+        self.events.clear()
+        kernels = ", ".join(f"{op}: {' and '.join(sorted(c))}" for op, c in sorted(chosen.items()))
+        if kernels != self.kernels:
+            self.kernels = kernels
+            writer.text("run/kernels", kernels, self.step)
+
     def _record(self, event: str, said: str, **fields: Any) -> None:
         if dist.get_rank() == 0:
+            self.events.append((event, said))
             log.warning("%s at step %d: %s", event, self.step, said)
             record_event(self.run_dir, event, step=self.step, said=said, **fields)
 

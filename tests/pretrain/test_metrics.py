@@ -1,7 +1,9 @@
 """What a run leaves on record: metrics.jsonl, TensorBoard events, the run directory."""
 
+import gzip
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 
 from benchmarks.ranks import run_ranks
 from pretrain.config import load_config
-from tests.pretrain.command import read_metrics, run_command, write_config
+from tests.pretrain.command import paragraph, read_metrics, run_command, write_config
 
 FIELDS = {
     "step", "tokens", "samples", "loss", "perplexity", "grad_norm", "lr",
@@ -87,8 +89,70 @@ def test_tensorboard_holds_the_same_scalars_for_every_step(run: tuple[Path, floa
     entries = read_metrics(run[0])
     for name, tag in TENSORBOARD_GROUPS.items():
         expected = {e["step"]: e[name] for e in entries if name in e}
+        if not expected:
+            assert name == "model_flop_utilisation"  # of GPUs alone
+            continue
         found = {event.step: event.value for event in events.Scalars(tag)}
         assert found == pytest.approx(expected, rel=1e-6), tag
+
+
+def test_tensorboard_tells_what_ran_and_when_it_began(run: tuple[Path, float]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run[0] / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+
+    def texts(tag: str) -> dict[int, str]:
+        found = events.Tensors(f"{tag}/text_summary")
+        return {event.step: event.tensor_proto.string_val[0].decode() for event in found}
+
+    assert list(texts("events/starts")) == [0, 4]
+    assert "on 2 ranks" in texts("events/starts")[4]
+    assert "micro_batch_size = 2" in texts("run/config")[0]
+    assert "ssd: torch" in texts("run/kernels")[1]
+
+
+def test_a_run_is_watched_from_inside_and_elsewhere(tiny_data: Path, tmp_path: Path) -> None:
+    watched = {
+        "vitals_every": 2, "profile_steps": [3], "wandb_project": "tests",
+        "prometheus_file": str(tmp_path / "node/run.prom"),
+    }  # fmt: skip
+    config = write_config(tmp_path, tiny_data, training={"steps": 4}, logging=watched)
+    (end,) = run_command("pretrain", config, before=work_offline)
+    assert end.code == 0, end.output
+    for entry in read_metrics(tmp_path / "run"):
+        assert ("ssd_decay" in entry) == (entry["step"] in (2, 4))
+        assert ("update_ratio_attention" in entry) == (entry["step"] in (2, 4))
+    last = read_metrics(tmp_path / "run")[-1]
+    lines = (tmp_path / "node/run.prom").read_text().splitlines()
+    values = {line.split("{")[0]: float(line.split()[-1]) for line in lines if line[0] != "#"}
+    assert values["transxssm_step"] == 4
+    assert values["transxssm_loss"] == pytest.approx(last["loss"])
+    with gzip.open(tmp_path / "run/traces/step-3-rank-0.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert "aten::mm" in names
+    assert list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+
+
+def work_offline() -> None:
+    os.environ["WANDB_MODE"] = "offline"
+    os.environ["WANDB_SILENT"] = "true"
+
+
+def test_a_tracker_that_is_not_installed_ends_the_run_before_it_begins(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, tiny_data, logging={"wandb_project": "tests"})
+    for end in run_command("pretrain", config, ranks=2, before=forget_wandb):
+        assert end.code == 2
+        assert "logging.wandb_project='tests' needs the package wandb" in paragraph(end.output)
+
+
+def forget_wandb() -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *rest: None if name == "wandb" else find(name, *rest)
 
 
 def test_run_directory_is_complete(run: tuple[Path, float]) -> None:
