@@ -408,6 +408,17 @@ def generate(
         raise ModelError(str(error)) from error
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    out: Annotated[Path | None, typer.Option(help="[RUN/report.html]")] = None,
+) -> None:
+    """Write one HTML page of a run: curves across restarts, where time goes, events."""
+    from pretrain.report import write_report
+
+    print(write_report(run, out or run / "report.html"))
+
+
 @kernels_app.command("audit")
 def kernels_audit(
     target: Annotated[

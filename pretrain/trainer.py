@@ -302,6 +302,7 @@ class Trainer:
         writer.text("run/config", f"```toml\n{dump_config(self.config)}```", written)
         began = f"begins after step {written} on {dist.get_world_size()} ranks, {self.revision}"
         writer.text("events/starts", began, written)
+        record_event(self.run_dir, "start", step=written, said=began)
         return writer
 
     @contextmanager
