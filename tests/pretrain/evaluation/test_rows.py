@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -27,6 +27,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(folder).tokenizer
 
 
+@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 9), min_size=1, max_size=60), size=st.integers(1, 12))
 def test_windows_are_those_of_the_harness(ids: list[int], size: int) -> None:
     expected = [
@@ -41,6 +42,7 @@ def test_windows_are_those_of_the_harness(ids: list[int], size: int) -> None:
     assert all(row.length <= size for row in rows)
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=40))
 def test_tokens_stand_for_the_bytes_of_their_text(tokenizer: Tokenizer, text: str) -> None:
     sizes = token_bytes(tokenizer, tokenizer.get_vocab_size())
