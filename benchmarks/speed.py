@@ -424,7 +424,9 @@ def print_training(
         )  # fmt: skip
     console.print(table)
     parts = ", ".join(
-        f"{name} {statistics.median(s):.3f}" for name, s in seconds.items() if len(name) > 6
+        f"{name} {statistics.median(s):.3f}"
+        for name, s in seconds.items()
+        if name not in ("head", "update")
     )
     console.print(f"seconds, forward and backward: {parts}")
 

@@ -6,15 +6,22 @@ import time
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.live import Live
 from rich.table import Table
 
 from pretrain.console import whole_console
 
+if TYPE_CHECKING:
+    from slurm.runs import RunStatus
+
 Run = Annotated[Path, typer.Argument(help="A run directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
+WATCH_SECONDS = 2.0
+ENDED = ("finished", "failed", "stopped")
+BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def submit(
@@ -87,10 +94,10 @@ def runs(
     json_output: Json = False,
 ) -> None:
     """List runs: state, step, loss, speed, starts, time left."""
-    from slurm.jobs import active_jobs
+    from slurm.jobs import known_jobs
     from slurm.runs import find_runs, run_status
 
-    jobs = active_jobs()
+    jobs = known_jobs()
     found = [run_status(run_dir, jobs) for run_dir in find_runs(folder)]
     if json_output:
         print(json.dumps([asdict(status) for status in found]))
@@ -107,20 +114,49 @@ def runs(
     whole_console().print(table)
 
 
-def status(run: Run, json_output: Json = False) -> None:
+def status(
+    run: Run,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on showing it.")] = False,
+    json_output: Json = False,
+) -> None:
     """How a run is doing."""
     from slurm.runs import run_status
 
-    found = run_status(run)
     if json_output:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(asdict(run_status(run))))
         return
+    console = whole_console()
+    if not watch:
+        console.print(_status_table(run_status(run)))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            found = run_status(run)
+            live.update(_status_table(found), refresh=True)
+            if found.state in ENDED:
+                return
+            time.sleep(WATCH_SECONDS)
+
+
+def _status_table(found: "RunStatus") -> Table:
     table = Table("name", "value", show_header=False, box=None)
-    fields = asdict(found) | {"seconds_left": _duration(found.seconds_left)}
+    fields = asdict(found) | {
+        "seconds_left": _duration(found.seconds_left),
+        "recent_losses": _sparkline(found.recent_losses),
+    }
     for name, value in fields.items():
         if value not in (None, ""):
-            table.add_row(name.replace("seconds_left", "left"), str(value))
-    whole_console().print(table)
+            table.add_row(name.replace("seconds_left", "left").replace("_", " "), str(value))
+    return table
+
+
+def _sparkline(values: list[float]) -> str:
+    """The course of the losses, highest to lowest, in blocks."""
+    if len(values) < 2:
+        return ""
+    low, high = min(values), max(values)
+    scale = (len(BLOCKS) - 1) / ((high - low) or 1.0)
+    return "".join(BLOCKS[round((value - low) * scale)] for value in values)
 
 
 def logs(

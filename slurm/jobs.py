@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -44,6 +45,17 @@ def job_ids(run_dir: Path) -> list[str]:
     if not path.exists():
         return []
     return [json.loads(line)["job_id"] for line in path.read_text().splitlines()]
+
+
+def known_jobs() -> dict[str, dict[str, str]]:
+    """As active_jobs, for those who only look: where Slurm does not answer they are told so, and
+    there is none."""
+    try:
+        return active_jobs()
+    except SlurmError as error:
+        first = str(error).splitlines()[0]
+        print(f"warning: Slurm does not answer, and jobs are not shown: {first}", file=sys.stderr)
+        return {}
 
 
 def active_jobs() -> dict[str, dict[str, str]]:

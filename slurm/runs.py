@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import ConfigError, load_config
-from slurm.jobs import active_jobs, job_ids
+from slurm.jobs import job_ids, known_jobs
 
 RECENT_STEPS = 20  # whose rate foretells the rest
+SHOWN_STEPS = 40
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class RunStatus:
     step: int
     total_steps: int
     loss: float | None
+    recent_losses: list[float]
+    """Of the last steps, oldest first."""
     tokens_per_second: float | None
     starts: int
     seconds_left: float | None
@@ -41,7 +44,7 @@ def run_status(run_dir: Path, jobs: dict[str, dict[str, str]] | None = None) -> 
     if not (run_dir / "config.toml").exists():
         raise ConfigError(f"{run_dir}: no run directory, there is no config.toml")
     config = load_config(run_dir / "config.toml")
-    jobs = active_jobs() if jobs is None else jobs
+    jobs = known_jobs() if jobs is None else jobs
     lines = _lines(run_dir / "metrics.jsonl")
     last = lines[-1] if lines else {}
     ids = job_ids(run_dir)
@@ -61,6 +64,7 @@ def run_status(run_dir: Path, jobs: dict[str, dict[str, str]] | None = None) -> 
         step=step,
         total_steps=total,
         loss=last.get("loss"),
+        recent_losses=[line["loss"] for line in lines if line["loss"] is not None][-SHOWN_STEPS:],
         tokens_per_second=rate,
         starts=len(json.loads(starts.read_text())) if starts.exists() else 0,
         seconds_left=left / rate if rate else None,

@@ -26,6 +26,7 @@ from pretrain.generate import END_OF_TEXT, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS_AT_ONCE = 1 << 13  # of one rank; a longer row comes alone
+HEAD_TOKENS = 1 << 10  # whose logits live at a time
 
 
 class Model(Protocol):
@@ -92,10 +93,12 @@ class ExportedModel:
                 row[: end - begin] = tokens[begin:end]
             hidden = self.model.hidden(rows)
             for one, (begin, end) in zip(hidden, together, strict=True):
-                logits = self.model.logits(one[: end - begin])  # [tokens, vocab]
-                by_token[begin:end] = F.cross_entropy(logits, labels[begin:end], reduction="none")
-                of_label = logits.gather(1, labels[begin:end, None])[:, 0]
-                missed[begin:end] = (of_label < logits.amax(1)).float()
+                for at in range(begin, end, HEAD_TOKENS):
+                    part = slice(at, min(at + HEAD_TOKENS, end))
+                    logits = self.model.logits(one[part.start - begin : part.stop - begin])
+                    by_token[part] = F.cross_entropy(logits, labels[part], reduction="none")
+                    of_label = logits.gather(1, labels[part, None])[:, 0]
+                    missed[part] = (of_label < logits.amax(1)).float()
         return by_token, missed
 
 

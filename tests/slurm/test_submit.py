@@ -1,7 +1,9 @@
 """`transxssm submit` and the commands about what it submitted."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,11 +15,12 @@ from typer.testing import CliRunner
 from benchmarks.slurm_cluster import Cluster
 from pretrain.cli import app
 from pretrain.config import ConfigError, load_config
+from slurm.cli import _sparkline
 from slurm.cluster import load_cluster
 from slurm.jobs import SlurmError
 from slurm.runs import run_status
 from slurm.submit import seconds
-from tests.pretrain.command import write_config
+from tests.pretrain.command import succeed, write_config
 
 ROOT = Path(__file__).parents[2]
 TRANSXSSM = Path(sys.executable).with_name("transxssm")
@@ -146,6 +149,25 @@ def test_submitted_run_is_listed_followed_and_cancelled(
         "not started",
         "completing",
     )
+
+
+def test_status_where_slurm_does_not_answer(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    succeed("pretrain", write_config(tmp_path, tiny_data, training={"steps": 3}))
+    silent = tmp_path / "bin"
+    silent.mkdir()
+    (silent / "squeue").write_text("#!/bin/sh\necho no controller >&2; exit 1\n")
+    (silent / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{silent}:{os.environ['PATH']}")
+    words = (sys.executable, "-m", "pretrain", "status", tmp_path / "run")
+    done = subprocess.run([*words, "--watch"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr  # finished: it does not go on looking
+    assert "warning: Slurm does not answer, and jobs are not shown: squeue" in done.stderr
+    for said in ("finished", "recent losses", "3"):
+        assert said in done.stdout
+    assert _sparkline([3.0, 2.0, 1.0]) == "█▅▁"
+    assert _sparkline([1.0]) == ""
 
 
 def test_status_of_runs_that_slurm_knows_nothing_of(tiny_data: Path, tmp_path: Path) -> None:
