@@ -16,7 +16,6 @@ import importlib.util
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softplus
 
+from benchmarks.timing import seconds_of
 from kernels.rope.rope import apply_rope
 from kernels.rope.table import rotary_cos_sin
 from kernels.ssd.ssd import ssd
@@ -147,7 +147,7 @@ def measure(problem: Problem, device: torch.device, repeats: int) -> dict[str, M
     for turn in range(repeats + 1):
         for name, pair in calls.items():
             for call, taken in zip(pair, times[name], strict=True):
-                seconds = _seconds(call, device)
+                seconds = seconds_of(call, device)
                 if turn:  # the first warms up
                     taken.append(seconds)
     return {
@@ -304,20 +304,6 @@ def _both(rival: Callable[..., Tensor], inputs: Inputs) -> None:
     y = rival(**inputs)
     leaves = [t for t in inputs.values() if t.requires_grad]
     torch.autograd.grad(y, leaves, torch.ones_like(y))
-
-
-def _seconds(call: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    call()
-    return clock() - start
 
 
 def _table(found: dict[tuple[Problem, str], Measured], title: str) -> Table:
