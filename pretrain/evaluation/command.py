@@ -108,6 +108,11 @@ def evaluate(model: Model, asked: Asked) -> Found:
                 f"{folder} has sequences of {dataset.meta.seq_len} tokens, and the model takes "
                 f"{model.max_length}; use --max-length {dataset.meta.seq_len}"
             )
+        if dataset.meta.seq_len % model.length_multiple:
+            raise ConfigError(
+                f"{folder} has sequences of {dataset.meta.seq_len} tokens, and this layout splits "
+                f"them into {model.length_multiple}; use other --tensor and --context"
+            )
     texts = {name: _text_ids(model, name, asked) for name in asked.text}
     for folder, dataset in sets.items():
         table = score_dataset(model, dataset, asked.limit)

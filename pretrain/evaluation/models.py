@@ -148,7 +148,7 @@ class ShardedModel:
         self.tokenizer_hash = manifest["tokenizer_hash"]
         self.vocab_size, self.end_of_text = model.vocab_size, manifest["eod_id"]
         self.max_length = max_length or model.max_position_embeddings
-        self.length_multiple = 2 * parallel.context * parallel.tensor
+        self.length_multiple = parallel.context * parallel.tensor
         self.bytes = token_bytes(self.tokenizer, model.vocab_size).to(self.device)
         built = build_stage(
             model,

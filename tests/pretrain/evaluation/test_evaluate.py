@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from checkpoints_tools.model_folder import load_model
 from data_pipeline.dataset import PackedDataset
+from data_pipeline.prepare import prepare
 from pretrain.generate import load_tokenizer
 from tests.pretrain.command import paragraph, read_metrics, run_command, succeed, write_config
 
@@ -147,6 +148,14 @@ def test_exported_model_on_two_ranks_and_other_data(trained: Path, tiny_data: Pa
     for end in run_command("evaluate", trained / "model", "--recall", ranks=2):
         assert end.code == 2
         assert "which one process evaluates, not the 2" in paragraph(end.output)
+    prepare(
+        [trained / "text.jsonl"], tiny_data / "tokenizer.json", trained / "odd", 63,
+        validation_fraction=0.0,
+    )  # fmt: skip
+    for end in run_command(
+        "evaluate", trained / "run", "--data", trained / "odd/train", "--context", "2", ranks=2
+    ):
+        assert "this layout splits them into 2; use other" in paragraph(end.output)
     short = ("--data", tiny_data / "validation", "--max-length", "32")
     (end,) = run_command("evaluate", trained / "model", *short)
     assert "use --max-length 64" in paragraph(end.output)
