@@ -212,10 +212,10 @@ def write(found: Found, model: Model, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for number, (name, bins) in enumerate(found.bins.items()):
         path = out / ("by_position.png" if not number else f"by_position-{number + 1}.png")
-        loss_by_position(bins, f"{name}, by {Path(model.name).name}", path)
+        loss_by_position(bins, f"{name}, by {model.name}", path)
     rows = {"needle": "depth of the needle", "recall": "pairs"}
     for name, cells in found.cells.items():
-        heat_map(cells, rows[name], f"{name}, by {Path(model.name).name}", out / f"{name}.png")
+        heat_map(cells, rows[name], f"{name}, by {model.name}", out / f"{name}.png")
     text = json.dumps({"model": model.name, "results": found.results}, indent=1) + "\n"
     temporary = out / "results.json.tmp"
     temporary.write_text(text)
