@@ -49,6 +49,11 @@ def test_kinds_of_layers() -> None:
     assert rival_model(TRANSXSSM, model) == model
 
 
+def test_picture_of_a_median_outside_its_turns(tmp_path: Path) -> None:
+    speed.draw({"bf16": {64: (1.5, 1.6, 1.7), 128: (1.8, 1.6, 1.7)}}, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").exists()
+
+
 def test_ratios_and_turns() -> None:
     assert ratios([4.0, 6.0, 5.0], [2.0, 2.0, 2.0]) == (2.5, 2.0, 3.0)
     order: list[str] = []
