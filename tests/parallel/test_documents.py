@@ -20,7 +20,7 @@ def token_losses(stage: Any, samples: list[Sample]) -> torch.Tensor:
     """Of every token of a batch, [B, L]."""
     batch = collate(samples)
     with torch.no_grad():
-        _, losses = stage(
+        _, losses, _ = stage(
             batch.tokens, batch.labels, batch.loss_mask, batch.position_ids, batch.cu_seqlens
         )
     return losses.view(batch.tokens.shape)

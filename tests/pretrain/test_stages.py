@@ -123,4 +123,4 @@ def test_validation_sets_have_names(data: dict[str, Any], tiny_data: Path, tmp_p
 
     events = EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
-    assert "validation/validation_loss_seen" in events.Tags()["scalars"]
+    assert "validation_by_set/loss_seen" in events.Tags()["scalars"]
