@@ -412,7 +412,7 @@ class Trainer:
             "skipped_shards": len(self.skipped),
             "time_checkpoint": self.saver.take_stall(),
             **{f"time_{name}": seconds for name, seconds in watch.seconds.items()},
-            **seen,
+            **{name: _finite(value) for name, value in seen.items()},
         }
 
     def _utilisation(self, flops: float) -> dict[str, float]:
