@@ -26,7 +26,7 @@ def slow(rank: int, what: str) -> None:
     real = getattr(owner, name)
 
     def slowed(*words: Any) -> Any:
-        time.sleep(0.05)
+        time.sleep(0.15)
         return real(*words)
 
     setattr(owner, name, slowed)
@@ -49,7 +49,9 @@ def test_slow_rank_is_named(what: str, tiny_data: Path, tmp_path: Path) -> None:
     slow_ones = [e["said"] for e in events if e["event"] == "straggler"]
     named = [said for said in slow_ones if said.startswith(f"rank 1 on {host_name()}: {what}")]
     assert sum(counts) == len(slow_ones)
-    assert 1 <= len(named) <= 2  # two looks; what else this machine does may blur one of them
+    assert counts[3] >= 1
+    assert len(named) == 2
+    assert len(named) >= len(slow_ones) - 1
 
 
 def test_what_is_slow() -> None:
