@@ -21,6 +21,7 @@ from data_pipeline.dataset import PackedDataset
 from data_pipeline.demo import demo_corpus
 
 DATA = Path("data/demo")
+CORPUS = Path("data/demo-corpus.tmp")
 RUN = Path("runs/demo")
 CONFIG = Path("configs/demo.toml")
 KILL_AFTER_STEP = 50
@@ -63,9 +64,10 @@ def prepare_data() -> None:
     if (DATA / "train").is_dir() and (DATA / "validation").is_dir():
         say(f"using the shards in {DATA}")
         return
-    shutil.rmtree(DATA, ignore_errors=True)
+    for folder in (DATA, CORPUS):  # of a demo that was interrupted
+        shutil.rmtree(folder, ignore_errors=True)
     say("gathering text: this Python's standard library and documentation topics")
-    corpus = demo_corpus(DATA.with_name("demo-corpus.tmp"))
+    corpus = demo_corpus(CORPUS)
     print(f"{corpus.num_bytes / 1e6:.1f} MB in {corpus.files} files")
     say("training a byte-level BPE of 8192 tokens")
     command("tokenizer", "train", str(corpus.folder), "--out", str(corpus.folder / "tokenizer"))

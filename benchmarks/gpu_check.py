@@ -2,9 +2,11 @@
 
 Trains the demo's model in float32 on one CPU process and on GPUs under several layouts (ZeRO 1 to
 3; with two GPUs or more also data, tensor, pipeline and context parallel), and in bf16. Then one of
-the runs is resumed from a checkpoint of its middle, exported, and generates.
+the runs is resumed from a checkpoint of its middle, exported, evaluated in both forms on the GPU
+and on the CPU, and generates.
 
-Exits with 1 when a curve leaves the CPU's by more than its bound, or a resumed one its own.
+Exits with 1 when a curve leaves the CPU's by more than its bound, a resumed one its own, or when
+the bits per byte of the evaluations differ.
 """
 
 import json
@@ -19,9 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.demo import CONFIG, prepare_data
+from pretrain.config import load_config
 
+TRANSXSSM = [sys.executable, "-m", "pretrain"]
 STEPS = 20
 BOUNDS = {"fp32": 1e-3, "bf16": 2e-2}  # of the losses, relative
+BITS_BOUND = 1e-4  # of bits per byte, relative
+ROWS = 8  # of validation
 MOST_GPUS = 8  # as many as the demo's batch has sequences
 
 
@@ -40,7 +46,9 @@ def layouts(gpus: int) -> list[tuple[int, str, list[str]]]:
     return [*runs, (most, "fp32", []), (most, "bf16", [])]
 
 
-def train(folder: Path, processes: int, dtype: str, options: list[str], steps: int) -> list[float]:
+def train(
+    folder: Path, processes: int, dtype: str, options: list[str], steps: int, *, gpu: bool = True
+) -> list[float]:
     """Train the demo in a run directory; losses by step. A failure raises CalledProcessError."""
     launcher = [sys.executable, "-m"]
     if processes > 1:
@@ -51,10 +59,26 @@ def train(folder: Path, processes: int, dtype: str, options: list[str], steps: i
          "--training.steps", str(steps), "--training.micro_batch_size", "1",
          "--training.eval_every", "0", "--training.dtype", dtype, "--logging.tensorboard", "false",
          "--logging.every", str(steps), "--checkpoint.every", str(max(1, steps // 2)), *options],
-        check=True,
+        check=True, env=None if gpu else without_gpus(),
     )  # fmt: skip
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
+
+
+def bits_per_byte(model: Path, *, gpu: bool) -> float:
+    """Of ROWS sequences of the validation set, in float32, by `transxssm evaluate`."""
+    printed = subprocess.run(
+        [*TRANSXSSM, "evaluate", str(model), "--data", str(load_config(CONFIG, []).data.validation),
+         "--limit", str(ROWS), "--json"],
+        check=True, stdout=subprocess.PIPE, env=None if gpu else without_gpus(),
+    ).stdout  # fmt: skip
+    (found,) = json.loads(printed).values()
+    return float(found["bits_per_byte"])
+
+
+def without_gpus() -> dict[str, str]:
+    """The environment of a process that is to see none."""
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def furthest(losses: list[float], expected: list[float]) -> float:
@@ -65,12 +89,8 @@ def furthest(losses: list[float], expected: list[float]) -> float:
 def check(gpus: int, steps: int, folder: Path) -> bool:
     """Print the table; whether everything is within its bounds."""
     console = Console(highlight=False, markup=False)
-    table = Table("run", "dtype", "furthest from the CPU", "")
-    environment = os.environ.copy()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    expected = train(folder / "cpu", 1, "fp32", [], steps)
-    os.environ.clear()
-    os.environ |= environment
+    table = Table("run", "dtype", "furthest apart", "")
+    expected = train(folder / "cpu", 1, "fp32", [], steps, gpu=False)
     good = []
     for number, (processes, dtype, options) in enumerate(layouts(gpus)):
         run = folder / str(number)
@@ -87,13 +107,23 @@ def check(gpus: int, steps: int, folder: Path) -> bool:
     error = furthest(resumed, [json.loads(line)["loss"] for line in lines][steps // 2 :])
     good.append(error <= BOUNDS[dtype])
     table.add_row("resumed, from its own", dtype, f"{error:.1e}", "met" if good[-1] else "MISSED")
-    transxssm = [sys.executable, "-m", "pretrain"]
     subprocess.run(
-        [*transxssm, "checkpoint", "export", str(folder / "resumed"), str(folder / "model")],
+        [*TRANSXSSM, "checkpoint", "export", str(folder / "resumed"), str(folder / "model")],
         check=True,
     )
+    bits = [
+        bits_per_byte(folder / model, gpu=gpu)
+        for model in ("resumed", "model")
+        for gpu in (True, False)
+    ]
+    error = max(bits) / min(bits) - 1
+    good.append(error <= BITS_BOUND)
+    table.add_row(
+        "bits per byte, sharded and exported, GPU and CPU", "fp32", f"{error:.1e}",
+        "met" if good[-1] else "MISSED",
+    )  # fmt: skip
     subprocess.run(
-        [*transxssm, "generate", str(folder / "model"), "--prompt", "def ", "--max-new-tokens",
+        [*TRANSXSSM, "generate", str(folder / "model"), "--prompt", "def ", "--max-new-tokens",
          "16", "--temperature", "0"],
         check=True,
     )  # fmt: skip

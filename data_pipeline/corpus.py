@@ -93,7 +93,7 @@ def _fingerprint(file: int, start: int, end: int) -> str:
     Not every byte: each job of an array does this for the whole corpus before it begins.
     """
     size = end - start
-    digest = xxhash.xxh3_128(str(size))
+    digest = xxhash.xxh3_128(str(size).encode())
     if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
         digest.update(os.pread(file, size, start))
         return digest.hexdigest()

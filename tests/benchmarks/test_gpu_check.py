@@ -39,13 +39,13 @@ def test_the_whole_way(
     kept = [(2, "fp32", ["--parallel.tensor", "2"])]
     monkeypatch.setattr(gpu_check, "layouts", lambda gpus: kept)
     assert gpu_check.check(2, 4, tmp_path)
-    assert "2 of 2 runs met" in capsys.readouterr().out
+    assert "3 of 3 runs met" in capsys.readouterr().out
 
 
 def test_a_curve_that_leaves_the_cpus_is_a_miss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def train(folder: Path, processes: int, *rest: Any) -> list[float]:
+    def train(folder: Path, processes: int, *rest: Any, gpu: bool = True) -> list[float]:
         folder.mkdir()
         losses = [3.0, 2.0 + 0.01 * processes]
         text = "".join(json.dumps({"loss": loss}) + "\n" for loss in losses)
@@ -54,6 +54,7 @@ def test_a_curve_that_leaves_the_cpus_is_a_miss(
 
     monkeypatch.setattr(gpu_check, "train", train)
     monkeypatch.setattr(gpu_check.subprocess, "run", lambda *words, **options: None)
+    monkeypatch.setattr(gpu_check, "bits_per_byte", lambda model, gpu: 2.0 + 0.001 * gpu)
     monkeypatch.setattr(gpu_check, "layouts", lambda gpus: [(1, "fp32", []), (2, "fp32", [])])
     assert not gpu_check.check(2, 2, tmp_path)
-    assert "2 of 3 runs met" in capsys.readouterr().out
+    assert "2 of 4 runs met" in capsys.readouterr().out

@@ -7,10 +7,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import speed
+from benchmarks import speed, speed_tables
 from benchmarks.ranks import run_ranks
 from benchmarks.rivals import ATTENTION, TRANSXSSM, rival_model
-from benchmarks.speed import Options, Problem, kind, ratios, run, step_seconds
+from benchmarks.speed import Options, run
+from benchmarks.speed_calls import Problem
+from benchmarks.speed_tables import kind, ratios, rival_models, step_seconds
 from benchmarks.timing import in_turns
 from parallel.config import ModelConfig
 
@@ -22,13 +24,13 @@ PARTS = {
 
 def test_a_step_is_the_sum_of_its_parts() -> None:
     problem = Problem("fp32", 1000, 2048)
-    models = speed.rival_models(problem, 16)
+    models = rival_models(problem, 16)
     parameters = models[TRANSXSSM.name].num_params()["total"]
     found = step_seconds(models[TRANSXSSM.name], problem, PARTS)
     assert found == pytest.approx(14 * 2 + 2 * 5 + 1 + parameters * 1e-9)
     last = step_seconds(models[ATTENTION.name], problem, PARTS, turn=2)
     assert last == pytest.approx(16 * 6 + 2 + models[ATTENTION.name].num_params()["total"] * 1e-9)
-    ratio, low, high = speed.training_ratio(problem, 16, PARTS | extra(), TRANSXSSM.name)
+    ratio, low, high = speed_tables.training_ratio(problem, 16, PARTS | extra(), TRANSXSSM.name)
     assert low <= ratio <= high
 
 
@@ -41,7 +43,7 @@ def test_kinds_of_layers() -> None:
     model = Problem("fp32", 64, 2048).model(8)
     kinds = {
         rival: {kind(found, layer) for layer in range(8)}
-        for rival, found in speed.rival_models(Problem("fp32", 64, 2048), 8).items()
+        for rival, found in rival_models(Problem("fp32", 64, 2048), 8).items()
     }
     assert kinds[TRANSXSSM.name] == {"SSD", "attention"}
     assert kinds["hybrid, convolution (Jamba)"] == {"SSD, convolution", "attention, no RoPE"}
@@ -50,7 +52,7 @@ def test_kinds_of_layers() -> None:
 
 
 def test_picture_of_a_median_outside_its_turns(tmp_path: Path) -> None:
-    speed.draw({"bf16": {64: (1.5, 1.6, 1.7), 128: (1.8, 1.6, 1.7)}}, tmp_path / "speed.png")
+    speed_tables.draw({"bf16": {64: (1.5, 1.6, 1.7), 128: (1.8, 1.6, 1.7)}}, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").exists()
 
 
