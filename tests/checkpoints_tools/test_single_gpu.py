@@ -136,6 +136,22 @@ def test_long_decoding_outgrows_the_first_buffers() -> None:
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_only_training_attends_by_cudnn(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend, allowed = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(*inputs: Any, **options: Any) -> torch.Tensor:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*inputs, **options)
+
+    monkeypatch.setattr(single_gpu.F, "scaled_dot_product_attention", watched)
+    model = make_model()
+    with torch.set_grad_enabled(trains):
+        model(make_tokens(1, 5))
+    assert allowed == [trains]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.usefixtures("scan")
 def test_batch_equals_one_by_one() -> None:
     model = make_model(ssd_conv_width=4)
