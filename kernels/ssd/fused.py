@@ -22,6 +22,7 @@ from kernels.ssd.tiles import Tile, backward_is_fused, fills_gpu, tile
 from kernels.target import current_target
 
 _PASSING_BLOCK = 1024
+_PASSING_STAGES = 8
 
 
 def ssd_fused(
@@ -148,8 +149,9 @@ def _pass_states(
     size = states.shape[2] * states.shape[3]
     block = min(size, _PASSING_BLOCK)
     state_passing_kernel[(states.shape[0], size // block)](
-        states, carries, first, last, states.shape[1], SIZE=size, BLOCK=block, REVERSE=reverse
-    )
+        states, carries, first, last, states.shape[1],
+        SIZE=size, BLOCK=block, AHEAD=_PASSING_STAGES, REVERSE=reverse,
+    )  # fmt: skip
 
 
 def _constants(

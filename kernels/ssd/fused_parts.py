@@ -170,7 +170,7 @@ def state_offsets(P: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def state_passing_kernel(
     states, carries, first, last, chunks,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """In place: what every chunk adds to the state becomes the state that reaches the chunk.
 
@@ -185,7 +185,8 @@ def state_passing_kernel(
         state = tl.load(first + head * SIZE + element)
     else:
         state = tl.zeros([BLOCK], tl.float32)
-    for k in tl.range(0, chunks):
+    # few elements walk a long way: only chunks fetched ahead keep the memory busy
+    for k in tl.range(0, chunks, num_stages=AHEAD):
         chunk = chunks - 1 - k if REVERSE else k
         here = states + chunk.to(tl.int64) * SIZE + element
         added = tl.load(here).to(tl.float32)
