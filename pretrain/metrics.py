@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import resource
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,8 +90,12 @@ class MetricsWriter:
         self.progress.start()
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Record one step; `metrics` has "step" and any of the known names."""
-        self.file.write(json.dumps(metrics) + "\n")
+        """Record one step; `metrics` has "step" and any of the known names.
+
+        None stands for what is not finite, which JSON has no word for.
+        """
+        metrics = {name: value if _finite(value) else None for name, value in metrics.items()}
+        self.file.write(json.dumps(metrics, allow_nan=False) + "\n")
         self.file.flush()
         step = metrics["step"]
         if self.tensorboard is not None:
@@ -115,6 +120,10 @@ class MetricsWriter:
         self.file.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _tag(name: str) -> str | None:
@@ -154,7 +163,7 @@ def _line(metrics: dict[str, Any]) -> str:
         f"lr {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tok/s  "
         f"{metrics['memory_bytes'] / 2**30:.1f} GiB"
     )
-    if "validation_loss" in metrics:
+    if metrics.get("validation_loss") is not None:
         text += f"  validation {metrics['validation_loss']:.4f}"
     return text
 

@@ -253,7 +253,8 @@ def picture_by_position(record: Record, title: str) -> str:
 def facts(record: Record) -> dict[str, str]:
     """What the page says first."""
     last, total = record.steps[-1], record.config.total_steps
-    evaluated = [line["validation_loss"] for line in record.steps if "validation_loss" in line]
+    validation = [line.get("validation_loss") for line in record.steps]
+    evaluated = [loss for loss in validation if loss is not None]
     seconds = {name: record.total(name) for name in PHASES}
     whole = sum(seconds.values()) or 1.0
     rates = [line["tokens_per_second"] for line in record.steps[-100:]]

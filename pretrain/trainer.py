@@ -1,13 +1,10 @@
 """The training run: data → schedule → ZeRO step → metrics, evaluation, checkpoints."""
 
 import logging
-import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,6 @@ from checkpoints_tools.saving import CheckpointSaver
 from checkpoints_tools.sharded import load_checkpoint
 from data_pipeline.blend import Blend
 from data_pipeline.dataset import PackedDataset
-from data_pipeline.loader import sequential_batches
 from kernels.dispatch import chosen
 from parallel.compat import prepare_host
 from parallel.context import local_batch
@@ -30,11 +26,9 @@ from parallel.groups import (
     from_rank_0,
     init_distributed,
     init_groups,
-    largest_of_all,
 )
 from parallel.launch import Launch
-from parallel.schedule import LossSums, Mark, count_tokens, evaluate, forward_backward
-from parallel.sums import by_position
+from parallel.schedule import LossSums, Mark, count_tokens, forward_backward
 from parallel.topology import topology
 from parallel.vitals import Vitals, gpu_peak
 from parallel.zero import ZeroOptimizer
@@ -51,7 +45,7 @@ from pretrain.bad_steps import (
 )
 from pretrain.config import Config, ConfigError, dump_config
 from pretrain.data import TrainingBatches, warn_of_cache, warn_of_epochs
-from pretrain.evaluation.scores import Scores, by_bins, token_bytes
+from pretrain.evaluation.scores import perplexity, token_bytes
 from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
 from pretrain.resume import find_start, load_weights, newest_sound
@@ -59,7 +53,9 @@ from pretrain.run_dir import git_revision, package_versions, record_start, start
 from pretrain.sources import keep_tokenizer, open_data
 from pretrain.stage import configured_stage
 from pretrain.stragglers import Stragglers
+from pretrain.timing import Stopwatch, profiled
 from pretrain.trackers import check_trackers, open_trackers
+from pretrain.validation import validate
 from pretrain.watchdog import Watchdog
 
 log = logging.getLogger("transxssm")
@@ -151,26 +147,6 @@ def _tell_of_layout(config: Config, launch: Launch, device: torch.device) -> Non
         )
 
 
-@dataclass
-class Stopwatch:
-    """Seconds per phase of the current step."""
-
-    device: torch.device
-    step: int
-    progress: Callable[[str], None]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the body to a phase; waits for the device at its end."""
-        self.progress(f"step {self.step}: {name}")
-        begin = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
-
-
 class Trainer:
     """One rank's live training state and the loop over steps."""
 
@@ -249,11 +225,12 @@ class Trainer:
                     batches.close()
                     batches = self.batches()
                     continue
-                with self._profiled():
+                with profiled(self.config.logging, self.step + 1):
                     metrics = self.unwritten or self.train_step(batches)
                 if metrics is not None and self.validation and self._evaluates_now():
                     self.unwritten = metrics
-                    metrics = self.evaluate(metrics)
+                    losses = self._validate()
+                    metrics = None if losses is None else metrics | losses
                 if metrics is None:
                     return self.stop_early()
                 self.unwritten = None
@@ -305,20 +282,6 @@ class Trainer:
         record_event(self.run_dir, "start", step=written, said=began)
         return writer
 
-    @contextmanager
-    def _profiled(self) -> Iterator[None]:
-        """Write a trace of the step that the body makes, if it is to be profiled."""
-        logging_, step, rank = self.config.logging, self.step + 1, dist.get_rank()
-        if step not in logging_.profile_steps or rank not in logging_.profile_ranks:
-            yield
-            return
-        with torch.profiler.profile(record_shapes=True) as profile:
-            yield
-        path = self.run_dir / "traces" / f"step-{step}-rank-{rank}.json.gz"
-        path.parent.mkdir(exist_ok=True)
-        profile.export_chrome_trace(str(path))
-        log.info("profiled step %d: %s", step, path)
-
     def stop_early(self) -> str:
         """Save what is not saved, and wait for it. A collective; returns the reason."""
         reason = stop.requested() or "another rank was asked to"
@@ -328,6 +291,15 @@ class Trainer:
             self.save()
         self.saver.drain()
         return reason
+
+    def _validate(self) -> dict[str, float] | None:
+        return validate(
+            self.config,
+            self.zero,
+            self.validation,
+            self.token_bytes,
+            lambda: self.progress(f"step {self.step}: evaluation"),
+        )
 
     def _evaluates_now(self) -> bool:
         every = self.config.training.eval_every
@@ -397,10 +369,10 @@ class Trainer:
             "step": self.step,
             "tokens": tokens,
             "samples": self.samples,
-            "loss": _finite(loss),
-            "perplexity": None if _finite(loss) is None else _exp(loss or 0.0),
+            "loss": loss,
+            "perplexity": None if loss is None else perplexity(loss),
             **self._by_source(sums),
-            "grad_norm": _finite(update.grad_norm),
+            "grad_norm": update.grad_norm,
             "skipped_updates": self.skipped_updates,
             "rollbacks": len(self.windows),
             "stragglers": len(slow),
@@ -412,7 +384,7 @@ class Trainer:
             "skipped_shards": len(self.skipped),
             "time_checkpoint": self.saver.take_stall(),
             **{f"time_{name}": seconds for name, seconds in watch.seconds.items()},
-            **{name: _finite(value) for name, value in seen.items()},
+            **seen,
         }
 
     def _utilisation(self, flops: float) -> dict[str, float]:
@@ -519,46 +491,6 @@ class Trainer:
         }
         return found | {f"tokens_{name}": n for name, n in self.data.tokens(self.samples).items()}
 
-    def evaluate(self, metrics: dict[str, Any]) -> dict[str, Any] | None:
-        """`metrics`, and the mean loss per token in nats over eval_batches global batches (or all
-        there is) of each validation set: of all sets together, by position, and of each set where
-        they have names. None if any rank was asked to stop.
-
-        The samples do not depend on the layout.
-        """
-        training, seq_len = self.config.training, self.config.data.seq_len
-        tables = {}
-        ranks = parallel_state.get_data_parallel_world_size()
-        micro_batches = training.global_batch_size // (training.micro_batch_size * ranks)
-        self.zero.set_no_sync(False)
-        for name, dataset in self.validation.items():
-            batches = sequential_batches(
-                dataset,
-                training.micro_batch_size,
-                training.eval_batches * training.global_batch_size,
-                data_parallel_rank=parallel_state.get_data_parallel_rank(),
-                data_parallel_size=ranks,
-            )
-            tables[name] = torch.zeros(4, seq_len, dtype=torch.float64, device=self.device)
-            while read := [local_batch(b, self.device) for b in islice(batches, micro_batches)]:
-                self.progress(f"step {self.step}: evaluation")
-                if largest_of_all(int(stop.requested() is not None)):
-                    return None
-                modules = self.zero.scheduled_modules
-                tables[name] += evaluate(modules, read, by_position, seq_len, self.token_bytes)
-        table = torch.stack(list(tables.values())).sum(0)
-        scores = Scores.of(table)
-        return (
-            metrics
-            | {
-                "validation_loss": scores.loss,
-                "validation_perplexity": scores.perplexity,
-                "validation_bits_per_byte": scores.bits_per_byte,
-            }
-            | {f"validation_loss_{name}": Scores.of(t).loss for name, t in tables.items() if name}
-            | {f"validation_loss_from_{bin_[0]}": s.loss for bin_, s in by_bins(table).items()}
-        )
-
     def save(self) -> None:
         """Write a checkpoint of this step, or begin to. A collective."""
         parallel = self.config.parallel
@@ -583,13 +515,3 @@ class Trainer:
         }
         self.saver.save(self.step, state)
         self.saved_step = self.step
-
-
-def _finite(number: float | None) -> float | None:
-    """None for what JSON has no word for."""
-    return number if number is not None and math.isfinite(number) else None
-
-
-def _exp(loss: float) -> float:
-    """Perplexity of a loss; inf rather than an overflow."""
-    return math.exp(loss) if loss < 700 else math.inf

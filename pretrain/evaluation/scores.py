@@ -33,8 +33,8 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); inf rather than an overflow."""
-        return math.exp(self.loss) if not self.loss > 700 else math.inf
+        """exp(loss)."""
+        return perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
@@ -45,6 +45,11 @@ class Scores:
     def accuracy(self) -> float:
         """Share of tokens that no other was likelier than."""
         return 1 - self.missed / self.tokens if self.tokens else math.nan
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); inf rather than an overflow."""
+    return math.exp(loss) if not loss > 700 else math.inf
 
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> Tensor:

@@ -79,6 +79,26 @@ def test_flops_follow_from_the_model_and_the_rate(run: tuple[Path, float]) -> No
         assert entry["model_flops_per_second"] == expected
 
 
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    from pretrain.metrics import MetricsWriter
+
+    writer = MetricsWriter(tmp_path, 0, 1, 1, tensorboard=False)
+    writer.write(
+        {"step": 1, "loss": math.nan, "perplexity": math.inf, "grad_norm": -math.inf, "lr": 0.1,
+         "tokens_per_second": 1.0, "memory_bytes": 1, "validation_loss": math.nan,
+         "update_ratio_ssd": math.nan}
+    )  # fmt: skip
+    writer.close()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    entry = json.loads(line, parse_constant=refuse)
+    finite = {name for name, value in entry.items() if value is not None}
+    assert finite == {"step", "lr", "tokens_per_second", "memory_bytes"}
+
+
 def test_tensorboard_holds_the_same_scalars_for_every_step(run: tuple[Path, float]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
