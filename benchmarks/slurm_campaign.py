@@ -1,15 +1,17 @@
 """What happens to jobs of weeks, on a real Slurm of four nodes in namespaces of this host.
 
-    python -m benchmarks.slurm_campaign [--quick] [--folder runs/slurm_campaign]
+    python -m benchmarks.slurm_campaign [--quick] [--nodes 2] [--folder runs/slurm_campaign]
+        [--section.field VALUE ...]
 
-Every case trains the same small model on two nodes and does something to it: its time ends, again
-and again; a node is powered off, or its network cut, in the middle of training or of a save; a rank
-is stopped. The job has to come back by itself and to end with the losses of a run that nothing
-happened to, digit for digit. Beside the seconds until it trains again stand those until Slurm alone
-has a job that only sleeps running again, on the same settings (SlurmdTimeout 5 s).
+Every case trains the same small model, one task a node, in the layout that the given fields of its
+configuration make, and does something to it: its time ends, again and again; a node is powered off,
+or its network cut, in the middle of training or of a save; a rank is stopped. The job has to come
+back by itself and to end with the losses of a run that nothing happened to, digit for digit. Beside
+the seconds until it trains again stand those until Slurm alone has a job that only sleeps running
+again, on the same settings (SlurmdTimeout 5 s).
 
-Cases that have ended are remembered in the folder: run it again after a kill. Exits with 1 when a
-case does not end as it should.
+Cases that have ended are remembered in the folder: run it again after a kill, and with other nodes
+or fields in another folder. Exits with 1 when a case does not end as it should.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from benchmarks.slurm_cluster import Cluster, why_not
 from benchmarks.slurm_training import TrainingJob, curve
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import train_tokenizer
-from pretrain.config import Config, dump_config, parse_config
+from pretrain.config import Config, dump_config, load_config, parse_config
 
 STEPS, STEP_SECONDS, SAVE_SECONDS = 60, 0.3, 4.0
 ACTS_AT = 12
@@ -113,11 +115,13 @@ CASES: dict[str, tuple[Callable[[TrainingJob], bool], Any]] = {
 }
 
 
-def run_case(cluster: Cluster, name: str, config: Path, run_dir: Path) -> tuple[TrainingJob, float]:
+def run_case(
+    cluster: Cluster, name: str, nodes: int, config: Path, run_dir: Path
+) -> tuple[TrainingJob, float]:
     """The job when it has ended, and the seconds until it trained again."""
     come, act = CASES[name]
     save = SAVE_SECONDS if come is in_save else 0.0
-    job = TrainingJob(cluster, config, run_dir, step=STEP_SECONDS, save=save)
+    job = TrainingJob(cluster, config, run_dir, nodes=nodes, step=STEP_SECONDS, save=save)
     job.until(lambda: come(job))
     mend = act(cluster, job)
     begin, log = time.monotonic(), len(job.log)
@@ -131,9 +135,11 @@ def run_case(cluster: Cluster, name: str, config: Path, run_dir: Path) -> tuple[
     return job, seconds
 
 
-def run_chain(cluster: Cluster, config: Path, run_dir: Path) -> tuple[TrainingJob, float]:
+def run_chain(
+    cluster: Cluster, nodes: int, config: Path, run_dir: Path
+) -> tuple[TrainingJob, float]:
     """A job whose time ends before its run does, until that has ended."""
-    job = TrainingJob(cluster, config, run_dir, step=2.0, options=("--time=4",))
+    job = TrainingJob(cluster, config, run_dir, nodes=nodes, step=2.0, options=("--time=4",))
     job.wait(timeout=1200)
     return job, float("nan")
 
@@ -161,7 +167,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.slurm_campaign")
     parser.add_argument("--quick", action="store_true", help="one case")
     parser.add_argument("--folder", type=Path, default=Path("runs/slurm_campaign"))
-    options = parser.parse_args(arguments)
+    parser.add_argument("--nodes", type=int, default=2, choices=(2, 3, 4))
+    options, overrides = parser.parse_known_args(arguments)
     if (reason := why_not()) is not None:
         print(reason, file=sys.stderr)
         return 1
@@ -175,11 +182,15 @@ def main(arguments: list[str]) -> int:
         text = sorted((Path(__file__).parents[1] / "data_pipeline").glob("*.py"))
         train_tokenizer(text, folder / "tokenizer", 512)
         prepare(text, folder / "tokenizer", folder / "data", 64, validation_fraction=0.1)
-        (folder / "config.toml").write_text(dump_config(configuration(folder / "data")))
+        base = folder / "base.toml"
+        base.write_text(dump_config(configuration(folder / "data")))
+        config = dump_config(load_config(base, overrides))
         ends = run_command(
-            "pretrain", folder / "config.toml", f"--logging.run_dir={folder / 'whole'}", ranks=2
-        )
-        assert [end.code for end in ends] == [0, 0], ends[0].output
+            "pretrain", base, *overrides, f"--logging.run_dir={folder / 'whole'}",
+            ranks=options.nodes,
+        )  # fmt: skip
+        assert not any(end.code for end in ends), ends[0].output
+        (folder / "config.toml").write_text(config)
     cluster = Cluster()
     try:
         if "floor" not in found:
@@ -192,9 +203,9 @@ def main(arguments: list[str]) -> int:
             print(f"{name} ...", file=sys.stderr)
             chain = name not in CASES
             job, seconds = (
-                run_chain(cluster, folder / "config.toml", run_dir)
+                run_chain(cluster, options.nodes, folder / "config.toml", run_dir)
                 if chain
-                else run_case(cluster, name, folder / "config.toml", run_dir)
+                else run_case(cluster, name, options.nodes, folder / "config.toml", run_dir)
             )
             same = curve(run_dir) == curve(folder / "whole")
             state, starts = job.field("JobState"), job.starts
