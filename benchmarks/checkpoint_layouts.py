@@ -48,9 +48,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor 2 context 2 ZeRO 3": (4, {"tensor": 2, "context": 2, "zero_stage": 3}),
 }
 QUICK = [
-    ("one", "tensor 2 context 2 ZeRO 3"), ("tensor 4", "data 4"), ("ZeRO 3 × 4", "pipeline 2"),
-    ("tensor 2 context 2 ZeRO 3", "tensor 4"), ("interleaved", "ZeRO 2 × 2"),
-    ("context 2", "tensor 2 pipeline 2"), ("offload", "split [3, 1]"), ("ZeRO 0 × 2", "offload"),
+    ("tensor 2 context 2 ZeRO 3", "tensor 4"), ("tensor 2 context 2 ZeRO 3", "one"),
+    ("interleaved", "ZeRO 2 × 2"), ("interleaved", "tensor 2 pipeline 2"),
+    ("offload", "split [3, 1]"), ("offload", "data 4"),
+    ("ZeRO 0 × 2", "context 2"), ("ZeRO 0 × 2", "ZeRO 3 × 4"),
 ]  # fmt: skip
 BEFORE, AFTER, BOUND = 3, 10, 1e-4
 

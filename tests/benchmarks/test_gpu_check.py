@@ -1,6 +1,7 @@
 """The GPU check, with CPU processes in the GPUs' place; and without a GPU it says so."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
+from benchmarks.command import run_command
 from tests.pretrain.command import write_config
 
 
@@ -27,6 +29,16 @@ def test_layouts_grow_with_the_host() -> None:
         assert any(wanted in words for words in options)
 
 
+def forked(
+    words: list[str], *, check: bool, stdout: int | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` of a transxssm command, by ranks that need not import everything first."""
+    processes = int(words[words.index("--nproc-per-node") + 1]) if "torch" in words[2] else 1
+    ends = run_command(*words[words.index("pretrain") + 1 :], ranks=processes)
+    assert [end.code for end in ends] == [0] * processes, ends[0].output
+    return subprocess.CompletedProcess(words, 0, ends[0].output.splitlines()[-1])
+
+
 def test_the_whole_way(
     tiny_data: Path,
     tmp_path: Path,
@@ -36,6 +48,7 @@ def test_the_whole_way(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     config = write_config(tmp_path, tiny_data)
     monkeypatch.setattr(gpu_check, "CONFIG", config)
+    monkeypatch.setattr(gpu_check.subprocess, "run", forked)
     kept = [(2, "fp32", ["--parallel.tensor", "2"])]
     monkeypatch.setattr(gpu_check, "layouts", lambda gpus: kept)
     assert gpu_check.check(2, 4, tmp_path)

@@ -27,16 +27,16 @@ def send(number: int) -> None:
 
 
 def signal_in_evaluation(number: int) -> None:
-    from pretrain import trainer
+    from pretrain import validation
 
-    evaluate = trainer.evaluate
+    evaluate = validation.evaluate
 
     def slow(*words: Any) -> Any:
         send(number)
         time.sleep(0.1)
         return evaluate(*words)
 
-    trainer.evaluate = slow
+    validation.evaluate = slow
 
 
 def signal_while_data_stalls(number: int, only_rank: int) -> None:
