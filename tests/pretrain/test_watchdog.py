@@ -31,7 +31,7 @@ def test_stopped_rank_is_named_and_the_others_write_their_stacks(
 ) -> None:
     config = write_config(tmp_path, tiny_data, training=SIXES | {"hang_timeout": 2})
     before = partial(at_step, 3, 1, stop_itself)
-    ends = run_command("pretrain", config, ranks=3, before=before, kill_after=30)
+    ends = run_command("pretrain", config, ranks=3, before=before, kill_after=20)
     assert [end.code for end in ends] == [HUNG, -signal.SIGKILL, HUNG]
     (said,) = {line for e in ends for line in e.output.splitlines() if line.startswith("error: ")}
     assert "no progress for" in said
