@@ -445,8 +445,11 @@ def without_cudnn() -> Iterator[None]:
 
     cuDNN makes a plan for each new length: 67 ms for every token that is generated, on an H200.
     """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # which cannot trace the switch
+        yield
+        return
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(before and torch.is_grad_enabled())
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
