@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """\
 #!/bin/bash
 # a run of 50 quick steps that stops when told to, and goes on at its next start
+trap '' TERM  # as training, which a rank that has stopped already does not take along
 [[ $1 != "$BROKEN" ]] || { echo "$1 is broken"; exit 3; }
 [[ $1 == pretrain && $SLURM_PROCID == 0 ]] || { [[ $1 == pretrain ]] || exit 0; trap 'exit 85' USR1
     [[ ${SLURM_RESTART_COUNT:-0} == 0 ]] || exit 0; sleep 20 & wait; exit 0; }
