@@ -68,7 +68,7 @@ def train(
 def bits_per_byte(model: Path, *, gpu: bool) -> float:
     """Of ROWS sequences of the validation set, in float32, by `transxssm evaluate`."""
     printed = subprocess.run(
-        [*TRANSXSSM, "evaluate", str(model), "--data", str(load_config(CONFIG, []).data.validation),
+        [*TRANSXSSM, "evaluate", str(model), "--data", str(load_config(CONFIG).data.validation),
          "--limit", str(ROWS), "--json"],
         check=True, stdout=subprocess.PIPE, env=None if gpu else without_gpus(),
     ).stdout  # fmt: skip

@@ -172,14 +172,14 @@ def update_call(problem: Problem) -> tuple[Callable[[], object], int]:
     """AdamW on float32 weights, and how many they are."""
     weight = torch.nn.Parameter(torch.zeros(1 << 24, device=device()))
     weight.grad = torch.ones_like(weight)
-    adam = torch.optim.AdamW([weight], fused=weight.is_cuda)
+    adam = torch.optim.AdamW([weight], fused=True)
     return adam.step, weight.numel()
 
 
 def step_call(model: ModelConfig, problem: Problem) -> Callable[[], object]:
     """Forward, backward and update."""
     module = stage(model, problem)
-    adam = torch.optim.AdamW(module.parameters(), fused=device().type == "cuda")
+    adam = torch.optim.AdamW(module.parameters(), fused=True)
     shape = (problem.sequences, problem.length)
     tokens, labels = torch.randint(model.vocab_size, (2, *shape), device=device())
     position_ids, borders = places(problem)
@@ -197,7 +197,7 @@ def step_call(model: ModelConfig, problem: Problem) -> Callable[[], object]:
 def hugging_face_call(model: Any, problem: Problem) -> Callable[[], object]:
     """The same step."""
     model = model.to(device(), DTYPES[problem.dtype])
-    adam = torch.optim.AdamW(model.parameters(), fused=device().type == "cuda")
+    adam = torch.optim.AdamW(model.parameters(), fused=True)
     tokens = torch.randint(
         model.config.vocab_size, (problem.sequences, problem.length), device=device()
     )

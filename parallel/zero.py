@@ -95,9 +95,8 @@ class ZeroOptimizer:
             {"params": decays, "weight_decay": weight_decay},
             {"params": rest, "weight_decay": 0.0},
         ]
-        fused = next(iter(parameters.values())).is_cuda or self.offload
         adam = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=fused
+            [g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True
         )
         self.tied_weight = parameters.get(EMBEDDING) if self._embedding_is_shared() else None
         first = built.chunks[0]

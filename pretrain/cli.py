@@ -156,7 +156,7 @@ def pretrain(
         check_environment()
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    from pretrain.trainer import train
+    from pretrain.job import train
 
     if (reason := train(loaded, launch)) is not None:
         if launch.rank == 0:

@@ -1,7 +1,6 @@
 """The training run: data → schedule → ZeRO step → metrics, evaluation, checkpoints."""
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,18 +17,12 @@ from checkpoints_tools.sharded import load_checkpoint
 from data_pipeline.blend import Blend
 from data_pipeline.dataset import PackedDataset
 from kernels.dispatch import chosen
-from parallel.compat import prepare_host
 from parallel.context import local_batch
 from parallel.flops import training_flops_per_token
 from parallel.groups import (
-    destroy_groups,
     from_rank_0,
-    init_distributed,
-    init_groups,
 )
-from parallel.launch import Launch
 from parallel.schedule import LossSums, Mark, count_tokens, forward_backward
-from parallel.topology import topology
 from parallel.vitals import Vitals, gpu_peak
 from parallel.zero import ZeroOptimizer
 from pretrain import stop
@@ -43,108 +36,24 @@ from pretrain.bad_steps import (
     record_event,
     write_windows,
 )
-from pretrain.config import Config, ConfigError, dump_config
-from pretrain.data import TrainingBatches, warn_of_cache, warn_of_epochs
+from pretrain.config import Config, dump_config
+from pretrain.data import TrainingBatches
 from pretrain.evaluation.scores import perplexity, token_bytes
 from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
-from pretrain.resume import find_start, load_weights, newest_sound
-from pretrain.run_dir import git_revision, package_versions, record_start, start_log
-from pretrain.sources import keep_tokenizer, open_data
+from pretrain.resume import newest_sound
+from pretrain.run_dir import git_revision, package_versions
 from pretrain.stage import configured_stage
 from pretrain.stragglers import Stragglers
 from pretrain.timing import Stopwatch, profiled
-from pretrain.trackers import check_trackers, open_trackers
+from pretrain.trackers import open_trackers
 from pretrain.validation import validate
-from pretrain.watchdog import Watchdog
 
 log = logging.getLogger("transxssm")
 
 
 class TrainingError(Exception):
     """Training cannot go on; the message says why and what to do."""
-
-
-def train(config: Config, launch: Launch) -> str | None:
-    """Run, or go on with, the training that `config` describes, as one rank of the job.
-
-    Returns why it stopped before its end, with everything saved, or None at its end. Raises
-    ConfigError, DataError or CheckpointError before a model is built where it can.
-    """
-    started = time.time()
-    if config.training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
-        torch.use_deterministic_algorithms(True)
-    device = prepare_host(launch.local_rank)
-    init_distributed(launch, device)
-    run_dir = Path(config.logging.run_dir)
-    start_log(run_dir, launch.rank)
-    timeout = config.training.hang_timeout
-    with Watchdog(launch, timeout, run_dir / "logs", started) as watchdog:
-        reason = _train(config, launch, device, watchdog)
-    destroy_groups()
-    return reason
-
-
-def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watchdog) -> str | None:
-    init_groups(config.parallel)
-    check_trackers(config)
-    from_rank_0(lambda: _watch_time_left(config.training.stop_before_limit))
-    data, validation = open_data(config)
-    start = find_start(config, data)
-    from_rank_0(lambda: record_start(config, launch.world_size))
-    from_rank_0(lambda: keep_tokenizer(data, Path(config.logging.run_dir)))
-    watchdog.at("building the model")
-    trainer = Trainer(config, data, validation, device, watchdog.at)
-    _tell_of_layout(config, launch, device)
-    if launch.rank == 0:
-        warn_of_epochs(config, data)
-        warn_of_cache(config, data)
-    if start is not None:
-        watchdog.at(f"loading {start}")
-        trainer.resume(start)
-        log.info("resumed from %s", start)
-    elif config.checkpoint.load_weights_only:
-        load_weights(config, data, trainer.zero)
-        log.info("beginning with the weights of %s", config.checkpoint.load_weights_only)
-    stop.outlive_signals()
-    return trainer.run()
-
-
-def _watch_time_left(margin: float) -> None:
-    """Of rank 0. Raises ConfigError when the job has too little time to begin."""
-    job_id = os.environ.get("SLURM_JOB_ID")
-    if not job_id or not margin:
-        return
-    left = stop.watch_time_left(job_id, margin)
-    if left is not None and left < margin:
-        raise ConfigError(
-            f"training.stop_before_limit={margin:g} s is more than the {left:.0f} s that job "
-            f"{job_id} has left; give it a longer --time, or lower training.stop_before_limit"
-        )
-
-
-def _tell_of_layout(config: Config, launch: Launch, device: torch.device) -> None:
-    parallel, data_parallel = config.parallel, config.data_parallel(launch.world_size)
-    log.info(
-        "%s parameters, %d ranks: tensor %d × context %d × data %d × pipeline %d, ZeRO %d, %s, %s",
-        f"{config.model.num_params()['total']:,}",
-        launch.world_size,
-        parallel.tensor,
-        parallel.context,
-        data_parallel,
-        parallel.pipeline,
-        parallel.zero_stage,
-        config.training.dtype,
-        device.type,
-    )
-    top = topology(parallel, data_parallel, launch.ranks_per_node or launch.world_size)
-    if launch.rank == 0 and (reach := top.nodes_of_a_group("tensor")) > 1:
-        log.warning(
-            "parallel.tensor=%d reaches over %d nodes of %d ranks: every layer waits for the "
-            "network; use a parallel.tensor that divides %d",
-            *(parallel.tensor, reach, launch.ranks_per_node, launch.ranks_per_node),
-        )
 
 
 class Trainer:

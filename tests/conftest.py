@@ -20,8 +20,6 @@ ON_GPU = os.environ.get("TRANSXSSM_TEST_DEVICE", "cpu") == "cuda"
 if ON_GPU:
     torch.set_default_device("cuda")
 
-counts_traffic = pytest.mark.skipif(ON_GPU, reason="the interpreter counts what kernels move")
-
 # A process interprets Triton kernels or compiles them: interpreted/ is run by itself.
 collect_ignore = [
     str(path)

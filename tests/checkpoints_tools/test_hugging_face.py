@@ -18,7 +18,7 @@ from checkpoints_tools.hugging_face import modeling_source, write_hugging_face_f
 from checkpoints_tools.model_folder import load_model
 from checkpoints_tools.single_gpu import ModelError, TransXSSM
 from pretrain.generate import generate, load_tokenizer
-from tests.checkpoints_tools.test_single_gpu import VARIANTS, make_model, pad_left
+from tests.checkpoints_tools.tiny_models import VARIANTS, make_model, pad_left
 
 pytest.importorskip("transformers")
 

@@ -17,7 +17,7 @@ from tests.tiny import tiny_config
 
 def train(config: Config) -> None:
     from parallel.launch import launch_from_environment
-    from pretrain.trainer import train as run
+    from pretrain.job import train as run
 
     run(config, launch_from_environment())
 

@@ -16,8 +16,11 @@ from tests.conftest import ON_GPU
 
 if ON_GPU:  # the tests of the interpreter itself stay behind
     collect_ignore = [
-        f"test_{name}.py" for name in ("interpreter", "memory", "launch", "traffic", "case_traffic")
-    ]
+        f"test_{name}.py"
+        for name in (
+            "interpreter", "memory", "launch", "traffic", "case_traffic", "operation_traffic",
+        )
+    ]  # fmt: skip
 else:
     from kernels.audit.interpreter import install
 

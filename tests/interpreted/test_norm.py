@@ -5,17 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.audit.traffic import count_traffic
 from kernels.norm import fused
 from kernels.norm.norm import rms_norm
-from kernels.target import INTERPRETED
-from tests.conftest import counts_traffic
 from tests.kernels.norm_cases import OPERATIONS, inputs
 from tests.kernels.operation_cases import (
     DTYPES,
     assert_matches,
     assert_repeatable,
-    outputs_and_gradients,
 )
 
 names = pytest.mark.parametrize("name", OPERATIONS)
@@ -47,21 +43,6 @@ def test_rows_shared_among_programs(name, programs, monkeypatch):
 @names
 def test_repeatable(name):
     assert_repeatable(OPERATIONS[name][0], inputs(name, (83, 90), torch.bfloat16))
-
-
-@names
-@counts_traffic
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_one_launch_each_way_and_its_traffic(name, dtype):
-    rows, channels = 700, 17
-    with count_traffic() as traffic:
-        outputs_and_gradients(OPERATIONS[name][0], inputs(name, (rows, channels), dtype))
-    what = {"add": name != "norm", "norm": name != "residual"}
-    size = (rows, channels, dtype.itemsize, INTERPRETED.num_sms)
-    forward, backward = traffic["norm_forward_kernel"], traffic["norm_backward_kernel"]
-    assert forward.launches == backward.launches == 1
-    assert (forward.loaded, forward.stored) == fused.forward_traffic(*size, **what)
-    assert (backward.loaded, backward.stored) == fused.backward_traffic(*size, **what)
 
 
 @pytest.mark.parametrize(

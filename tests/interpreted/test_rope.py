@@ -5,12 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.audit.traffic import count_traffic
 from kernels.rope import fused
 from kernels.rope.naive import apply_rope_naive
 from kernels.rope.rope import apply_rope, rotate_qk
-from kernels.target import INTERPRETED
-from tests.conftest import counts_traffic
 from tests.kernels.operation_cases import DTYPES, assert_matches, assert_repeatable
 from tests.kernels.test_rope import queries_and_keys, rotations, tables
 
@@ -69,15 +66,3 @@ def test_one_tensor():
 
 def test_repeatable():
     assert_repeatable(rotations(2, 9, 16)[0], queries_and_keys(2, 9, 4, 2, 16))
-
-
-@counts_traffic
-@pytest.mark.parametrize("size", [(2, 37, 4, 1, 64), (1, 3, 5, 3, 12)], ids=str)
-def test_one_launch_each_way_and_its_traffic(size):
-    batch, length, q_heads, k_heads, dim = size
-    with count_traffic() as traffic:
-        assert_repeatable(rotations(batch, length, dim)[0], queries_and_keys(*size))
-    (kernel,) = traffic.values()
-    loaded, stored = fused.traffic(batch * length, q_heads + k_heads, dim, 4, INTERPRETED.num_sms)
-    assert kernel.launches == 4  # two runs, forward and backward
-    assert (kernel.loaded, kernel.stored) == (4 * loaded, 4 * stored)

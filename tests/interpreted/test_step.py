@@ -5,11 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.audit.traffic import count_traffic
-from kernels.ssd import fused_step
 from kernels.ssd.naive import ssd_naive
 from kernels.ssd.step import ssd_step
-from tests.conftest import counts_traffic
 from tests.kernels.operation_cases import DTYPES
 from tests.kernels.scan_cases import make_inputs, relative_error
 from tests.kernels.step_cases import assert_step_matches, exact_step, step_inputs, walk
@@ -75,18 +72,3 @@ def test_views_of_one_projection():
     packed = torch.cat([inputs[n] for n in ("x", "B", "C")], dim=2)
     views = dict(zip(("x", "B", "C"), packed.split(16, dim=2), strict=True))
     assert_step_matches(inputs | views)
-
-
-@counts_traffic
-@pytest.mark.parametrize("size", [(2, 4, 2, 16, 8), (1, 3, 1, 128, 128)], ids=str)
-def test_one_launch_and_its_traffic(size):
-    batch, heads, _, head_dim, state_dim = size
-    inputs = step_inputs(*size, torch.bfloat16)
-    inputs |= {"dt": inputs["dt"].bfloat16(), "D": None}
-    with count_traffic() as traffic:
-        ssd_step(**inputs)
-    kernel = traffic["ssd_step_kernel"]
-    assert kernel.launches == 1
-    assert (kernel.loaded, kernel.stored) == fused_step.traffic(
-        batch, heads, head_dim, state_dim, 2, 4
-    )

@@ -3,16 +3,12 @@
 import pytest
 import torch
 
-from kernels.audit.traffic import count_traffic
-from kernels.swiglu import fused
 from kernels.swiglu.naive import swiglu_naive
 from kernels.swiglu.swiglu import swiglu
-from tests.conftest import counts_traffic
 from tests.kernels.operation_cases import (
     DTYPES,
     assert_matches,
     assert_repeatable,
-    outputs_and_gradients,
 )
 from tests.kernels.test_swiglu import inputs
 
@@ -42,14 +38,3 @@ def test_saves_its_inputs_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         swiglu(gate, up)
     assert [t.data_ptr() for t in saved] == [gate.data_ptr(), up.data_ptr()]
-
-
-@counts_traffic
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_one_launch_each_way_and_its_traffic(dtype):
-    with count_traffic() as traffic:
-        outputs_and_gradients(swiglu, inputs(3, 999, dtype=dtype))
-    forward, backward = traffic["swiglu_forward_kernel"], traffic["swiglu_backward_kernel"]
-    assert forward.launches == backward.launches == 1
-    assert (forward.loaded, forward.stored) == fused.forward_traffic(2997, dtype.itemsize)
-    assert (backward.loaded, backward.stored) == fused.backward_traffic(2997, dtype.itemsize)

@@ -57,16 +57,16 @@ def signal_while_data_stalls(number: int, only_rank: int) -> None:
 
 
 def signal_at_the_start(number: int) -> None:
-    from pretrain import trainer
+    from pretrain import job
 
-    open_data = trainer.open_data
+    open_data = job.open_data
 
     def signalled(*words: Any) -> Any:
         send(number)
         time.sleep(10)
         return open_data(*words)
 
-    trainer.open_data = signalled
+    job.open_data = signalled
 
 
 @pytest.fixture(scope="module")
