@@ -187,7 +187,7 @@ def main(arguments: list[str]) -> int:
         config = dump_config(load_config(base, overrides))
         ends = run_command(
             "pretrain", base, *overrides, f"--logging.run_dir={folder / 'whole'}",
-            ranks=options.nodes,
+            ranks=options.nodes, kill_after=600,
         )  # fmt: skip
         assert not any(end.code for end in ends), ends[0].output
         (folder / "config.toml").write_text(config)
