@@ -70,9 +70,11 @@ def _fail(error: Exception, started: float) -> NoReturn:
     from pretrain.config import ConfigError
     from pretrain.failure import announce, first_failure, is_echo
     from slurm.jobs import SlurmError
+    from untrusted.errors import UntrustedError
 
     bad_configuration = isinstance(error, (ConfigError, LaunchError))
-    known = bad_configuration or isinstance(error, (DataError, CheckpointError, SlurmError))
+    mendable = (DataError, CheckpointError, SlurmError, UntrustedError)
+    known = bad_configuration or isinstance(error, mendable)
     importing_torch = ("ModelError", "TrainingError", "RankLost", "PreflightError")
     known = known or type(error).__name__ in importing_torch
     files = [h for h in logging.getLogger("transxssm").handlers if isinstance(h, FileHandler)]

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TOP_LEVEL = {
     "benchmarks", "checkpoints_tools", "data_pipeline", "kernels", "parallel", "pretrain", "slurm",
+    "untrusted",
 }  # fmt: skip
 # what a build reads: copied, so that no build folder appears in the repository
 SOURCES = [*sorted(TOP_LEVEL), "tests", "pyproject.toml", "README.md", "LICENSE"]

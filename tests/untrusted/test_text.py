@@ -1,0 +1,81 @@
+"""No terminal escape and no credential gets through."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from untrusted.secrets import is_secret_name, redact, redact_arguments, redact_variables
+from untrusted.text import printable, printable_lines
+
+
+@given(st.text())
+def test_controls_are_spelled_out(text: str) -> None:
+    assert not any(
+        ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u202e\u2028" for c in printable(text)
+    )
+    assert printable_lines(text).count("\n") == text.count("\n")
+
+
+def test_escapes_stay_readable() -> None:
+    assert printable("a\x1b[31mb\n\u202e é") == "a\\x1b[31mb\\n\\u202e é"
+    assert printable_lines("a\tb\n\x07") == "a\tb\n\\x07"
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("https://user:hunter2@host/a?b=1", "https://***@host/a?b=1"),
+        ("s3://hunter2@bucket/x", "s3://***@bucket/x"),
+        ("https://u:hunter2@x@host/", "https://***@host/"),
+        ("http://h/x?X-Amz-Signature=hunter2&y=1", "http://h/x?X-Amz-Signature=***&y=1"),
+        ("http://h/x?y=1&sig=hunter2#f", "http://h/x?y=1&sig=***#f"),
+        ("http://h/x?access_key=hunter2 and more", "http://h/x?access_key=*** and more"),
+        ("a file http://h/x@y/z", "a file http://h/x@y/z"),
+    ],
+)
+def test_credentials_in_urls_are_hidden(text: str, hidden: str) -> None:
+    assert redact(text) == hidden
+
+
+def test_secret_names() -> None:
+    secret = [
+        "SLURM_JWT",
+        "AWS_SECRET_ACCESS_KEY",
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "--data.password",
+        "aws_access_key_id",
+        "MY_KEY",
+        "X-Amz-Security-Token",
+        "Authorization",
+        "token2",
+    ]
+    public = [
+        "--tokenizer",
+        "max_tokens",
+        "eod_token_id",
+        "--text-key",
+        "SLURM_JOB_ID",
+        "author",
+        "key",
+        "tokens",
+        "signal",
+    ]
+    assert [n for n in secret if not is_secret_name(n)] == []
+    assert [n for n in public if is_secret_name(n)] == []
+
+
+def test_command_lines_and_variables() -> None:
+    words = [
+        "x",
+        "--a.api_key",
+        "hunter2",
+        "--token=hunter2",
+        "https://u:hunter2@h",
+        "--tokenizer",
+        "t",
+    ]
+    assert redact_arguments(words) == [
+        "x", "--a.api_key", "***", "--token=***", "https://***@h", "--tokenizer", "t",
+    ]  # fmt: skip
+    assert redact_variables({"SLURM_JWT": "hunter2", "A": "b"}) == {"SLURM_JWT": "***", "A": "b"}

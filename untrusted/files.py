@@ -1,0 +1,56 @@
+"""Opening files that others may have put in place."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import IO
+
+from untrusted.errors import UnsafeFileError
+
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def open_regular(path: Path, *, follow_link: bool = False) -> IO[bytes]:
+    """Open a regular file for reading; never blocks.
+
+    Raises UnsafeFileError for a folder, device, pipe or socket, and for a link unless
+    `follow_link`; OSError as `open` does.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_link else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UnsafeFileError(
+                f"{path} is a link, not a file; put a copy of the file itself there (`cp -L`)."
+            ) from error
+        if error.errno == errno.ENXIO:
+            raise UnsafeFileError(f"{path} is a socket or pipe, not a file; remove it.") from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = KINDS.get(stat.S_IFMT(mode), "no regular file")
+        raise UnsafeFileError(f"{path} is {kind}, not a file; remove it or restore the file.")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path, max_bytes: int, *, follow_link: bool = False) -> bytes:
+    """Return the content of a regular file of at most `max_bytes`.
+
+    Raises UnsafeFileError as `open_regular` does, and for a larger file; OSError.
+    """
+    with open_regular(path, follow_link=follow_link) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise UnsafeFileError(
+            f"{path} is larger than {max_bytes:,} bytes, which such a file never is; restore it."
+        )
+    return content

@@ -1,0 +1,96 @@
+"""JSON files read into known types, or one sentence that says why not.
+
+A reader describes what it expects as a pydantic TypeAdapter, usually of a TypedDict (that of
+typing_extensions; keys it does not name are dropped):
+
+    class Start(TypedDict):
+        time: str
+        world_size: Count
+
+    STARTS = TypeAdapter(list[Start])
+    starts = read_json(run_dir / "environment.json", STARTS, "remove the file to go on without it")
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Generic, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from untrusted.errors import RecordError, UntrustedError
+from untrusted.files import open_regular, read_regular
+from untrusted.text import printable
+
+T = TypeVar("T")
+
+MAX_BYTES = 1 << 28
+MAX_LINE_BYTES = 1 << 20
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def parse_json(content: bytes | str, kind: TypeAdapter[T], source: str, remedy: str) -> T:
+    """Return the value of a JSON text, whose types must be exactly those of `kind`.
+
+    source and remedy: what is read, and what to do if it cannot be. Raises RecordError.
+    """
+    try:
+        return kind.validate_python(from_json(content, allow_inf_nan=False), strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(map(str, fault["loc"]))
+        reason = f"{place or 'the value'}: {fault['msg']}, found {fault['input']!r:.80}"
+    except (ValueError, RecursionError) as error:
+        reason = f"not JSON: {error}"
+    raise RecordError(f"{printable(source)} is damaged ({printable(reason)}); {remedy}.")
+
+
+def read_json(path: Path, kind: TypeAdapter[T], remedy: str, *, max_bytes: int = MAX_BYTES) -> T:
+    """Return the value of a JSON file.
+
+    Raises RecordError for damaged content, UnsafeFileError for what is no regular file, and
+    FileNotFoundError; other faults of the operating system are RecordErrors.
+    """
+    try:
+        content = read_regular(path, max_bytes, follow_link=True)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read ({error.strerror}); {remedy}.") from error
+    return parse_json(content, kind, str(path), remedy)
+
+
+@dataclass
+class Lines(Generic[T]):
+    """Entries of a JSON-lines file; `faults` has a sentence for each line that is none."""
+
+    entries: list[T] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def read_json_lines(path: Path, kind: TypeAdapter[T]) -> Lines[T]:
+    """Return the sound lines of a JSON-lines file; a missing file has none.
+
+    Blank, cut and damaged lines are left out and reported in `faults`, and so is a file that cannot
+    be read at all.
+    """
+    found: Lines[T] = Lines()
+    try:
+        with open_regular(path, follow_link=True) as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES):
+                number += 1
+                try:
+                    if not line.endswith(b"\n"):
+                        raise RecordError(f"{path}, line {number} is cut off or too long; left out")
+                    source = f"{path}, line {number}"
+                    found.entries.append(parse_json(line, kind, source, "the line is left out"))
+                except RecordError as error:
+                    found.faults.append(str(error))
+    except FileNotFoundError:
+        pass
+    except (OSError, UntrustedError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        found.faults.append(f"{path} cannot be read ({reason}); its entries are left out.")
+    return found

@@ -1,0 +1,50 @@
+"""Credentials removed from what is shown, logged or recorded."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+HIDDEN = "***"
+_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s?#'\"]*@")
+_WORDS = (
+    r"(?:[A-Za-z0-9]*[-_.])*"
+    r"(?:password|passwd|pwd|secret|token|jwt|credentials?|signature|sig|sas|auth|authorization|"
+    r"(?:api|access|secret|private|account|signing|encryption|storage)[-_.]?key(?:[-_.]?id)?)"
+    r"(?:[-_.]?[0-9]+)?"
+)
+_SECRET_NAME = re.compile(_WORDS, re.IGNORECASE)
+_PARAMETER = re.compile(rf"(?P<name>[?&;]{_WORDS}=)[^&\s'\"#]*", re.IGNORECASE)
+
+
+def is_secret_name(name: str) -> bool:
+    """Return whether values of this name (of a variable, option or field) are credentials."""
+    is_key_variable = name.isupper() and name.endswith("_KEY")
+    return is_key_variable or _SECRET_NAME.fullmatch(name.lstrip("-")) is not None
+
+
+def redact(text: str) -> str:
+    """Return `text` without the user information and secret parameters of the URLs in it."""
+    if "://" not in text:
+        return text
+    return _PARAMETER.sub(rf"\g<name>{HIDDEN}", _USER.sub(rf"\g<scheme>{HIDDEN}@", text))
+
+
+def redact_arguments(arguments: Iterable[str]) -> list[str]:
+    """Return the words of a command line, redacted; values of secret options are hidden, too."""
+    words: list[str] = []
+    hide = False
+    for word in arguments:
+        name, equals, _ = word.partition("=")
+        is_option = word.startswith("-") and is_secret_name(name.rpartition(".")[2])
+        if hide and not word.startswith("-"):
+            words.append(HIDDEN)
+        elif is_option and equals:
+            words.append(f"{name}={HIDDEN}")
+        else:
+            words.append(redact(word))
+        hide = is_option and not equals
+    return words
+
+
+def redact_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return environment variables with the values of secret names hidden, the rest redacted."""
+    return {n: HIDDEN if is_secret_name(n) else redact(v) for n, v in variables.items()}
