@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from parallel import bounds
 from parallel.config import Section
 
 
@@ -10,14 +11,14 @@ class CheckpointConfig(Section):
 
     dir: str = ""
     """Folder of the step-* folders; empty: checkpoints/ in the run directory."""
-    every: int = Field(100, ge=0)
+    every: int = Field(100, ge=0, le=bounds.STEPS)
     """Steps between checkpoints, besides the one at the end; 0 saves only that one."""
     async_save: bool = True
     """Train on while a checkpoint is written. Either way it is written from a copy in host memory:
     twelve bytes for every parameter whose optimizer state a rank owns."""
-    keep_last: int = Field(3, ge=1)
+    keep_last: int = Field(3, ge=1, le=bounds.COUNT)
     """Newest checkpoints kept; older ones go once a newer one is committed."""
-    keep_every: int = Field(0, ge=0)
+    keep_every: int = Field(0, ge=0, le=bounds.STEPS)
     """Steps whose multiples are never removed; 0 has no such milestones."""
     resume: str = "auto"
     """auto: the newest checkpoint if there is one; none: start anew; or a folder

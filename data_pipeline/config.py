@@ -1,8 +1,11 @@
 """The [data] section of the configuration. Imports no torch."""
 
 import os
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from parallel import bounds
 
 
 class SourceConfig(BaseModel):
@@ -12,13 +15,13 @@ class SourceConfig(BaseModel):
 
     path: str
     """Folder or URL of training shards, as written by `transxssm prepare` (OUT/train)."""
-    seq_len: int = Field(0, ge=0)
+    seq_len: int = Field(0, ge=0, le=bounds.LENGTH)
     """That of its shards; 0: data.seq_len."""
     name: str
     """What metrics and stages call it."""
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(1.0, ge=0, le=bounds.LARGEST)
     """Share of the run's tokens, beside the other sources' weights."""
-    max_epochs: float = Field(4.0, gt=0)
+    max_epochs: float = Field(4.0, gt=0, le=bounds.COUNT)
     """Warn when the run reads the source more often."""
 
 
@@ -27,13 +30,13 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    from_tokens: int = Field(ge=1)
+    from_tokens: int = Field(ge=1, le=bounds.TOKENS)
     """Tokens of the run before it, rounded up to whole steps."""
-    weights: dict[str, float]
+    weights: dict[str, Annotated[float, Field(le=bounds.LARGEST)]]
     """By source; one that is not named is not read."""
-    global_batch_size: int = Field(0, ge=0)
+    global_batch_size: int = Field(0, ge=0, le=bounds.BATCH)
     """Sequences per update; 0: so many that an update has as many tokens as before."""
-    micro_batch_size: int = Field(0, ge=0)
+    micro_batch_size: int = Field(0, ge=0, le=bounds.BATCH)
     """Sequences per forward pass; 0: so many that it has as many tokens as before."""
 
 
@@ -50,24 +53,24 @@ class DataConfig(BaseModel):
     """Later parts of the run in which the sources' weights, or sequences, are others."""
     validation: str | dict[str, str] = ""
     """Folder or URL of validation shards (OUT/validation), or several by name; empty: none."""
-    seq_len: int = Field(1024, ge=1)
+    seq_len: int = Field(1024, ge=1, le=bounds.LENGTH)
     """Tokens a sequence; must equal the --seq-len the shards were packed with."""
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, le=bounds.SEED)
     """Seed of the order in which samples are read."""
-    shuffle_window: int = Field(1 << 32, ge=1)
+    shuffle_window: int = Field(1 << 32, ge=1, le=bounds.TOKENS)
     """Tokens among which samples are shuffled: all of their shards are in use at a time."""
-    num_workers: int = Field(1, ge=0)
+    num_workers: int = Field(1, ge=0, le=bounds.THREADS)
     """Threads that read ahead; 0: none does."""
-    skip_bad_shards: int = Field(0, ge=0)
+    skip_bad_shards: int = Field(0, ge=0, le=bounds.COUNT)
     """How many bad training shards a run may pass over, their samples without loss; 0: the first
     ends it. A bad validation shard always does: losses over other samples do not compare."""
     cache_dir: str = ""
     """This node's folder for copies of remote and compressed shards; empty: below $TMPDIR."""
-    cache_gib: float = Field(256.0, gt=0)
+    cache_gib: float = Field(256.0, ge=1e-6, le=bounds.COUNT)
     """How large the copies may be together."""
-    download_attempts: int = Field(4, ge=1)
+    download_attempts: int = Field(4, ge=1, le=20)
     """Before a remote file is given up; the waits between them double."""
-    download_timeout: float = Field(60.0, gt=0)
+    download_timeout: float = Field(60.0, ge=0.01, le=1e6)
     """Seconds that a remote may be silent."""
 
     @property

@@ -39,12 +39,20 @@ def layer_chunks(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -> 
 
 def balanced_counts(num_layers: int, chunks: int, time: Cost, memory: Cost) -> list[int]:
     """Layers of each chunk (≥ 1): the least slowest time, and for that the least fullest memory."""
-    first_pass = _least_largest(num_layers, chunks, time, time, math.inf)
+    even = [num_layers * (i + 1) // chunks - num_layers * i // chunks for i in range(chunks)]
+    bound = _slowest(even, time)  # of the least slowest time, which spares looks at long chunks
+    first_pass = _least_largest(num_layers, chunks, time, time, bound)
+    slowest = _slowest(first_pass, time)
+    return _least_largest(num_layers, chunks, memory, time, slowest)
+
+
+def _slowest(counts: list[int], time: Cost) -> float:
+    """Time of the slowest of chunks of so many layers."""
     slowest, first = 0.0, 0
-    for index, count in enumerate(first_pass):
+    for index, count in enumerate(counts):
         slowest = max(slowest, time(first, first + count, index))
         first += count
-    return _least_largest(num_layers, chunks, memory, time, slowest)
+    return slowest
 
 
 def _least_largest(
@@ -59,17 +67,20 @@ def _least_largest(
     for index in range(chunks):
         reached: dict[int, tuple[float, float, list[int]]] = {}
         for end in range(index + 1, num_layers - (chunks - index - 1) + 1):
-            options = [
-                (
-                    max(largest, cost(first, end, index)),
-                    squares + time(first, end, index) ** 2,
-                    [*counts, end - first],
-                )
-                for first, (largest, squares, counts) in best.items()
-                if first < end and time(first, end, index) <= slowest
-            ]
-            if options:
-                reached[end] = min(options)
+            chosen: tuple[float, float, list[int]] | None = None
+            for first in range(end - 1, -1, -1):  # longer and longer, so slower and slower
+                seconds = time(first, end, index)
+                if seconds > slowest:
+                    break
+                if first not in best:
+                    continue
+                largest, squares, counts = best[first]
+                largest, squares = max(largest, cost(first, end, index)), squares + seconds**2
+                if chosen is None or (largest, squares) <= chosen[:2]:
+                    option = (largest, squares, [*counts, end - first])
+                    chosen = option if chosen is None else min(chosen, option)
+            if chosen is not None:
+                reached[end] = chosen
         best = reached
     return best[num_layers][2]
 

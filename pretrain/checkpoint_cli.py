@@ -19,6 +19,7 @@ checkpoint_app = typer.Typer(
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 COMPARED_TOKENS = 256
+LARGEST_SIZE = 1 << 60
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 Step = Annotated[Path, typer.Argument(help="step-* folder, or a run (its latest).")]
@@ -28,10 +29,10 @@ def parse_size(text: str) -> int:
     """Bytes of "5GB", "500MB", "2GiB" or a number of bytes. Raises typer.BadParameter."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     units = {name.lower(): unit for name, unit in UNITS.items()}
-    size = int(float(match[1]) * units.get(match[2].lower(), 0)) if match else 0
-    if size < 1:
+    size = float(match[1]) * units.get(match[2].lower(), 0) if match else 0.0
+    if not 1 <= size <= LARGEST_SIZE:
         raise typer.BadParameter(f"{text!r} is not a size; write e.g. 5GB, 500MB or 2GiB")
-    return size
+    return int(size)
 
 
 @checkpoint_app.command("list")

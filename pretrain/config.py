@@ -8,14 +8,15 @@ import difflib
 import math
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from checkpoints_tools.config import CheckpointConfig
 from data_pipeline.config import DataConfig
-from parallel.config import ModelConfig, ParallelConfig, Section
+from parallel import bounds
+from parallel.config import ModelConfig, ParallelConfig, Section, printed, some_divisors
 from pretrain.phases import Phase, run_phases
 
 
@@ -26,15 +27,15 @@ class ConfigError(Exception):
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule."""
 
-    lr: float = Field(3e-3, gt=0)
+    lr: float = Field(3e-3, gt=0, le=100)
     """Peak learning rate."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     """Final learning rate as a fraction of the peak."""
     betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    eps: float = Field(1e-8, ge=bounds.SMALLEST, le=1)
+    weight_decay: float = Field(0.01, ge=0, le=100)
     """Applied to projection matrices only."""
-    clip_grad_norm: float = Field(1.0, ge=0)
+    clip_grad_norm: float = Field(1.0, ge=0, le=1e12)
     """Largest global gradient norm; 0 does not clip."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """After a linear warm-up: cosine decay, or stable and then linear decay (wsd)."""
@@ -59,41 +60,41 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """How long, in what batches, in what precision."""
 
-    steps: int = Field(120, ge=0)
+    steps: int = Field(120, ge=0, le=bounds.STEPS)
     """Updates to make; 0: as many as training.tokens needs."""
-    tokens: int = Field(0, ge=0)
+    tokens: int = Field(0, ge=0, le=bounds.TOKENS)
     """Tokens to train on, rounded up to whole steps, when training.steps is 0."""
-    global_batch_size: int = Field(8, ge=1)
+    global_batch_size: int = Field(8, ge=1, le=bounds.BATCH)
     """Sequences per update, over all ranks."""
-    micro_batch_size: int = Field(4, ge=1)
+    micro_batch_size: int = Field(4, ge=1, le=bounds.BATCH)
     """Sequences per forward pass of one data-parallel rank."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Of parameters and activations; master weights and gradient sums are float32 always."""
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, le=bounds.SEED)
     """Of the initial weights."""
-    eval_every: int = Field(50, ge=0)
+    eval_every: int = Field(50, ge=0, le=bounds.STEPS)
     """Steps between evaluations on data.validation, besides the one at the end; 0: never."""
-    eval_batches: int = Field(8, ge=1)
+    eval_batches: int = Field(8, ge=1, le=bounds.COUNT)
     """Global batches' worth of validation sequences in an evaluation, at most."""
     deterministic: bool = False
     """Refuse operations whose result may differ between runs."""
     on_bad_step: Literal["skip", "stop"] = "skip"
     """What a step with a loss or gradient that is not finite, or that is a spike, does to the run:
     its update is left out, or the run ends."""
-    spike_deviations: float = Field(20.0, ge=0)
+    spike_deviations: float = Field(20.0, ge=0, le=bounds.LARGEST)
     """A loss, or logarithm of a gradient norm, more robust deviations than this above the median of
     recent steps is a spike; 0: none is."""
-    spike_window: int = Field(128, ge=8)
+    spike_window: int = Field(128, ge=8, le=1 << 16)
     """Recent good steps that spikes are told by; before there are so many nothing is one."""
-    bad_steps_in_a_row: int = Field(3, ge=0)
+    bad_steps_in_a_row: int = Field(3, ge=0, le=bounds.COUNT)
     """After which the run goes back to its newest checkpoint and passes over the data of these
     steps; 0: never."""
-    max_rollbacks: int = Field(3, ge=0)
+    max_rollbacks: int = Field(3, ge=0, le=bounds.COUNT)
     """Of the run, before it ends with a report."""
-    stop_before_limit: float = Field(120.0, ge=0)
+    stop_before_limit: float = Field(120.0, ge=0, le=bounds.SECONDS)
     """Seconds before the end of a Slurm job's time at which to save and stop; 0: when told by a
     signal only."""
-    hang_timeout: float = Field(600.0, ge=0)
+    hang_timeout: float = Field(600.0, ge=0, le=bounds.SECONDS)
     """Seconds without progress after which the job writes where it is and ends, to be started
     again; 0: never."""
 
@@ -111,17 +112,17 @@ class LoggingConfig(Section):
 
     run_dir: str = "runs/demo"
     """Folder of the run: configuration, metrics, logs, checkpoints."""
-    every: int = Field(1, ge=1)
+    every: int = Field(1, ge=1, le=bounds.STEPS)
     """Steps between progress lines; metrics.jsonl has every step."""
     tensorboard: bool = True
-    stragglers_every: int = Field(100, ge=0)
+    stragglers_every: int = Field(100, ge=0, le=bounds.STEPS)
     """Steps between looks for ranks that are slower than their peers; 0: never."""
-    vitals_every: int = Field(50, ge=0)
+    vitals_every: int = Field(50, ge=0, le=bounds.STEPS)
     """Steps between looks at norms, update ratios, activations and decays by kind of layer; 0:
     never."""
-    profile_steps: list[int] = Field(default=[])
+    profile_steps: list[Annotated[int, Field(ge=1, le=bounds.STEPS)]] = Field(default=[])
     """Steps of which logging.profile_ranks write a trace of torch's profiler."""
-    profile_ranks: list[int] = Field(default=[0])
+    profile_ranks: list[Annotated[int, Field(ge=0, lt=bounds.RANKS)]] = Field(default=[0])
     wandb_project: str = ""
     """Send the metrics to Weights & Biases, too."""
     prometheus_file: str = ""
@@ -203,17 +204,17 @@ class Config(Section):
 
         Raises ConfigError when there is none.
         """
-        refusals = []
+        first_refusal = ""
         for used in range(nodes, 0, -1):
             try:
                 self.data_parallel(used * tasks_per_node)
             except ConfigError as error:
-                refusals.append(f"{used} nodes: {error}")
+                first_refusal = first_refusal or f"{used} nodes: {error}"
             else:
                 return used
         raise ConfigError(
             f"no number of nodes up to {nodes}, with {tasks_per_node} tasks each, can be used; "
-            f"{refusals[0]}"
+            f"{first_refusal}"
         )
 
     def _check_batch(self, phase: Phase, data_parallel: int) -> None:
@@ -254,7 +255,12 @@ def _check_training(config: Config) -> None:
         raise ValueError(
             f"training.micro_batch_size={training.micro_batch_size} does not divide "
             f"training.global_batch_size={training.global_batch_size}; use one of "
-            f"{_divisors(training.global_batch_size)}"
+            f"{some_divisors(training.global_batch_size, training.micro_batch_size)}"
+        )
+    if (total := _largest_total(config)) > bounds.TOKENS:
+        raise ValueError(
+            f"training.steps={training.steps} and training.tokens={training.tokens} make a run of "
+            f"{total:,} tokens, more than {bounds.TOKENS:,}; make it shorter"
         )
     if training.eval_every and not config.data.validation:
         raise ValueError(
@@ -266,6 +272,12 @@ def _check_training(config: Config) -> None:
             f"data.seq_len={max(config.seq_lens)} exceeds model.max_position_embeddings="
             f"{config.model.max_position_embeddings}; raise the latter or shorten the sequences"
         )
+
+
+def _largest_total(config: Config) -> int:
+    """Tokens of the run in its largest steps, an upper bound."""
+    tokens_per_step = max(phase.tokens_per_step for phase in config.phases)
+    return max(config.training.steps * tokens_per_step, config.training.tokens)
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -287,7 +299,7 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
             }.get(field, "")
             raise ValueError(
                 f"parallel.tensor={tensor} does not divide model.{field}={value}{reason}; "
-                f"use one of {_divisors(common)}"
+                f"use one of {some_divisors(common, tensor)}"
             )
     _check_pipeline(model, parallel)
     _check_zero(parallel)
@@ -365,7 +377,7 @@ def _check_context(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -
     if seq_len % context:
         raise ValueError(
             f"parallel.context={context} does not divide data.seq_len={seq_len}; use one of "
-            f"{_divisors(seq_len)[:8]}"
+            f"{some_divisors(seq_len, context)}"
         )
     if model.ssd_conv_width:
         raise ValueError(
@@ -388,10 +400,6 @@ def _check_sequence(config: Config) -> None:
             )
 
 
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
 def _nearest_multiple(n: int, of: int) -> str:
     below, above = n // of * of, (n // of + 1) * of
     return f"{below} or {above}" if below else str(above)
@@ -409,7 +417,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets, too
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     for name, text in _override_pairs(overrides or []):
         _apply_override(tree, name, text)
@@ -453,6 +461,8 @@ def _apply_override(tree: dict[str, Any], name: str, text: str) -> None:
         value = text if annotation is str else tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise ConfigError(f"{name}={printed(text)} cannot be read: {error}") from error
     place = tree.setdefault(section, {})
     if not isinstance(place, dict):
         raise ConfigError(f"{section} in the file is not a section; write it as [{section}]")
@@ -480,7 +490,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{name}={error['input']!r}: {message}"
+    return f"{name}={printed(error['input'])}: {message}"
 
 
 def _names_in(path: list[str]) -> list[str]:

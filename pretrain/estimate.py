@@ -4,6 +4,7 @@ Imports no torch: it answers in a second, on any machine.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -82,9 +83,9 @@ def parse_memory(text: str) -> int:
     unit = text[len(number) :].strip()
     try:
         found = int(float(number) * units[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):  # infinite, too
         found = 0
-    if found <= 0:
+    if not 0 < found < 1 << 60:
         raise ConfigError(f"--gpu-memory {text!r} is not a size; write e.g. 80GiB or 80GB")
     return found
 
@@ -216,4 +217,5 @@ def _with(config: Config, micro_batch: int, **parallel: Any) -> Config | None:
 
 
 def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*low, *(n // d for d in low)})
