@@ -14,6 +14,7 @@ from parallel.topology import topology
 from pretrain import stop
 from pretrain.config import Config, ConfigError
 from pretrain.data import warn_of_cache, warn_of_epochs
+from pretrain.memory import refuse_too_large
 from pretrain.resume import find_start, load_weights
 from pretrain.run_dir import record_start, start_log
 from pretrain.sources import keep_tokenizer, open_data
@@ -36,6 +37,7 @@ def train(config: Config, launch: Launch) -> str | None:
         torch.use_deterministic_algorithms(True)
     device = prepare_host(launch.local_rank)
     init_distributed(launch, device)
+    refuse_too_large(config, launch, device)
     run_dir = Path(config.logging.run_dir)
     start_log(run_dir, launch.rank)
     timeout = config.training.hang_timeout
