@@ -3,19 +3,20 @@
 SIGUSR1 (Slurm's before a time limit or a preemption), SIGTERM and a first Ctrl-C ask; so does the
 time that Slurm has left for the job. The loop over steps agrees with all ranks, saves, and every
 rank exits with REQUEUE. Before training has begun there is nothing to save: signals end the process
-at once.
+at once, SIGUSR1 with REQUEUE, SIGTERM with 143 and Ctrl-C with 130. SIGTERM is no reason to requeue
+then: srun sends it to every rank once one has failed, and takes the largest exit code.
 """
 
+# As little as can be: signals are handled only once this is imported
+import contextlib
 import logging
 import os
-import re
 import signal
-import subprocess
 import sys
 import threading
 import time
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 log = logging.getLogger("transxssm")
 
@@ -25,8 +26,12 @@ SECONDS_BETWEEN_LOOKS = 10.0  # at the time that is left
 
 SIGNALS = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
 
+PR_SET_PDEATHSIG = 1  # of prctl
+SECONDS_TO_CONNECT = 5.0  # to the launcher's store
+
 _reason: str | None = None
 _outlived = False
+_listening = False
 
 
 def requested() -> str | None:
@@ -41,15 +46,23 @@ def request(reason: str) -> None:
 
 
 def listen() -> None:
-    """Take the signals from now on. Of the main thread, before there are others.
+    """Install signal handlers, and end with the launcher. Call from the main thread before starting
+    other threads; a second call does nothing.
 
-    A thread waits for them, since the main one may be inside a collective that does not return;
+    A thread waits for signals, since the main one may be inside a collective that does not return;
     what a thread that was there before is sent comes to the main one.
     """
+    global _listening
+    if _listening:
+        return
+    _listening = True
     for number in SIGNALS:
         signal.signal(number, _take)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    sys.unraisablehook, threading.excepthook = _unraisable, _in_thread
     threading.Thread(target=_wait_for_signals, name="signals", daemon=True).start()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_launcher()
 
 
 def _wait_for_signals() -> None:
@@ -60,8 +73,74 @@ def _wait_for_signals() -> None:
 def _take(number: int, _: FrameType | None) -> None:
     interrupted_again = number == signal.SIGINT and requested() == "SIGINT"
     if not _outlived or interrupted_again:
+        name = signal.Signals(number).name
+        when = "again, without saving" if interrupted_again else "before there was anything to save"
+        with contextlib.suppress(OSError):
+            os.write(2, f"stopped by {name} {when}; run the same command again\n".encode())
         os._exit(REQUEUE if number == signal.SIGUSR1 else 128 + number)
     request(signal.Signals(number).name)
+
+
+def _unraisable(unraisable: Any) -> None:
+    """End the process when a thread could not begin for want of memory, for which the thread that
+    starts it would wait for ever."""
+    thread = getattr(unraisable.object, "__self__", None)
+    begins = isinstance(thread, threading.Thread) and not thread._started.is_set()  # type: ignore[attr-defined]
+    if begins or isinstance(unraisable.exc_value, MemoryError):
+        end_without_memory()
+    sys.__unraisablehook__(unraisable)
+
+
+def _in_thread(arguments: Any) -> None:
+    """End the process when one of its threads has no memory; others would wait for it."""
+    if isinstance(arguments.exc_value, MemoryError):
+        end_without_memory()
+    # TensorBoard raises the same once more in the thread that writes metrics
+    if type(arguments.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(arguments)
+
+
+NO_MEMORY = (
+    "out of memory: neither ulimit -v nor the machine gives more; raise the limit, or use a "
+    "smaller model or training.micro_batch_size, or more ranks"
+)
+
+
+def end_without_memory() -> NoReturn:
+    """Say so, and exit with 1; without allocating."""
+    with contextlib.suppress(OSError):
+        os.write(2, _NO_MEMORY_LINE)
+    os._exit(1)
+
+
+_NO_MEMORY_LINE = f"error: {NO_MEMORY}\n".encode()
+
+
+def _end_with_launcher() -> None:
+    """Let the kernel kill this rank when torchrun, which has started it, dies.
+
+    Under torchrun alone: a run that a shell started outlives the shell, and Slurm ends its own. The
+    signal comes when the thread that started this process ends, which for torchrun is the one that
+    waits for the ranks. A launcher that died earlier than this call sends none, but then its store,
+    which it opens before it starts ranks, is gone.
+    """
+    import ctypes
+    import socket
+
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address = (env["MASTER_ADDR"], int(env["MASTER_PORT"]))
+    try:
+        socket.create_connection(address, SECONDS_TO_CONNECT).close()
+    except ConnectionRefusedError:
+        message = "error: torchrun, which started this rank, has ended; start the job again\n"
+        with contextlib.suppress(OSError):
+            os.write(2, message.encode())
+        os._exit(1)
+    except OSError:
+        pass  # the network is slow; joining the job will tell
 
 
 def outlive_signals() -> None:
@@ -87,6 +166,8 @@ def seconds_left(job_id: str) -> float | None:
 
     Raises OSError or subprocess.SubprocessError when squeue does not answer.
     """
+    import subprocess
+
     words = ["squeue", "--noheader", "--jobs", job_id, "--format", "%L"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
     return parse_time(done.stdout)
@@ -94,6 +175,8 @@ def seconds_left(job_id: str) -> float | None:
 
 def parse_time(text: str) -> float | None:
     """Seconds of Slurm's [days-][[hours:]minutes:]seconds; None for words (UNLIMITED, NOT_SET)."""
+    import re
+
     found = re.fullmatch(r"(-?)(?:(\d+)-)?((?:\d+:){0,2}\d+)", text.strip())
     if found is None:
         return None
@@ -121,6 +204,8 @@ def watch_time_left(job_id: str, margin: float) -> float | None:
 
 
 def _time_left(job_id: str) -> float | None:
+    import subprocess
+
     try:
         return seconds_left(job_id)
     except (OSError, subprocess.SubprocessError) as error:

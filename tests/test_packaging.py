@@ -70,7 +70,7 @@ def test_wheel_holds_every_module_of_the_packages(wheel: Path) -> None:
 def test_wheel_has_the_command_and_the_licence(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (entry_points,) = (n for n in archive.namelist() if n.endswith("/entry_points.txt"))
-        assert "transxssm = pretrain.cli:main" in archive.read(entry_points).decode()
+        assert "transxssm = pretrain.__main__:main" in archive.read(entry_points).decode()
         assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
 
 

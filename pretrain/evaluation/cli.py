@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from parallel import bounds
+from pretrain import stop
+
 
 def evaluate(
     model: Annotated[
@@ -25,7 +28,9 @@ def evaluate(
     recall: Annotated[
         bool, typer.Option("--recall", help="Show pairs of tokens and ask for them.")
     ] = False,
-    cases: Annotated[int, typer.Option(min=1, help="Of these two, a cell of the picture.")] = 8,
+    cases: Annotated[
+        int, typer.Option(min=1, max=10_000, help="Of these two, a cell of the picture.")
+    ] = 8,
     tasks: Annotated[
         str, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")
     ] = "",
@@ -33,15 +38,21 @@ def evaluate(
         Path | None, typer.Option(help="Folder of task files of your own.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Sequences or documents of each, at most.")
+        int | None,
+        typer.Option(min=1, max=bounds.TOKENS, help="Sequences or documents of each, at most."),
     ] = None,
     max_length: Annotated[
-        int, typer.Option(min=0, help="Tokens of a row [0: as the model is meant for].")
+        int,
+        typer.Option(
+            min=0, max=bounds.LENGTH, help="Tokens of a row [0: as the model is meant for]."
+        ),
     ] = 0,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
-    tensor: Annotated[int | None, typer.Option(min=1, help="Of a sharded model's layout.")] = None,
-    pipeline: Annotated[int | None, typer.Option(min=1)] = None,
-    context: Annotated[int | None, typer.Option(min=1)] = None,
+    tensor: Annotated[
+        int | None, typer.Option(min=1, max=bounds.RANKS, help="Of a sharded model's layout.")
+    ] = None,
+    pipeline: Annotated[int | None, typer.Option(min=1, max=bounds.RANKS)] = None,
+    context: Annotated[int | None, typer.Option(min=1, max=bounds.RANKS)] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results.json and pictures.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
 ) -> None:
@@ -50,6 +61,7 @@ def evaluate(
     A sharded one runs in any layout, under torchrun or srun as in training; by default in its own,
     where the ranks fit it.
     """
+    stop.listen()
     from parallel.launch import launch_from_environment
 
     launch = launch_from_environment()
