@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 
+from parallel import bounds
 from pretrain import stop
 from pretrain.checkpoint_cli import checkpoint_app
 from pretrain.console import whole_console
@@ -57,9 +58,20 @@ def main() -> None:
     started = time.time()
     _quiet_libraries()
     try:
-        app()
+        try:
+            app()
+        except SystemExit:
+            _flush_output()
+            raise
+    except BrokenPipeError:  # as by `| head`: whoever read has seen enough
+        os._exit(1)
+    except MemoryError:
+        stop.end_without_memory()
     except Exception as error:
-        _fail(error, started)
+        try:
+            _fail(error, started)
+        except MemoryError:
+            stop.end_without_memory()
 
 
 def _fail(error: Exception, started: float) -> NoReturn:
@@ -79,31 +91,77 @@ def _fail(error: Exception, started: float) -> NoReturn:
     known = known or type(error).__name__ in importing_torch
     files = [h for h in logging.getLogger("transxssm").handlers if isinstance(h, FileHandler)]
     logs = Path(files[0].baseFilename).parent if files else None
+    message = str(error) if known else _exhausted(error)
     who, cause = "", None
     with contextlib.suppress(LaunchError):  # the error itself
         if launch_from_environment().world_size > 1:
             who = f"rank {launch_from_environment().rank} on {host_name()}: "
     if who and logs is not None:
-        if not known and is_echo(error):
+        if message is None and is_echo(error):
             cause = first_failure(logs, started, SECONDS_TO_CAUSE)
-        announce(logs, f"{who}{error if known else f'{type(error).__name__}: {error}'}", started)
+        announce(logs, f"{who}{message or f'{type(error).__name__}: {error}'}", started)
     if cause is not None:
         report = f"error: stopped because another rank failed: {cause}"
-    elif known or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
-        advice = "; free space and run the same command again" if not known else ""
-        report = f"error: {error}{advice}"
+    elif message is not None:
+        report = f"error: {message}"
     else:
         report = "".join(traceback.format_exception(error))
         if who:
             report = f"error: {who}{type(error).__name__}: {error}\n{report}"
-    print(report, file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(report, file=sys.stderr, flush=True)
     for handler in files:
         handler.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": report}))
-    sys.stderr.flush()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     # not sys.exit: with collectives in flight the interpreter's end could wait for the other ranks
     logging.shutdown()
     os._exit(INVALID_CONFIGURATION if bad_configuration else 1)
+
+
+FULL = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+}
+# What torch and the system's loader say when there is no memory, and Python of a thread
+WITHOUT_MEMORY = (
+    "not enough memory", "can't allocate memory", "cannot allocate memory", "out of memory",
+    "failed to map segment", "can't start new thread", "bad_alloc",
+    "resource temporarily unavailable",
+)  # fmt: skip
+
+
+def _exhausted(error: Exception) -> str | None:
+    """What ran out and what to do, for errors that say so: disk, file size, files, memory."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"{error}; {FULL[error.errno]} and run the same command again"
+    if "too many open files" in text.lower():  # torch and gloo say so in RuntimeErrors
+        return f"{text}; raise ulimit -n, to 1024 or more, and run the same command again"
+    if _without_memory(error):
+        return f"{stop.NO_MEMORY} ({text})"
+    return None
+
+
+def _without_memory(error: Exception) -> bool:
+    """Whether memory, or a thread's stack, was refused."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, (RuntimeError, ImportError)) and any(
+        words in str(error).lower() for words in WITHOUT_MEMORY
+    )
+
+
+def _flush_output() -> None:
+    """Write what is printed; what is lost is an error here, and none at the interpreter's end."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        error.strerror = f"standard output: {error.strerror}"
+        raise
 
 
 def _quiet_libraries() -> None:
@@ -122,9 +180,15 @@ def pretrain(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build one rank of the job without memory; report.")
     ] = False,
-    world_size: Annotated[int, typer.Option(min=1, help="Of the job, with --dry-run.")] = 1,
-    rank: Annotated[int, typer.Option(min=0, help="Which one, with --dry-run.")] = 0,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Ranks a node, with --dry-run.")] = 8,
+    world_size: Annotated[
+        int, typer.Option(min=1, max=bounds.TRACED_RANKS, help="Of the job, with --dry-run.")
+    ] = 1,
+    rank: Annotated[
+        int, typer.Option(min=0, max=bounds.TRACED_RANKS - 1, help="Which one, with --dry-run.")
+    ] = 0,
+    gpus_per_node: Annotated[
+        int, typer.Option(min=1, max=bounds.RANKS_PER_NODE, help="Ranks a node, with --dry-run.")
+    ] = 8,
 ) -> None:
     """Train, or go on training. Fields are overridden by --section.field VALUE.
 
@@ -132,8 +196,7 @@ def pretrain(
     """
     from pretrain.config import ConfigError, load_config
 
-    if not dry_run:
-        stop.listen()
+    stop.listen()
     loaded = load_config(config, context.args)
     if dry_run:
         loaded.data_parallel(world_size)
@@ -204,8 +267,8 @@ def bad_nodes(context: typer.Context, config: Path) -> None:
 def nodes(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML file.")],
-    of: Annotated[int, typer.Option(min=1, help="How many there are.")],
-    tasks_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    of: Annotated[int, typer.Option(min=1, max=bounds.NODES, help="How many there are.")],
+    tasks_per_node: Annotated[int, typer.Option(min=1, max=bounds.RANKS_PER_NODE)] = 8,
 ) -> None:
     """How many of the nodes granted to a job its layout can use.
 
@@ -221,9 +284,14 @@ def estimate(
     context: typer.Context,
     config: Annotated[Path, typer.Argument(help="TOML file.")],
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="Of the job [as many as one model replica needs].")
+        int | None,
+        typer.Option(
+            min=1, max=bounds.NODES, help="Of the job [as many as one model replica needs]."
+        ),
     ] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="[8]")] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, max=bounds.RANKS_PER_NODE, help="[8]")
+    ] = None,
     gpu_memory: Annotated[str, typer.Option(help="Of one GPU, e.g. 80GiB.")] = "80GiB",
     gpu: Annotated[
         Literal["a100", "h100", "h200", "b200"], typer.Option(help="Whose peaks bound the time.")
@@ -253,7 +321,9 @@ def prepare(
         str, typer.Option(help="New folder for train/ and validation/ shards, or a URL (s3://...).")
     ],
     tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, or a folder that holds one.")],
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens a sequence.")] = 1024,
+    seq_len: Annotated[
+        int, typer.Option(min=1, max=bounds.LENGTH, help="Tokens a sequence.")
+    ] = 1024,
     packing: Annotated[
         Literal["best_fit", "concat"], typer.Option(help="How documents fill sequences.")
     ] = "best_fit",
@@ -264,12 +334,16 @@ def prepare(
     end_of_text: Annotated[
         str | None, typer.Option(help="Token that ends every document [as the tokenizer has it].")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the train/validation split.")] = 1234,
+    seed: Annotated[
+        int, typer.Option(min=0, max=bounds.SEED, help="Of the train/validation split.")
+    ] = 1234,
     format: Annotated[Literal["mds", "webdataset"], typer.Option(help="Of the shards.")] = "mds",
     compression: Annotated[
         Literal["none", "zstd"], typer.Option(help="Of the shards; readers keep them unpacked.")
     ] = "none",
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, max=bounds.RANKS_PER_NODE, help="Processes; 0: one a core.")
+    ] = 0,
     shard: Annotated[
         str, typer.Option(help="i/n: do the i-th of n shares of the work, for a job array.")
     ] = "",
@@ -322,7 +396,7 @@ def prepare(
 def _share(text: str) -> tuple[int, int]:
     """(i, n) of "i/n"; all of it where nothing is said."""
     parts = (text or "1/1").split("/")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+    if len(parts) != 2 or not all(part.isdecimal() and len(part) < 7 for part in parts):
         raise typer.BadParameter(f"--shard {text!r}: write i/n, for example 3/16")
     return int(parts[0]), int(parts[1])
 
@@ -331,7 +405,7 @@ def _share(text: str) -> tuple[int, int]:
 def tokenizer_train(
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="Where tokenizer.json goes.")],
-    vocab_size: Annotated[int, typer.Option(min=258)] = 8192,
+    vocab_size: Annotated[int, typer.Option(min=258, max=bounds.VOCABULARY)] = 8192,
     text_field: Annotated[str, typer.Option(help="Field of jsonl records.")] = "text",
 ) -> None:
     """Train a byte-level BPE on text."""
@@ -384,11 +458,17 @@ def data_verify(
 def generate(
     model: Annotated[Path, typer.Argument(help="Folder of an exported model.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Keep the k likeliest; 0: all.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=bounds.LENGTH)] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=bounds.LARGEST, help="0 takes the likeliest token.")
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option(min=0, max=bounds.VOCABULARY, help="Keep the k likeliest; 0: all.")
+    ] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest of this total mass.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=bounds.SEED, help="Of the sampling.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Continue a prompt with an exported model, one process."""
@@ -469,8 +549,10 @@ def doctor(
     layout: Annotated[
         Path | None, typer.Option(help="Instead, show which rank does what under this TOML file.")
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Of the job, with --layout.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Ranks a node, with --layout.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, max=4_096, help="Of the job, with --layout.")] = 1,
+    gpus_per_node: Annotated[
+        int, typer.Option(min=1, max=bounds.RANKS_PER_NODE, help="Ranks a node, with --layout.")
+    ] = 8,
 ) -> None:
     """Check this machine: versions, devices, name clashes, disk, memory, compilers, network.
 

@@ -5,7 +5,8 @@ import json
 import logging
 import math
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -67,17 +68,16 @@ class MetricsWriter:
         trackers: Sequence[Tracker] = (),
     ) -> None:
         self.every, self.trackers = every, trackers
+        self._lost: set[str] = set()  # of TensorBoard and trackers
         path = run_dir / "metrics.jsonl"
         kept = _entries_before(path, first_step)
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         temporary.rename(path)
         self.file: TextIO = path.open("a")
-        self.tensorboard = (
-            SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-            if tensorboard
-            else None
-        )
+        self.tensorboard: SummaryWriter | None = None
+        if tensorboard:
+            self._spare_the_run("TensorBoard", lambda: self._open_tensorboard(run_dir, first_step))
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -98,12 +98,9 @@ class MetricsWriter:
         self.file.write(json.dumps(metrics, allow_nan=False) + "\n")
         self.file.flush()
         step = metrics["step"]
-        if self.tensorboard is not None:
-            for name, value in metrics.items():
-                if (tag := _tag(name)) and value is not None:
-                    self.tensorboard.add_scalar(tag, value, step)
+        self._spare_the_run("TensorBoard", lambda: self._add_scalars(metrics))
         for tracker in self.trackers:
-            tracker.write(metrics)
+            self._spare_the_run(type(tracker).__name__, partial(tracker.write, metrics))
         line = _line(metrics)
         self.progress.update(self.task, completed=step, description=line)
         if step % self.every == 0 or "validation_loss" in metrics:
@@ -111,15 +108,37 @@ class MetricsWriter:
 
     def text(self, tag: str, text: str, step: int) -> None:
         """A note in TensorBoard, as Markdown."""
-        if self.tensorboard is not None:
-            self.tensorboard.add_text(tag, text, step)
+        if (board := self.tensorboard) is not None:
+            self._spare_the_run("TensorBoard", lambda: board.add_text(tag, text, step))
 
     def close(self) -> None:
         """Flush and release; the live line stays as it is."""
         self.progress.stop()
         self.file.close()
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            self._spare_the_run("TensorBoard", self.tensorboard.close)
+
+    def _open_tensorboard(self, run_dir: Path, first_step: int) -> None:
+        folder = str(run_dir / "tensorboard")
+        self.tensorboard = SummaryWriter(folder, purge_step=first_step + 1)
+
+    def _add_scalars(self, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            if self.tensorboard is not None and (tag := _tag(name)) and value is not None:
+                self.tensorboard.add_scalar(tag, value, metrics["step"])
+
+    def _spare_the_run(self, name: str, action: Callable[[], None]) -> None:
+        """Do what only `name` suffers from: its first failure is reported and ends it."""
+        if name in self._lost:
+            return
+        try:
+            action()
+        except (OSError, RuntimeError, ValueError) as error:
+            self._lost.add(name)
+            log.warning(
+                "%s cannot be written (%s): training goes on; metrics.jsonl has every step",
+                *(name, error),
+            )
 
 
 def _finite(value: Any) -> bool:

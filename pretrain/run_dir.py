@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
@@ -63,6 +63,7 @@ def _add_handlers(path: Path, console: bool) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     file = logging.FileHandler(path)
+    file.handleError = _report_once(str(path))  # type: ignore[method-assign,assignment]
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
     if console:
@@ -73,7 +74,22 @@ def _add_handlers(path: Path, console: bool) -> None:
         else:
             plain = logging.StreamHandler(sys.stderr)
             plain.setFormatter(logging.Formatter("%(message)s"))
+            plain.handleError = _report_once("standard error")  # type: ignore[method-assign,assignment]
             log.addHandler(plain)
+
+
+def _report_once(place: str) -> Callable[[logging.LogRecord], None]:
+    """A handler's answer to an error in writing `place`: the run goes on, and says so once, in the
+    logs that can be written."""
+    reported = False
+
+    def report(_: logging.LogRecord) -> None:
+        nonlocal reported
+        if not reported:
+            reported = True
+            log.warning("%s cannot be written (%s): the run goes on", place, sys.exc_info()[1])
+
+    return report
 
 
 def _record_environment(path: Path, world_size: int) -> None:
