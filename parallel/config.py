@@ -105,8 +105,8 @@ class ModelConfig(Section):
         if not isinstance(kind, str) or kind not in ROPE_SCALING_KEYS:
             raise ValueError(
                 f"model.rope_scaling has rope_type={printed(kind)}; use linear, yarn or llama3 "
-                "(dynamic depends on the longest position of a batch, so it cannot be reproduced when "
-                "documents are packed), or leave rope_scaling empty"
+                "(dynamic depends on the longest position of a batch, so it cannot be reproduced "
+                "when documents are packed), or leave rope_scaling empty"
             )
         required, optional = ROPE_SCALING_KEYS[kind]
         if missing := sorted(required - scaling.keys()):

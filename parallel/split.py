@@ -1,6 +1,5 @@
 """Which layers a pipeline stage holds: contiguous, the slowest stage as fast as can be."""
 
-import math
 from collections.abc import Callable
 
 from parallel.config import ModelConfig, ParallelConfig
