@@ -185,6 +185,7 @@ def installed() -> dict[str, str]:
         "data_pipeline",
         "checkpoints_tools",
         "slurm",
+        "untrusted",
     ):
         for path in sorted((root / folder).rglob("*.py")):
             digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())

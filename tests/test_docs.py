@@ -19,7 +19,9 @@ from tests.tiny import tiny_config, write_text
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PACKAGES = ("pretrain", "parallel", "kernels", "data_pipeline", "checkpoints_tools", "slurm")
+PACKAGES = (
+    "pretrain", "parallel", "kernels", "data_pipeline", "checkpoints_tools", "slurm", "untrusted",
+)  # fmt: skip
 # Run by other tests: of a cluster, of a GPU host, of minutes; and by whoever makes the environment
 ELSEWHERE = {
     # with tasks of its own: the harness's are downloaded

@@ -53,7 +53,7 @@ def test_rivals_are_as_large(
 
 def test_what_cannot_be_as_large() -> None:
     model = ModelConfig(state_dim=256, intermediate_size=8, num_layers=8)
-    thick = Rival("thick", "hybrid", "none", conv_width=40_000)
+    thick = Rival("thick", "hybrid", "none", conv_width=256)
     with pytest.raises(ValueError, match="no feed-forward is left of it"):
         rival_model(thick, model)
 

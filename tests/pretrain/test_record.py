@@ -25,7 +25,7 @@ RUNNING: dict[str, Any] = {
 
 
 def remove_tensorboard(run_dir: Path) -> None:
-    shutil.rmtree(run_dir / "tensorboard")
+    shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)  # it may be written to meanwhile
 
 
 def bad_tensorboard(run_dir: Path) -> None:

@@ -10,7 +10,9 @@ from benchmarks.slurm_cluster import Cluster
 from tests.pretrain.command import read_metrics, write_config
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("pretrain", "parallel", "kernels", "data_pipeline", "checkpoints_tools", "slurm")
+PACKAGES = (
+    "pretrain", "parallel", "kernels", "data_pipeline", "checkpoints_tools", "slurm", "untrusted",
+)  # fmt: skip
 SECONDS = 60  # of a job, on a machine that runs two at a time
 
 
