@@ -4,25 +4,44 @@ Handles signals before anything else is imported, which takes seconds. What the 
 before its first line of ours stays with the system's defaults.
 """
 
+import contextlib
 import os
+import signal
 import sys
 
-from pretrain import stop
-
+REQUEUE = 85  # of pretrain.stop, which is imported later
 LISTENING = ("pretrain", "preflight", "evaluate")  # as ranks of jobs
 
 
 def main() -> None:
-    """Run the command; Ctrl-C is one line and exit code 130."""
-    if sys.argv[1:2] and sys.argv[1] in LISTENING:
-        stop.listen()
+    """Run the command; a signal that ends it is one line and an exit code of `pretrain.stop`."""
+    signal.signal(signal.SIGINT, _interrupted)
+    listens = sys.argv[1:2] and sys.argv[1] in LISTENING
     try:
-        from pretrain.cli import main as command
+        if listens:
+            signal.signal(signal.SIGTERM, _interrupted)
+            signal.signal(signal.SIGUSR1, _interrupted)
+            from pretrain import stop
 
+            stop.listen()
+        from pretrain.cli import main as command
+    except (MemoryError, RuntimeError, OSError) as error:  # of memory, threads, files
+        limits = "raise the limits of memory, files and processes (ulimit -v, -n, -u)"
+        os.write(2, f"error: cannot start ({error or 'out of memory'}); {limits}\n".encode())
+        os._exit(1)
+    try:
+        if not listens:  # from here on, commands may clean up first
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         command()
     except KeyboardInterrupt:
-        os.write(2, b"interrupted\n")
-        os._exit(130)
+        _interrupted(signal.SIGINT, None)
+
+
+def _interrupted(number: int, _: object) -> None:
+    """End at once."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(REQUEUE if number == signal.SIGUSR1 else 128 + number)
 
 
 if __name__ == "__main__":

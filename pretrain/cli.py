@@ -72,6 +72,10 @@ def main() -> None:
             _fail(error, started)
         except MemoryError:
             stop.end_without_memory()
+        except (OSError, ImportError) as second:  # not even our own modules can be read
+            with contextlib.suppress(OSError):
+                os.write(2, f"error: {_exhausted(second) or second}\n".encode())
+            os._exit(1)
 
 
 def _fail(error: Exception, started: float) -> NoReturn:
@@ -137,7 +141,8 @@ def _exhausted(error: Exception) -> str | None:
     text = " ".join(str(error).split())[:300]
     if isinstance(error, OSError) and error.errno in FULL:
         return f"{error}; {FULL[error.errno]} and run the same command again"
-    if "too many open files" in text.lower():  # torch and gloo say so in RuntimeErrors
+    # torch and gloo say so in RuntimeErrors
+    if any(words in text.lower() for words in ("too many open files", "init uv loop")):
         return f"{text}; raise ulimit -n, to 1024 or more, and run the same command again"
     if _without_memory(error):
         return f"{stop.NO_MEMORY} ({text})"
@@ -146,9 +151,9 @@ def _exhausted(error: Exception) -> str | None:
 
 def _without_memory(error: Exception) -> bool:
     """Whether memory, or a thread's stack, was refused."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:  # ctypes sets none
         return error.errno == errno.ENOMEM
-    return isinstance(error, (RuntimeError, ImportError)) and any(
+    return isinstance(error, (RuntimeError, ImportError, OSError)) and any(
         words in str(error).lower() for words in WITHOUT_MEMORY
     )
 

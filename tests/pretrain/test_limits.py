@@ -142,6 +142,25 @@ def test_options_have_bounds(command: str) -> None:
     assert "Invalid value for '--" in result.output
 
 
+def test_without_memory_for_its_first_lines() -> None:
+    """No thread for signals: one sentence."""
+    import subprocess
+    import sys
+
+    script = (
+        "from pretrain import __main__, stop\n"
+        "def listen(): raise RuntimeError('cannot start new thread')\n"
+        "stop.listen = listen\n"
+        "__main__.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "pretrain", "none"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "cannot start new thread" in paragraph(done.stderr)
+    assert "ulimit -v" in paragraph(done.stderr)
+
+
 # -- the machine's memory ------------------------------------------------------------------------
 
 CPU = torch.device("cpu")
@@ -225,7 +244,9 @@ def test_thread_that_cannot_begin_ends_the_run_with_a_sentence(
         (MemoryError(), "out of memory"),
         (RuntimeError("can't start new thread"), "out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"), "out of memory"),
+        (OSError("libgomp.so.1: failed to map segment from shared object"), "out of memory"),
         (OSError(24, "Too many open files"), "ulimit -n"),
+        (RuntimeError("Failed to init uv loop"), "ulimit -n"),
         (OSError(27, "File too large"), "ulimit -f"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
@@ -233,6 +254,27 @@ def test_thread_that_cannot_begin_ends_the_run_with_a_sentence(
 def test_exhausted_resources_are_one_sentence(
     error: Exception, says: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert says in reported(error, capfd, monkeypatch)
+
+
+def test_no_file_left_for_the_modules_of_a_report(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pretrain import cli
+
+    error = OSError(24, "Too many open files")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_fail", fail)
+    assert "ulimit -n" in reported(error, capfd, monkeypatch)
+
+
+def reported(
+    error: Exception, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """What the command says of an error, and ends with 1."""
     import sys
 
     from pretrain import cli, stop
@@ -251,4 +293,4 @@ def test_exhausted_resources_are_one_sentence(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1
-    assert says in paragraph(capfd.readouterr().err)
+    return paragraph(capfd.readouterr().err)

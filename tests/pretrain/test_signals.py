@@ -62,6 +62,41 @@ def test_signals_of_the_first_seconds_end_as_those_later(tiny_data: Path, tmp_pa
         assert f"stopped by {number.name}" in stderr
 
 
+SIGNALLED_ITSELF = """
+import importlib.abc, os, sys
+module, number = sys.argv[1], int(sys.argv[2])
+
+class Signals(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == module:
+            os.kill(os.getpid(), number)
+
+sys.meta_path.insert(0, Signals())
+from pretrain import __main__ as entry
+sys.argv[1:] = sys.argv[3:]
+entry.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "number", "command", "code"),
+    [
+        ("pretrain.stop", signal.SIGTERM, "pretrain", 143),
+        ("pretrain.stop", signal.SIGUSR1, "evaluate", stop.REQUEUE),
+        ("pretrain.stop", signal.SIGINT, "preflight", 130),
+        ("typer", signal.SIGINT, "nodes", 130),
+    ],
+)
+def test_signals_while_the_handlers_own_module_is_imported(
+    module: str, number: int, command: str, code: int
+) -> None:
+    words = [sys.executable, "-c", SIGNALLED_ITSELF, module, str(int(number)), command, "none"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS_TO_END)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(f"stopped by {signal.Signals(number).name}")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "number"),
     [(["preflight", "none.toml"], signal.SIGUSR1), (["evaluate", "none"], signal.SIGTERM)],
