@@ -2,9 +2,15 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from urllib.parse import unquote
 
 HIDDEN = "***"
-_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s?#'\"]*@")
+# up to the last "@" of the host part; after a colon that is no port, up to the last "@" of all,
+# since keys of object stores have slashes
+_USER = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)"
+    r'(?P<user>[^/\s?#"]*|[^/\s?#":@]*:(?!\d{1,5}(?:[/?#]|$))[^\s"]*)@'
+)
 _WORDS = (
     r"(?:[A-Za-z0-9]*[-_.])*"
     r"(?:password|passwd|pwd|secret|token|jwt|credentials?|signature|sig|sas|auth|authorization|"
@@ -12,7 +18,14 @@ _WORDS = (
     r"(?:[-_.]?[0-9]+)?"
 )
 _SECRET_NAME = re.compile(_WORDS, re.IGNORECASE)
-_PARAMETER = re.compile(rf"(?P<name>[?&;]{_WORDS}=)[^&\s'\"#]*", re.IGNORECASE)
+_PARAMETER = re.compile(  # rather too many than too few
+    r"(?P<name>[?&;#][^=&;#\s\"]*(?:key|secret|token|pass|pwd|sig|cred|auth|jwt|sas)[^=&;#\s\"]*=)"
+    r'(?P<value>[^&\s"#]*)',
+    re.IGNORECASE,
+)
+
+_LEAST, _LEAST_OF_NAME = 6, 16  # letters of what is hidden outside of URLs; shorter ones are words
+_known: set[str] = set()
 
 
 def is_secret_name(name: str) -> bool:
@@ -26,6 +39,32 @@ def redact(text: str) -> str:
     if "://" not in text:
         return text
     return _PARAMETER.sub(rf"\g<name>{HIDDEN}", _USER.sub(rf"\g<scheme>{HIDDEN}@", text))
+
+
+def remember(text: str) -> None:
+    """Note the credentials of the URLs in `text`, so that `redact_message` hides them alone, too.
+
+    Libraries report URLs in parts, and decoded.
+    """
+    for match in _USER.finditer(text) if "://" in text else ():
+        user, colon, password = match["user"].partition(":")
+        _note(password if colon else user, _LEAST if colon else _LEAST_OF_NAME)
+    for match in _PARAMETER.finditer(text):
+        _note(match["value"], _LEAST)
+
+
+def _note(secret: str, least: int) -> None:
+    if len(secret) >= least and secret != HIDDEN and len(_known) < 1000:
+        _known.update((secret, unquote(secret)))
+
+
+def redact_message(text: str) -> str:
+    """Return `text` redacted, also of the credentials that `remember` has noted."""
+    remember(text)
+    text = _PARAMETER.sub(rf"\g<name>{HIDDEN}", redact(text))  # also of a URL's end alone
+    for secret in sorted(_known, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return text
 
 
 def redact_arguments(arguments: Iterable[str]) -> list[str]:

@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from untrusted.secrets import is_secret_name, redact, redact_arguments, redact_variables
+from untrusted.secrets import (
+    is_secret_name,
+    redact,
+    redact_arguments,
+    redact_message,
+    redact_variables,
+)
 from untrusted.text import printable, printable_lines
 
 
@@ -31,10 +37,25 @@ def test_escapes_stay_readable() -> None:
         ("http://h/x?y=1&sig=hunter2#f", "http://h/x?y=1&sig=***#f"),
         ("http://h/x?access_key=hunter2 and more", "http://h/x?access_key=*** and more"),
         ("a file http://h/x@y/z", "a file http://h/x@y/z"),
+        ("http://h:8080/x@y", "http://h:8080/x@y"),
+        ("s3://AKIA:hunter/2+@bucket/x", "s3://***@bucket/x"),
+        ("sftp://u:hunter2?#@h:22/x and ftp://a:hunter2@b", "sftp://***@h:22/x and ftp://***@b"),
+        ("simplecache::s3://k:hunter2@b", "simplecache::s3://***@b"),
+        (
+            "http://h/?my_secret_key_2=hunter2;AWSAccessKeyId=hunter2",
+            "http://h/?my_secret_key_2=***",
+        ),
     ],
 )
 def test_credentials_in_urls_are_hidden(text: str, hidden: str) -> None:
     assert redact(text) == hidden
+
+
+def test_credentials_alone_are_hidden_from_messages() -> None:
+    message = "sftp://me:open%2Fsesame@host/x: no answer from me:open/sesame@host, port 22"
+    assert redact_message(message) == "sftp://***@host/x: no answer from me:***@host, port 22"
+    assert redact_message("GET /x?y=1&sig=sesame22") == "GET /x?y=1&sig=***"
+    assert redact_message("https://me@host/x: me and host") == "https://***@host/x: me and host"
 
 
 def test_secret_names() -> None:
