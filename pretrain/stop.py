@@ -169,7 +169,9 @@ def seconds_left(job_id: str) -> float | None:
     import subprocess
 
     words = ["squeue", "--noheader", "--jobs", job_id, "--format", "%L"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(
+        words, capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=True
+    )
     return parse_time(done.stdout)
 
 

@@ -1,6 +1,9 @@
 """The commands about jobs: submit, runs, status, logs, cancel. They parse and print."""
 
+import codecs
+import io
 import json
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -12,7 +15,8 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
-from pretrain.console import whole_console
+from pretrain.console import shown, whole_console
+from untrusted.text import printable, printable_lines
 
 if TYPE_CHECKING:
     from slurm.runs import RunStatus
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
 Run = Annotated[Path, typer.Argument(help="A run directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 WATCH_SECONDS = 2.0
+LONGEST = 1e10  # seconds that are shown
+LOG_BLOCK = 1 << 20  # bytes
 ENDED = ("finished", "failed", "stopped")
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -54,7 +60,8 @@ def submit(
     """
     from pretrain.config import load_config
     from slurm.cluster import load_cluster
-    from slurm.submit import NODE_LOCAL, Request, check, job_script, missing_paths
+    from slurm.script import Request, job_script
+    from slurm.submit import NODE_LOCAL, check, missing_paths
     from slurm.submit import submit as run
 
     loaded, cluster = load_config(config, context.args), load_cluster()
@@ -74,19 +81,19 @@ def submit(
         array=array,
         elastic=elastic,
     )
-    run_dir = Path(loaded.logging.run_dir).resolve()
     check(loaded, request, cluster)
+    run_dir = Path(loaded.logging.run_dir).resolve()
     if request.most_nodes > 1 and str(run_dir).startswith(NODE_LOCAL):
-        print(f"warning: {run_dir} lies where nodes have disks of their own", file=sys.stderr)
+        _warn(f"{run_dir} lies where nodes have disks of their own")
     if dry_run:
         for missing in missing_paths(loaded):
-            print(f"warning: {missing}", file=sys.stderr)
+            _warn(missing)
         print(job_script(request, cluster, run_dir), end="")
         return
     job_id = run(loaded, request, cluster)
     print(f"job {job_id}: {run_dir / 'job.sbatch'}")
     for word in ("status", "logs -f", "cancel"):
-        print(f"  transxssm {word} {loaded.logging.run_dir}")
+        print(f"  transxssm {word} {shlex.quote(loaded.logging.run_dir)}")
 
 
 def runs(
@@ -97,21 +104,33 @@ def runs(
     from slurm.jobs import known_jobs
     from slurm.runs import find_runs, run_status
 
-    jobs = known_jobs()
-    found = [run_status(run_dir, jobs) for run_dir in find_runs(folder)]
+    jobs, found = known_jobs(), []
+    for run_dir in find_runs(folder):
+        try:
+            found.append(run_status(run_dir, jobs))
+        except Exception as error:  # whatever is wrong with one run must not hide the others
+            _warn(f"{run_dir} is left out: {error}")
+        else:
+            _warn(*found[-1].damaged)
     if json_output:
         print(json.dumps([asdict(status) for status in found]))
         return
     table = Table("run", "job", "state", "step", "loss", "tokens/s", "starts", "left", "limit")
     for status in found:
-        table.add_row(
+        row = (
             status.run_dir, status.job_id or "", status.state,
             f"{status.step:,} of {status.total_steps:,}",
             "" if status.loss is None else f"{status.loss:.4f}",
             "" if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}",
             str(status.starts), _duration(status.seconds_left), status.job_time_left,
         )  # fmt: skip
+        table.add_row(*map(printable, row))
     whole_console().print(table)
+
+
+def _warn(*sentences: str) -> None:
+    for sentence in sentences:
+        print(f"warning: {shown(sentence)}", file=sys.stderr)
 
 
 def status(
@@ -143,10 +162,13 @@ def _status_table(found: "RunStatus") -> Table:
     fields = asdict(found) | {
         "seconds_left": _duration(found.seconds_left),
         "recent_losses": _sparkline(found.recent_losses),
+        "damaged": "\n".join(found.damaged),
     }
     for name, value in fields.items():
         if value not in (None, ""):
-            table.add_row(name.replace("seconds_left", "left").replace("_", " "), str(value))
+            table.add_row(
+                name.replace("seconds_left", "left").replace("_", " "), printable_lines(str(value))
+            )
     return table
 
 
@@ -166,35 +188,44 @@ def logs(
 ) -> None:
     """Print what the run's newest job, or one rank, has written."""
     from pretrain.config import ConfigError
+    from untrusted.files import open_regular
 
     def newest() -> Path:
         found = [run / f"logs/rank-{rank}.log"] if rank is not None else list(run.glob("job-*.log"))
-        found = [path for path in found if path.exists()]
+        found = [path for path in found if path.is_file()]
         if not found:
             raise ConfigError(f"{run}: nothing is logged yet; see transxssm status {run}")
         return max(found, key=lambda path: path.stat().st_mtime)
 
-    path, at = newest(), 0
+    path, at, decoder = newest(), 0, _decoder()
     while True:
-        with path.open("rb") as file:
+        with open_regular(path, follow_link=True) as file:
             file.seek(at)
-            sys.stdout.buffer.write(file.read())
+            while block := file.read(LOG_BLOCK):
+                text = printable_lines(decoder.decode(block))
+                sys.stdout.buffer.write(text.encode())
             sys.stdout.flush()
             at = file.tell()
         if not follow:
             return
         time.sleep(0.5)
         if (latest := newest()) != path:
-            path, at = latest, 0
+            path, at, decoder = latest, 0, _decoder()
+
+
+def _decoder() -> io.IncrementalNewlineDecoder:
+    """Of bytes that may not be UTF-8, with any line ends; keeps a letter that is not whole yet."""
+    return io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), True)
 
 
 def cancel(run: Run) -> None:
     """Cancel a run's jobs. What is saved stays; `submit` goes on from it."""
     from pretrain.config import ConfigError
-    from slurm.jobs import active_jobs, job_ids, slurm
+    from slurm.jobs import JobLog, active_jobs, slurm
 
-    jobs = active_jobs()
-    found = [job_id for job_id in job_ids(run) if job_id in jobs]
+    record, jobs = JobLog(run), active_jobs()
+    _warn(*record.faults)
+    found = [job_id for job_id in record.job_ids if job_id in jobs]
     if not found:
         raise ConfigError(f"{run}: no job of it waits or runs")
     slurm("scancel", *found)
@@ -202,4 +233,6 @@ def cancel(run: Run) -> None:
 
 
 def _duration(seconds: float | None) -> str:
-    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
+    if seconds is None or seconds > LONGEST:
+        return "" if seconds is None else "centuries"
+    return str(timedelta(seconds=round(seconds)))

@@ -10,7 +10,9 @@ from pydantic import Field, ValidationError
 
 from parallel.config import Section
 from pretrain.config import ConfigError
+from untrusted.files import read_regular
 
+MAX_BYTES = 1 << 20
 PLACES = ("cluster.toml", "~/.config/transxssm/cluster.toml")
 
 
@@ -31,7 +33,7 @@ class ClusterConfig(Section):
     sbatch: list[str] = Field(default=[])
     """Further options of sbatch, e.g. "--exclusive"."""
     environment: dict[str, str] = Field(default={})
-    """Exported in the job, e.g. NCCL_IB_HCA = "mlx5"."""
+    """Exported in the job, e.g. NCCL_IB_HCA = "mlx5". Its values are in no file of the run."""
 
 
 def load_cluster() -> ClusterConfig:
@@ -41,21 +43,34 @@ def load_cluster() -> ClusterConfig:
     """
     named = os.environ.get("TRANSXSSM_CLUSTER")
     places = [Path(named)] if named else [Path(place).expanduser() for place in PLACES]
-    path = next((place for place in places if named or place.exists()), None)
-    if path is None:
-        return ClusterConfig()
+    for path in places:
+        try:
+            content = read_regular(path, MAX_BYTES, follow_link=True)
+        except FileNotFoundError as error:
+            if named:
+                raise ConfigError(f"TRANSXSSM_CLUSTER: there is no file {path}") from error
+            continue
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"cannot read the cluster's defaults {path}: {reason}") from error
+        return parse_cluster(content, path)
+    return ClusterConfig()
+
+
+def parse_cluster(content: bytes, path: Path) -> ClusterConfig:
+    """The defaults in a file's content. Raises ConfigError."""
     try:
-        return ClusterConfig.model_validate(tomllib.loads(path.read_text()))
-    except OSError as error:
-        raise ConfigError(f"TRANSXSSM_CLUSTER: cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return ClusterConfig.model_validate(tomllib.loads(content.decode()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     except ValidationError as error:
-        raise ConfigError(f"{path}: {'; '.join(map(_explain, error.errors()))}") from error
+        raise ConfigError(f"{path}: {'; '.join(map(_explain, error.errors()))}") from None
 
 
 def _explain(error: Any) -> str:
     name = ".".join(str(part) for part in error["loc"])
+    if name.startswith("environment"):  # whose values may be secrets
+        return f"{name}: {error['msg'][0].lower()}{error['msg'][1:]}"
     if error["type"] == "extra_forbidden":
         (near,) = difflib.get_close_matches(name, list(ClusterConfig.model_fields), 1, cutoff=0.0)
         return f"unknown field {name}; the nearest valid name is {near}"

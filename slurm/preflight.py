@@ -33,6 +33,7 @@ from parallel.launch import Launch, host_name
 from pretrain import stop
 from pretrain.config import Config
 from pretrain.run_dir import git_revision, package_versions
+from untrusted.text import printable
 
 BAD_NODES = 86
 """Exit code: nodes are named in RUN/preflight.json; start again without them."""
@@ -287,8 +288,9 @@ def _gpu_faults(launch: Launch, device: torch.device) -> list[str]:
     words = ["nvidia-smi", f"--id={launch.local_rank}", f"--query-gpu={','.join(GPU_QUERY)}"]
     try:
         done = subprocess.run(
-            [*words, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=60
-        )
+            [*words, "--format=csv,noheader,nounits"],
+            capture_output=True, encoding="utf-8", errors="replace", timeout=60,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         return [f"nvidia-smi: {error}"]
     if done.returncode:
@@ -299,7 +301,12 @@ def _gpu_faults(launch: Launch, device: torch.device) -> list[str]:
 def gpu_faults(text: str) -> list[str]:
     """Of lines of GPU_QUERY."""
     found = []
-    for index, errors, slowdown, used in csv.reader(text.splitlines(), skipinitialspace=True):
+    for line in filter(str.strip, text.splitlines()):
+        values = next(csv.reader([line], skipinitialspace=True))
+        if len(values) != len(GPU_QUERY):
+            found.append(f"nvidia-smi: {printable(line)[:200]}")
+            continue
+        index, errors, slowdown, used = values
         if errors.isdecimal() and int(errors):
             found.append(f"GPU {index}: {errors} memory errors that could not be corrected")
         if slowdown == "Active":

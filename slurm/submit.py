@@ -1,62 +1,34 @@
 """`transxssm submit`: a configuration and a request, checked, as a job script in the run directory.
 
 The script is slurm/pretrain.sbatch with the request's #SBATCH lines and the run's configuration
-written into it: it can be read, changed and submitted again by hand.
+written into it: it can be read, changed and submitted again by hand. What may be secret travels in
+the environment of sbatch, which Slurm hands to the job and to each of its starts: the variables of
+cluster.toml, and credentials in the URLs of the configuration.
 """
 
+import os
 import re
 import shlex
-import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.config import Config, ConfigError, dump_config
+from pretrain.config import Config, ConfigError
+from pretrain.console import shown
+from pretrain.credentials import check_credentials, dump_recorded, environment_of_job
 from pretrain.estimate import Job, estimate, parse_memory
 from pretrain.estimate_report import check_fits
 from slurm.cluster import ClusterConfig
-from slurm.jobs import WAITING_OR_RUNNING, active_jobs, job_ids, remember, slurm
+from slurm.jobs import WAITING_OR_RUNNING, JobLog, active_jobs, read_job_id, slurm
+from slurm.script import Request, check_values, job_script
 
-SCRIPT = Path(__file__).with_name("pretrain.sbatch")
-OWN_LINES = "#SBATCH"
 NODE_LOCAL = ("/tmp/", "/dev/shm/", "/var/tmp/")
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a job asks of Slurm. Empty and 0: nothing."""
-
-    nodes: str
-    """A number, or MIN-MAX with `elastic`."""
-    tasks_per_node: int
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
-    time: str = ""
-    gpus_per_node: int = 0
-    cpus_per_task: int = 0
-    exclude: str = ""
-    after: str = ""
-    """A job that has to end first, however it ends."""
-    array: int = 0
-    """Jobs one after the other, each going on where the one before ended, instead of requeueing."""
-    elastic: bool = False
-
-    @property
-    def most_nodes(self) -> int:
-        """That Slurm may grant."""
-        return int(self.nodes.rpartition("-")[2])
-
-    @property
-    def fewest_nodes(self) -> int:
-        """That Slurm may grant."""
-        return int(self.nodes.partition("-")[0])
-
-
 def check(config: Config, request: Request, cluster: ClusterConfig) -> None:
-    """Raises ConfigError for what cannot run anywhere, naming the field or option."""
-    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", request.nodes):
+    """Raises ConfigError for what cannot run anywhere, naming the field or option, and SlurmError
+    for what a job script cannot hold."""
+    check_values(request, cluster, config.logging.run_dir)
+    if not re.fullmatch(r"[1-9][0-9]{0,8}(-[1-9][0-9]{0,8})?", request.nodes):
         raise ConfigError(f"--nodes {request.nodes}: write a number, or MIN-MAX with --elastic")
     if request.fewest_nodes > request.most_nodes:
         raise ConfigError(f"--nodes {request.nodes}: the first number is the smaller one")
@@ -112,7 +84,7 @@ def seconds(text: str) -> float | None:
     None for no limit. Raises ConfigError."""
     if text in ("", "0", "UNLIMITED", "INFINITE"):
         return None
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    match = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?", text)
     if match is None:
         raise ConfigError(f"--time {text}: write minutes, hours:minutes:seconds or days-hours")
     days, first, second, third = (int(part) if part else 0 for part in match.groups())
@@ -123,57 +95,43 @@ def seconds(text: str) -> float | None:
     return float(60 * first + second)
 
 
-def job_script(request: Request, cluster: ClusterConfig, run_dir: Path) -> str:
-    """slurm/pretrain.sbatch for this request and the configuration in the run directory."""
-    source = SCRIPT.read_text().splitlines()
-    last = max(n for n, line in enumerate(source) if line.startswith(OWN_LINES))
-    own = [line for line in source[: last + 1] if line.startswith(OWN_LINES)]
-    kept = [line for line in own if "--output" not in line and "--job-name" not in line]
-    output = run_dir / ("job-%A.log" if request.array else "job-%j.log")
-    options = [f"--job-name={run_dir.name}", f"--output={output}", f"--chdir={Path.cwd()}"]
-    options += [f"--nodes={request.nodes}", f"--ntasks-per-node={request.tasks_per_node}"]
-    for name in ("partition", "account", "qos", "constraint", "time", "exclude", "gpus_per_node",
-                 "cpus_per_task"):  # fmt: skip
-        if value := getattr(request, name):
-            options.append(f"--{name.replace('_', '-')}={value}")
-    options += [f"--dependency=afterany:{request.after}"] if request.after else []
-    options += [f"--array=1-{request.array}%1"] if request.array else []
-    program = shutil.which("transxssm", path=str(Path(sys.executable).parent)) or "transxssm"
-    exported = {"TRANSXSSM": program, **cluster.environment}
-    exported |= {"TRANSXSSM_ELASTIC": "1"} if request.elastic else {}
-    exported |= {"TRANSXSSM_MAX_REQUEUES": "0"} if request.array else {}
-    lines = ["#!/bin/bash", f"# Made by `transxssm submit` from {SCRIPT.name}; to submit it again:"]
-    lines += [f"#   sbatch {run_dir / 'job.sbatch'}"]
-    lines += [f"#SBATCH {option}" for option in [*options, *cluster.sbatch]] + kept
-    lines += [f"set -- {shlex.quote(str(run_dir / 'config.toml'))}"]
-    # what the shell that submits exports goes before
-    lines += [
-        f"export {name}=${{{name}:-{shlex.quote(value)}}}" for name, value in exported.items()
-    ]
-    return "\n".join(lines + source[last + 1 :]) + "\n"
-
-
 def submit(config: Config, request: Request, cluster: ClusterConfig) -> str:
     """Make the run directory and submit; the job's id. Raises ConfigError or SlurmError."""
     if missing := missing_paths(config):
         raise ConfigError("; ".join(missing))
+    check_credentials(config)
     run_dir = Path(config.logging.run_dir).resolve()
-    jobs = active_jobs()
-    for job_id in job_ids(run_dir):
+    record, jobs = JobLog(run_dir), active_jobs()
+    for fault in record.faults:
+        print(f"warning: {shown(fault)}", file=sys.stderr)
+    for job_id in record.job_ids:
         if jobs.get(job_id, {}).get("state") in WAITING_OR_RUNNING and job_id != request.after:
             raise ConfigError(
                 f"logging.run_dir {run_dir} is that of job {job_id}, which is "
-                f"{jobs[job_id]['state'].lower()}; wait for it, `transxssm cancel {run_dir}`, "
+                f"{jobs[job_id]['state'].lower()}; wait for it, "
+                f"`transxssm cancel {shlex.quote(str(run_dir))}`, "
                 f"continue it with --after {job_id}, or choose another"
             )
     script = job_script(request, cluster, run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.toml").write_text(dump_config(config))
-        (run_dir / "job.sbatch").write_text(script)
+        _replace(run_dir / "config.toml", dump_recorded(config), 0o666)
+        _replace(run_dir / "job.sbatch", script, 0o600)
+        record.check_writable()
     except OSError as error:
         raise ConfigError(f"logging.run_dir={run_dir} cannot be written ({error})") from error
-    words = slurm("sbatch", "--parsable", str(run_dir / "job.sbatch"))
-    job_id = words.strip().split(";")[0]
-    remember(run_dir, job_id)
+    environment = cluster.environment | os.environ | environment_of_job(config)
+    answer = slurm("sbatch", "--parsable", str(run_dir / "job.sbatch"), environment=environment)
+    job_id = read_job_id(answer)
+    record.add(job_id)
     return job_id
+
+
+def _replace(path: Path, text: str, mode: int) -> None:
+    """Write a file whole, with the bits of `mode` that the umask allows."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    temporary.rename(path)

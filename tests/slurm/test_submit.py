@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -116,7 +117,8 @@ def test_time_limits(text: str, value: float | None) -> None:
 def test_submitted_run_is_listed_followed_and_cancelled(
     cluster: Cluster, tiny_data: Path, tmp_path: Path
 ) -> None:
-    config = write_config(tmp_path / "runs", tiny_data)
+    run_dir = tmp_path / "runs" / "run 'of' \"b\" #2 100%j --array=1-3 é"
+    config = write_config(tmp_path / "runs", tiny_data, logging={"run_dir": str(run_dir)})
     program = tmp_path / "program"
     program.write_text("#!/bin/bash\necho trains: $*\nfor _ in {1..300}; do sleep 0.1; done\n")
     program.chmod(0o755)
@@ -128,9 +130,8 @@ def test_submitted_run_is_listed_followed_and_cancelled(
         return done.stdout
 
     said = transxssm("submit", config, "--nodes", 2, "--gpus-per-node", 0, "--time", 5)
-    run_dir = tmp_path / "runs/run"
     job_id = said.split()[1].rstrip(":")
-    assert f"transxssm status {run_dir}" in said
+    assert f"transxssm status {shlex.quote(str(run_dir))}" in said
     assert load_config(run_dir / "config.toml") == load_config(config)
     cluster.wait(job_id, ("RUNNING",))
     again = cluster.run(TRANSXSSM, "submit", config, "--nodes", 2, "--gpus-per-node", 0)
