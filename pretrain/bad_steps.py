@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import TrainingConfig
+from pretrain.credentials import redacted
+from untrusted.secrets import redact_message
 
 ROBUST = 1.4826  # median distance from the median → standard deviation of a normal distribution
 LEAST = 0.01  # deviation, of the median: a window may hold equal numbers
@@ -123,6 +125,10 @@ def passed_to(sample: int, windows: Windows) -> int:
 
 def record_event(run_dir: Path, name: str, **fields: Any) -> None:
     """A line in events.jsonl, which keeps what going back takes out of the metrics; of rank 0."""
-    entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": name, **fields}
+    entry = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "event": name,
+        **redacted(fields, redact_message),
+    }
     with (run_dir / EVENTS).open("a") as file:
         file.write(json.dumps(entry) + "\n")

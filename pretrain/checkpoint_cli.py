@@ -241,11 +241,12 @@ def checkpoint_import(
         tree = _default_tree()
     else:
         from pretrain.config import load_config
+        from pretrain.credentials import recorded
         from pretrain.sources import open_blend
 
         loaded = load_config(config)
         data = open_blend(loaded)
-        tree = loaded.model_dump(mode="json")
+        tree = recorded(loaded)
         of_data = {"data_fingerprint": data.fingerprint, "tokenizer": data.sources[0].tokenizer()}
     step_dir = import_model(model, out, tree, git_revision=git_revision(), **of_data)
     _print_made(step_dir, f"the weights of {model}", json_output)

@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from parallel import bounds
 from pretrain import stop
 from pretrain.checkpoint_cli import checkpoint_app
-from pretrain.console import whole_console
+from pretrain.console import LogFormatter, shown, whole_console
 from pretrain.evaluation import cli as evaluation_command
 from slurm import cli as job_commands
 
@@ -103,7 +103,8 @@ def _fail(error: Exception, started: float) -> NoReturn:
     if who and logs is not None:
         if message is None and is_echo(error):
             cause = first_failure(logs, started, SECONDS_TO_CAUSE)
-        announce(logs, f"{who}{message or f'{type(error).__name__}: {error}'}", started)
+        failed = f"{who}{message or f'{type(error).__name__}: {error}'}"
+        announce(logs, failed, started)
     if cause is not None:
         report = f"error: stopped because another rank failed: {cause}"
     elif message is not None:
@@ -112,6 +113,7 @@ def _fail(error: Exception, started: float) -> NoReturn:
         report = "".join(traceback.format_exception(error))
         if who:
             report = f"error: {who}{type(error).__name__}: {error}\n{report}"
+    report = shown(report)
     with contextlib.suppress(OSError):
         print(report, file=sys.stderr, flush=True)
     for handler in files:
@@ -144,6 +146,8 @@ def _exhausted(error: Exception) -> str | None:
     # torch and gloo say so in RuntimeErrors
     if any(words in text.lower() for words in ("too many open files", "init uv loop")):
         return f"{text}; raise ulimit -n, to 1024 or more, and run the same command again"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{text}; use a shorter name"
     if _without_memory(error):
         return f"{stop.NO_MEMORY} ({text})"
     return None
@@ -176,6 +180,8 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    if logging.lastResort is not None:  # commands that keep no log print their warnings by it
+        logging.lastResort.setFormatter(LogFormatter())
 
 
 @app.command(context_settings=WITH_OVERRIDES)
@@ -200,8 +206,11 @@ def pretrain(
     One process by itself; the same command under torchrun or srun for many.
     """
     from pretrain.config import ConfigError, load_config
+    from pretrain.open_files import raise_open_files
 
     stop.listen()
+    if not dry_run:
+        raise_open_files()
     loaded = load_config(config, context.args)
     if dry_run:
         loaded.data_parallel(world_size)
@@ -245,8 +254,10 @@ def preflight(
     """
     from parallel.launch import launch_from_environment
     from pretrain.config import load_config
+    from pretrain.open_files import raise_open_files
 
     stop.listen()
+    raise_open_files()
     loaded, launch = load_config(config, context.args), launch_from_environment()
     loaded.data_parallel(launch.world_size)
     from parallel.compat import prepare_host
@@ -263,9 +274,9 @@ def preflight(
 def bad_nodes(context: typer.Context, config: Path) -> None:
     """Those that the run's preflight named, as Slurm lists nodes."""
     from pretrain.config import load_config
+    from slurm.named_nodes import named_nodes
 
-    run_dir = Path(load_config(config, context.args).logging.run_dir)
-    print(",".join(json.loads((run_dir / "preflight.json").read_text())["bad_nodes"]))
+    print(",".join(named_nodes(Path(load_config(config, context.args).logging.run_dir))))
 
 
 @app.command(context_settings=WITH_OVERRIDES)
@@ -392,7 +403,7 @@ def prepare(
     for split, meta in metas.items():
         filled = meta.tokens / (meta.tokens + meta.padding)
         print(
-            f"{out}/{split}: {meta.samples:,} sequences, {meta.tokens:,} tokens from "
+            f"{shown(str(out))}/{split}: {meta.samples:,} sequences, {meta.tokens:,} tokens from "
             f"{meta.documents:,} documents ({meta.cut_documents:,} cut), {filled:.2%} filled, "
             f"unigram entropy {meta.unigram_entropy:.4f} nats"
         )
@@ -456,7 +467,7 @@ def data_verify(
     from data_pipeline.inspection import verify_dataset
 
     verify_dataset(folder)
-    print(f"{folder}: every shard is sound")
+    print(shown(f"{folder}: every shard is sound"))
 
 
 @app.command()

@@ -17,6 +17,7 @@ from checkpoints_tools.config import CheckpointConfig
 from data_pipeline.config import DataConfig
 from parallel import bounds
 from parallel.config import ModelConfig, ParallelConfig, Section, printed, some_divisors
+from pretrain.credentials import restored
 from pretrain.phases import Phase, run_phases
 
 
@@ -421,7 +422,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     for name, text in _override_pairs(overrides or []):
         _apply_override(tree, name, text)
-    return parse_config(tree)
+    return parse_config(restored(tree))
 
 
 def parse_config(tree: dict[str, Any]) -> Config:

@@ -1,8 +1,14 @@
-"""Printing tables for people and for pipes."""
+"""Printing tables for people and for pipes, and lines of logs."""
 
+import logging
 import sys
+from typing import Any
 
 from rich.console import Console
+from rich.text import Text
+
+from untrusted.secrets import redact_message
+from untrusted.text import printable_lines
 
 PIPE_WIDTH = 4096
 
@@ -10,4 +16,25 @@ PIPE_WIDTH = 4096
 def whole_console() -> Console:
     """Abbreviates nothing: long values fold on a terminal, and keep their line elsewhere."""
     width = None if sys.stdout.isatty() else PIPE_WIDTH
-    return Console(highlight=False, markup=False, width=width)
+    return SafeConsole(highlight=False, markup=False, width=width)
+
+
+def shown(text: str) -> str:
+    """Text for a terminal or log: without credentials in URLs, controls spelled out."""
+    return printable_lines(redact_message(text))
+
+
+class SafeConsole(Console):
+    """Prints every text, also those in tables, by way of `shown`."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """See Console."""
+        return super().render_str(shown(text), **options)
+
+
+class LogFormatter(logging.Formatter):
+    """Formats records by way of `shown`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See logging.Formatter."""
+        return shown(super().format(record))

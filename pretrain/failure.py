@@ -10,6 +10,8 @@ import os
 import time
 from pathlib import Path
 
+from pretrain.console import shown
+
 FILE = "first_failure.txt"
 CLOCK_SKEW = 5.0  # seconds by which a shared file system's clock may lag behind
 ECHOES = ("gloo", "nccl", "connection", "socket", "broken pipe", "tcpstore")
@@ -29,7 +31,7 @@ def announce(logs: Path, message: str, started: float) -> None:
             (logs / FILE).unlink(missing_ok=True)
         descriptor = os.open(logs / FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with os.fdopen(descriptor, "w") as file:
-            file.write(message)
+            file.write(shown(message))
 
 
 def first_failure(logs: Path, started: float, seconds: float) -> str | None:

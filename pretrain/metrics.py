@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.trackers import Tracker
+from untrusted.secrets import redact
 
 log = logging.getLogger("transxssm")
 console = Console(stderr=True)
@@ -109,7 +110,8 @@ class MetricsWriter:
     def text(self, tag: str, text: str, step: int) -> None:
         """A note in TensorBoard, as Markdown."""
         if (board := self.tensorboard) is not None:
-            self._spare_the_run("TensorBoard", lambda: board.add_text(tag, text, step))
+            note = redact(text)
+            self._spare_the_run("TensorBoard", lambda: board.add_text(tag, note, step))
 
     def close(self) -> None:
         """Flush and release; the live line stays as it is."""

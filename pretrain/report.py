@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from pretrain.bad_steps import EVENTS
 from pretrain.config import Config, ConfigError, load_config
+from untrusted.text import printable
 
 MAX_POINTS = 1500  # of a curve; more steps are averaged
 PHASES = {
@@ -134,11 +135,16 @@ def lines(record: Record, names: Sequence[str], prefix: str = "") -> Callable[[A
         for name in names:
             steps, values = record.curve(name)
             mark = "o" if len(steps) < 40 else ""
-            label = name.removeprefix(prefix).replace("_", " ")
+            label = literal(name.removeprefix(prefix).replace("_", " "))
             axis.plot(steps, values, lw=1.2, marker=mark, ms=3, label=label)
         axis.ticklabel_format(useOffset=False)
 
     return draw
+
+
+def literal(label: str) -> str:
+    """A label that matplotlib draws as it is: no mathtext, no controls."""
+    return printable(label).replace("$", r"\$")
 
 
 def from_zero(draw: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -284,7 +290,7 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
 
 def page(record: Record) -> str:
     """The whole report."""
-    from pretrain.config import dump_config
+    from pretrain.credentials import dump_recorded
 
     said = "".join(
         f"<div><span>{html.escape(name)}</span>{html.escape(value)}</div>"
@@ -313,7 +319,7 @@ def page(record: Record) -> str:
         f"back (red).</p>{images}"
         f"<h2>Events</h2>{table(events, ('time', 'step', 'event', ''))}"
         f"<h2>Starts</h2>{table(starts, ('time', 'host', 'ranks', 'job', 'revision'))}"
-        f"<h2>Configuration</h2><pre>{html.escape(dump_config(record.config))}</pre>"
+        f"<h2>Configuration</h2><pre>{html.escape(dump_recorded(record.config))}</pre>"
         "</body></html>\n"
     )
 

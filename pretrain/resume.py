@@ -19,6 +19,7 @@ from data_pipeline.blend import Blend
 from parallel.groups import from_rank_0
 from parallel.zero import ZeroOptimizer
 from pretrain.config import Config
+from pretrain.credentials import recorded, redacted
 
 log = logging.getLogger("transxssm")
 
@@ -162,7 +163,7 @@ def _check_same_run(candidate: Path, config: Config, data: Blend) -> None:
             f"{ours[1]}; restore what was changed of them, or choose another logging.run_dir (and "
             "checkpoint.load_weights_only for its weights)"
         )
-    changed = differences(manifest["config"], config.model_dump(mode="json"))
+    changed = differences(redacted(manifest["config"]), recorded(config))
     shown = {name: f"{name}: {old!r} there, {new!r} here" for name, (old, new) in changed.items()}
     dangers: dict[str, list[str]] = {"data": [], "tokenizer": [], "model": []}
     for name, line in shown.items():

@@ -19,7 +19,10 @@ from typing import Any
 from rich.logging import RichHandler
 
 from pretrain import failure
-from pretrain.config import Config, ConfigError, dump_config
+from pretrain.config import Config, ConfigError
+from pretrain.console import LogFormatter
+from pretrain.credentials import dump_recorded
+from untrusted.secrets import redact_arguments
 
 log = logging.getLogger("transxssm")
 
@@ -42,7 +45,7 @@ def record_start(config: Config, world_size: int) -> None:
     run_dir = Path(config.logging.run_dir)
     with _writing(run_dir):
         (run_dir / "logs" / failure.FILE).unlink(missing_ok=True)  # of an earlier start
-        _replace(run_dir / "config.toml", dump_config(config))
+        _replace(run_dir / "config.toml", dump_recorded(config))
         _record_environment(run_dir / "environment.json", world_size)
 
 
@@ -64,16 +67,18 @@ def _add_handlers(path: Path, console: bool) -> None:
     log.propagate = False
     file = logging.FileHandler(path)
     file.handleError = _report_once(str(path))  # type: ignore[method-assign,assignment]
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
     if console:
         if sys.stderr.isatty():
             from pretrain.metrics import console as shared
 
-            log.addHandler(RichHandler(console=shared, show_path=False, highlighter=None))
+            live = RichHandler(console=shared, show_path=False, highlighter=None)
+            live.setFormatter(LogFormatter("%(message)s"))
+            log.addHandler(live)
         else:
             plain = logging.StreamHandler(sys.stderr)
-            plain.setFormatter(logging.Formatter("%(message)s"))
+            plain.setFormatter(LogFormatter("%(message)s"))
             plain.handleError = _report_once("standard error")  # type: ignore[method-assign,assignment]
             log.addHandler(plain)
 
@@ -98,7 +103,7 @@ def _record_environment(path: Path, world_size: int) -> None:
     starts.append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": sys.argv,
+            "command": redact_arguments(sys.argv),
             "host": platform.node(),
             "platform": platform.platform(),
             "python": platform.python_version(),

@@ -10,12 +10,13 @@ from data_pipeline.blend import Blend, Stage
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.storage import Cache, default_cache_dir
 from pretrain.config import Config
+from pretrain.credentials import check_credentials
 
 
 def open_data(config: Config) -> tuple[Blend, dict[str, PackedDataset]]:
     """Training sources and validation sets, checked against the configuration and each other.
 
-    Raises DataError.
+    Raises UntrustedError or DataError.
     """
     data = open_blend(config)
     data.sources[0].tokenizer()  # missing? now rather than at the first save
@@ -32,7 +33,8 @@ def open_data(config: Config) -> tuple[Blend, dict[str, PackedDataset]]:
 
 
 def open_blend(config: Config) -> Blend:
-    """The training sources by their weights. Raises DataError."""
+    """The training sources by their weights. Raises UntrustedError or DataError."""
+    check_credentials(config)
     data = config.data
     listed = [(source.path, source.seq_len or data.seq_len) for source in data.sources]
     sources = [

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pretrain.config import Config, ConfigError
+from pretrain.credentials import recorded
 
 PREFIX = "transxssm_"
 
@@ -61,7 +62,9 @@ class WandbTracker:
             id=hashlib.sha256(str(run_dir).encode()).hexdigest()[:16],
             resume="allow",
             dir=str(run_dir),
-            config=config.model_dump(mode="json"),
+            config=recorded(config),
+            # the command line and all of SLURM_*, SLURM_JWT among them
+            settings=wandb.Settings(x_disable_meta=True),
         )
 
     def write(self, metrics: dict[str, Any]) -> None:

@@ -36,7 +36,8 @@ from pretrain.bad_steps import (
     record_event,
     write_windows,
 )
-from pretrain.config import Config, dump_config
+from pretrain.config import Config
+from pretrain.credentials import dump_recorded, recorded
 from pretrain.data import TrainingBatches
 from pretrain.evaluation.scores import perplexity, token_bytes
 from pretrain.lr import learning_rate
@@ -185,7 +186,7 @@ class Trainer:
             logging_.tensorboard,
             self.trackers,
         )
-        writer.text("run/config", f"```toml\n{dump_config(self.config)}```", written)
+        writer.text("run/config", f"```toml\n{dump_recorded(self.config)}```", written)
         began = f"begins after step {written} on {dist.get_world_size()} ranks, {self.revision}"
         writer.text("events/starts", began, written)
         record_event(self.run_dir, "start", step=written, said=began)
@@ -411,7 +412,7 @@ class Trainer:
             "judge": self.judge.state(),
             "skipped_windows": self.windows,
             "skipped_updates": self.skipped_updates,
-            "config": self.config.model_dump(mode="json"),
+            "config": recorded(self.config),
             "layout": parallel.model_dump(mode="json")
             | {"data": parallel_state.get_data_parallel_world_size()},
             "data_fingerprint": self.data.fingerprint,

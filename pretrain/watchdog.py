@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from parallel.launch import Launch, host_name
 from pretrain import failure, stop
+from pretrain.console import shown
 
 log = logging.getLogger("transxssm")
 
@@ -132,7 +133,7 @@ class Watchdog:
         if self._store is not None and self._is_first("hang"):
             report = f"{place}: {self._diagnosis()}"
             failure.announce(self.logs, report, self.started)
-            print(f"error: {report}", file=sys.stderr, flush=True)
+            print(shown(f"error: {report}"), file=sys.stderr, flush=True)
             self._end_all(HUNG, report)
             self._obey(HUNG, report)
         elif self._store is not None:  # who was first tells
@@ -152,7 +153,7 @@ class Watchdog:
             faulthandler.dump_traceback(file=self._stacks, all_threads=True)
             self._wait_for_stacks()
         elif self.launch.rank:
-            print(f"error: stopped because another rank failed: {message}", file=sys.stderr)
+            print(shown(f"error: stopped because another rank failed: {message}"), file=sys.stderr)
         logging.shutdown()
         sys.stderr.flush()
         os._exit(code)

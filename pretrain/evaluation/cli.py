@@ -63,7 +63,9 @@ def evaluate(
     """
     stop.listen()
     from parallel.launch import launch_from_environment
+    from pretrain.open_files import raise_open_files
 
+    raise_open_files()
     launch = launch_from_environment()
     from parallel.compat import prepare_host
 
