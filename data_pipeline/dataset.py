@@ -6,43 +6,24 @@ before its first sample is used, and what is wrong is raised.
 """
 
 import hashlib
-import json
 import struct
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import BadFileError, BadShardError, DataError
-from data_pipeline.mds import HASH, INDEX, MdsShard, columns
+from data_pipeline.mds import INDEX, MdsShard, columns
 from data_pipeline.meta import META, DatasetMeta, fingerprint, parse_meta, token_dtype
 from data_pipeline.packing import Sample
 from data_pipeline.remote import is_remote
-from data_pipeline.storage import Cache, FileInfo, Storage
+from data_pipeline.shard_index import ShardInfo, read_index, shard_infos
+from data_pipeline.storage import Cache, Storage
 from data_pipeline.tar import TarShard
 
 MAX_OPEN = 256  # shards with an open file, of a process
 UNDECODABLE = (OSError, ValueError, KeyError, IndexError, struct.error)
-
-
-@dataclass(frozen=True, slots=True)
-class ShardInfo:
-    """What index.json says of a shard."""
-
-    samples: int
-    raw: FileInfo
-    packed: FileInfo | None
-    """Stored in its place, compressed with Zstandard."""
-    offsets: FileInfo | None
-    """Of WebDataset: where samples are."""
-
-    @property
-    def files(self) -> list[FileInfo]:
-        """Those that are stored."""
-        return [file for file in (self.packed or self.raw, self.offsets) if file is not None]
 
 
 class PackedDataset:
@@ -72,14 +53,15 @@ class PackedDataset:
         self._check_fit(seq_len, tokenizer_hash, vocab_size)
         self.dtype = token_dtype(self.meta.vocab_size)
         self.shards = self._read_index()
+        counted = sum(shard.samples for shard in self.shards)
+        if counted != self.meta.samples:
+            raise DataError(
+                f"{self.folder}: {INDEX} counts {counted} samples, meta.json {self.meta.samples}; "
+                "the folder is mixed from two runs, prepare it again."
+            )
         sizes = np.array([shard.samples for shard in self.shards], np.int64)
         self._ends = np.cumsum(sizes)
         self._begins = self._ends - sizes
-        if int(self._ends[-1]) != self.meta.samples:
-            raise DataError(
-                f"{self.folder}: {INDEX} counts {int(self._ends[-1])} samples, meta.json "
-                f"{self.meta.samples}; the folder is mixed from two runs, prepare it again."
-            )
         self._open: dict[int, MdsShard | TarShard] = {}
         self._skipped: set[int] = set()
         self._lock = threading.Lock()
@@ -139,18 +121,11 @@ class PackedDataset:
                 f"{name}: does not match the fingerprint in meta.json: one of the two is damaged "
                 "or from another run. Copy the folder again or prepare it."
             )
-        expected = columns(self.dtype.name, self.meta.seq_len)
-        try:
-            shards = json.loads(content)["shards"]
-            for shard in shards if self.meta.format == "mds" else []:
-                found = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
-                if found != expected:
-                    raise DataError(
-                        f"{name}: columns {found}, expected {expected}. Prepare the shards again."
-                    )
-            return [_shard_info(shard) for shard in shards]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{name}: not an index of shards ({error!r}).") from error
+        expected = (
+            columns(self.dtype.name, self.meta.seq_len) if self.meta.format == "mds" else None
+        )
+        sample_bytes = (self.meta.seq_len + 1) * self.dtype.itemsize
+        return shard_infos(read_index(content, name), name, expected, sample_bytes)
 
     @property
     def name(self) -> str:
@@ -185,24 +160,31 @@ class PackedDataset:
             return self._blank()
         reader = self._open.get(shard) or self._opened(shard)
         try:
-            return reader.read(number)
+            return self._read_from(reader, number)
         except UNDECODABLE:
             return self._read_again(shard, number)
 
     def _read_again(self, shard: int, number: int) -> Sample:
         """A sample that could not be decoded: its file has changed since it was checked. Checked
-        anew, a copy is mended and a bad shard is named."""
+        again, a copy is fetched again and a bad shard is named."""
         reader = self._opened(shard, recheck=True)
         try:
-            return reader.read(number)
+            return self._read_from(reader, number)
         except UNDECODABLE as error:
             raise self._undecodable(shard, f"sample {number}", error) from error
+
+    def _read_from(self, reader: MdsShard | TarShard, number: int) -> Sample:
+        sample = reader.read(number)
+        largest = int(sample.tokens.max())
+        if largest >= self.meta.vocab_size:
+            raise ValueError(f"token {largest} of a vocabulary of {self.meta.vocab_size}")
+        return sample
 
     def _undecodable(self, shard: int, what: str, why: object) -> BadShardError:
         name = self._storage.name(self.shards[shard].raw.name)
         return BadShardError(
-            f"{name}: {what} cannot be decoded ({why!r}), though its checksum is right; prepare "
-            "the data anew.",
+            f"{name}: {what} cannot be decoded ({why}), though its checksum is right; prepare the "
+            "data again.",
             self.folder,
             shard,
         )
@@ -223,7 +205,7 @@ class PackedDataset:
                 reader: MdsShard | TarShard = MdsShard(file, info.samples, self.dtype, length)
             else:
                 offsets = self._storage.open(info.offsets, recheck=recheck)
-                reader = TarShard(file, offsets, self.dtype, length)
+                reader = TarShard(file, offsets, info.samples, self.dtype, length)
         except BadFileError as error:
             raise BadShardError(str(error), self.folder, shard) from error
         except (OSError, ValueError) as error:
@@ -251,19 +233,3 @@ class PackedDataset:
         self._skipped.add(shard)
         if len(self._skipped) == len(self.shards):
             raise DataError(f"{self.folder}: none of its {len(self.shards)} shards can be read.")
-
-
-def _shard_info(shard: dict[str, Any]) -> ShardInfo:
-    packed, offsets = shard.get("zip_data"), shard.get("offsets")
-    if packed and not str(shard["compression"]).startswith("zstd"):
-        raise ValueError(f"compression {shard['compression']}")
-    return ShardInfo(
-        int(shard["samples"]),
-        _file_info(shard["raw_data"]),
-        _file_info(packed) if packed else None,
-        _file_info(offsets) if offsets else None,
-    )
-
-
-def _file_info(file: dict[str, Any]) -> FileInfo:
-    return FileInfo(str(file["basename"]), int(file["bytes"]), str(file["hashes"][HASH]))

@@ -12,10 +12,9 @@ import os
 import struct
 import sys
 from array import array
-from io import FileIO
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import xxhash
@@ -26,6 +25,7 @@ from data_pipeline.packing import Sample
 INDEX = "index.json"
 HASH = "xxh64"
 NUM_PAD = struct.Struct("<q")
+LENS_BYTES = 4 + 1 + 8 + 8  # of a sample, besides tokens and lengths of documents, at most
 
 
 def without_packages(module: str) -> Any:
@@ -84,13 +84,24 @@ class MdsShard:
     tokens. Decoding it here takes a tenth of the library's time (tests compare the two).
     """
 
-    def __init__(self, file: FileIO, samples: int, token_dtype: np.dtype[Any], length: int) -> None:
+    def __init__(
+        self, file: IO[bytes], samples: int, token_dtype: np.dtype[Any], length: int
+    ) -> None:
         """length: tokens of a sample. Raises OSError, or ValueError for a file that is cut off."""
         self._file, self._fd = file, file.fileno()  # which the file closes with itself
         self._dtype, self._length = token_dtype, length
         self._token_bytes = length * token_dtype.itemsize
         # not of numpy: one number is read at a time
         self._offsets = array("I", os.pread(self._fd, 4 * (samples + 1), 4))
+        ends = np.frombuffer(self._offsets, np.uint32).astype(np.int64)
+        most = self._token_bytes + LENS_BYTES + 4 * length
+        if (
+            ends.size != samples + 1
+            or not self._token_bytes <= np.diff(ends).min()
+            or np.diff(ends).max() > most
+            or ends[-1] > os.fstat(self._fd).st_size
+        ):
+            raise ValueError("they do not lie one after another in the file")
 
     def read(self, number: int) -> Sample:
         """Raises OSError, ValueError, IndexError or struct.error for a file that is not whole."""
@@ -103,6 +114,13 @@ class MdsShard:
         lens_at = 5 + shape_bytes
         count = (after - 8 - lens_at) // 4
         lens = np.frombuffer(data, np.int32, count, lens_at)
-        if sum(lens.tolist()) != self._length:
-            raise ValueError("its documents have another length")
+        check_lens(lens.tolist(), num_pad, self._length)
         return Sample(tokens, lens, num_pad)
+
+
+def check_lens(lens: list[int], num_pad: int, length: int) -> None:
+    """Raises ValueError unless documents of `lens` tokens, padding included, fill a sample."""
+    if sum(lens) != length or min(lens) < 1:
+        raise ValueError("its documents have another length")
+    if num_pad and num_pad != lens[-1]:
+        raise ValueError(f"its padding has another length than {num_pad}")

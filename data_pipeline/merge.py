@@ -5,7 +5,6 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +12,10 @@ from numpy.typing import NDArray
 from data_pipeline.errors import DataError
 from data_pipeline.mds import INDEX
 from data_pipeline.meta import FORMAT_VERSION, DatasetMeta, fingerprint
+from data_pipeline.shard_index import ShardEntry
 from data_pipeline.shard_names import rename_shard, stored_files
 from data_pipeline.tokenizer import TextTokenizer
-from data_pipeline.unit import Options
+from data_pipeline.unit import Counts, Options, load_index
 
 
 class EmptySplitError(DataError):
@@ -40,7 +40,7 @@ class Totals:
         self.counts: dict[str, Counter[str]] = {split: Counter() for split in splits}
         self.labels: NDArray[np.int64] = np.zeros((len(splits), vocab_size), np.int64)
 
-    def add(self, counts: dict[str, dict[str, int]], labels: NDArray[np.int64]) -> None:
+    def add(self, counts: Counts, labels: NDArray[np.int64]) -> None:
         """Add a unit."""
         for split, summed in self.counts.items():
             summed.update(counts[split])
@@ -87,18 +87,16 @@ def describe_split(
 def move_shards(sources: Iterable[Path], target: Path) -> bytes:
     """Number the units' shards through and move them to `target`; its index.json."""
     target.mkdir(exist_ok=True)
-    shards: list[dict[str, Any]] = []
+    shards: list[ShardEntry] = []
     for source in sources:
-        if not (source / INDEX).exists():  # no document of this unit fell into this split
-            continue
-        for shard in json.loads((source / INDEX).read_bytes())["shards"]:
+        for shard in load_index(source):
             stored = [file["basename"] for file in stored_files(shard)]
             for old, new in rename_shard(shard, f"shard.{len(shards):06d}").items():
                 if (source / old).exists():
                     os.rename(source / old, target / new)
                 elif old in stored and not (target / new).exists():
                     raise DataError(
-                        f"{source / old}: is missing; remove {source.parents[2]} and prepare anew."
+                        f"{source / old}: is missing; remove {source.parents[2]} and prepare again."
                     )
             shards.append(shard)
     index = index_of(shards)
@@ -106,6 +104,6 @@ def move_shards(sources: Iterable[Path], target: Path) -> bytes:
     return index
 
 
-def index_of(shards: list[dict[str, Any]]) -> bytes:
+def index_of(shards: list[ShardEntry]) -> bytes:
     """index.json, the same bytes for the same shards."""
     return json.dumps({"version": 2, "shards": shards}, sort_keys=True).encode()

@@ -46,8 +46,11 @@ from data_pipeline.packing import Packing
 from data_pipeline.reading import empty_corpus
 from data_pipeline.remote import is_remote
 from data_pipeline.remote_units import RemoteUnits
+from data_pipeline.shard_index import ShardEntry
 from data_pipeline.tokenizer import TextTokenizer, load_tokenizer
-from data_pipeline.unit import COUNTS, Compression, Done, Options, load_labels, write_unit
+from data_pipeline.unit import Compression, Done, Options, load_counts, load_labels, write_unit
+from untrusted.files import read_regular
+from untrusted.records import MAX_BYTES
 
 SHARD_BYTES = 1 << 26
 UNIT_BYTES = 1 << 26
@@ -178,7 +181,9 @@ def _resolved(out: Path | str) -> Path:
 
 def _metas(out: Path, options: Options) -> dict[str, DatasetMeta]:
     files = {split: out / split / META for split in options.splits}
-    return {split: parse_meta(file.read_bytes(), str(file)) for split, file in files.items()}
+    return {
+        split: parse_meta(read_regular(file, MAX_BYTES), str(file)) for split, file in files.items()
+    }
 
 
 def _explained(error: DataError | OSError, place: Workplace, keys: Collection[str]) -> DataError:
@@ -237,7 +242,7 @@ class UnitWork:
         folder = self.folder / key
         write_unit(folder, unit, tokenizer, options, report)
         if self.remote is not None:
-            self.remote.put(key, folder, options.splits)
+            self.remote.put(key, folder, options.splits, tokenizer.vocab_size)
             shutil.rmtree(folder)
 
 
@@ -318,7 +323,7 @@ def _merge(place: Workplace, keys: list[str], tokenizer: TextTokenizer, options:
     totals = Totals(options.splits, tokenizer.vocab_size)
     for key in keys:
         unit = place.units / key
-        totals.add(json.loads((unit / COUNTS).read_text()), load_labels(unit))
+        totals.add(load_counts(unit, options.splits), load_labels(unit, totals.labels.shape))
     totals.check()
     for split in options.splits:
         index = move_shards([place.units / key / split for key in keys], place.folder / split)
@@ -354,8 +359,8 @@ def _merge_remotely(
     """Indexes and descriptions, uploaded last: what has no meta.json is no dataset."""
     check_all_done(keys, remote.done(keys))
     totals = Totals(options.splits, tokenizer.vocab_size)
-    shards: dict[str, list[dict[str, Any]]] = {split: [] for split in options.splits}
-    for part in remote.parts(keys, options.splits):
+    shards: dict[str, list[ShardEntry]] = {split: [] for split in options.splits}
+    for part in remote.parts(keys, options.splits, tokenizer.vocab_size):
         totals.add(part.counts, part.labels)
         for split in options.splits:
             shards[split] += part.shards[split]

@@ -4,6 +4,7 @@ A URL has a scheme that streaming knows (s3://, gs://, oci://, ...); file:///fol
 that is treated as if it were remote. What fails is tried again, after waits that double.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -18,6 +19,8 @@ from urllib.parse import urlparse
 
 from data_pipeline.errors import BadFileError, DataError
 from data_pipeline.mds import without_packages
+from untrusted.errors import UntrustedError
+from untrusted.files import open_regular
 
 log = logging.getLogger("transxssm")
 
@@ -38,24 +41,55 @@ def is_remote(location: str) -> bool:
     return "://" in location
 
 
-def download(url: str, target: Path, *, timeout: float, attempts: int) -> None:
-    """Copy the file at `url` to `target`. Raises BadFileError naming the URL, DataError when it is
-    this node that cannot have the copy.
+def download(
+    url: str,
+    target: Path,
+    *,
+    max_bytes: int,
+    timeout: float,
+    attempts: int,
+    follow_link: bool = False,
+) -> None:
+    """Copy the file at `url`, of at most `max_bytes`, to `target`. Raises BadFileError naming the
+    URL, DataError when it is this node that cannot have the copy.
 
-    timeout: seconds that the storage may be silent.
+    timeout: seconds that the storage may be silent. follow_link: a file:// URL may be a link.
     """
 
     def once() -> None:
+        if "://" not in _known(url):
+            _check_local(Path(_known(url)), url, max_bytes, follow_link)
         with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as folder:
             part = Path(folder) / target.name
             _watched(
                 lambda: _downloader(urlparse(url).scheme).download(_known(url), str(part), timeout),
+                url,
                 Path(folder),
+                max_bytes,
                 timeout,
             )
             os.replace(part, target)
 
     _retried(once, f"{url}: cannot be downloaded", attempts, BadFileError)
+
+
+def _check_local(path: Path, url: str, max_bytes: int, follow_link: bool) -> None:
+    """Raises BadFileError for what the library would copy for ever, OSError for what is missing."""
+    try:
+        with open_regular(path, follow_link=follow_link) as file:
+            size = os.fstat(file.fileno()).st_size
+    except UntrustedError as error:
+        raise BadFileError(str(error)) from error
+    if size > max_bytes:
+        raise _too_large(url, max_bytes)
+
+
+def _too_large(url: str, max_bytes: int) -> BadFileError:
+    return BadFileError(
+        f"{url}: cannot be downloaded: it is larger than {max_bytes} bytes, which is what the "
+        "dataset says of it or the most that such a file has. Copy it again or prepare the data "
+        "again."
+    )
 
 
 @lru_cache
@@ -65,8 +99,11 @@ def _downloader(scheme: str) -> Any:
     return storage.CloudDownloader.get(_known(f"{scheme}://"))
 
 
-def _watched(action: Callable[[], None], folder: Path, timeout: float) -> None:
-    """Give up on a download into `folder`, whose own time-out may not work, when nothing comes."""
+def _watched(
+    action: Callable[[], None], url: str, folder: Path, max_bytes: int, timeout: float
+) -> None:
+    """Give up on a download into `folder`, whose own time-out may not work, when nothing comes, or
+    more than `max_bytes`."""
     failures: list[Exception] = []
 
     def run() -> None:
@@ -82,13 +119,26 @@ def _watched(action: Callable[[], None], folder: Path, timeout: float) -> None:
         thread.join(WATCH_SECONDS)
         if not thread.is_alive():
             break
-        arrived = sum(path.stat().st_size for path in folder.iterdir())
+        arrived = _bytes_in(folder)
+        if arrived > max_bytes:
+            raise _too_large(url, max_bytes)
         if arrived != size:
             size, since = arrived, time.monotonic()
         elif time.monotonic() - since > timeout:
             raise TimeoutError(f"nothing came for {timeout:g} s")
     if failures:
         raise failures[0]
+    if _bytes_in(folder) > max_bytes:
+        raise _too_large(url, max_bytes)
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes of the files in a folder, one of which may be renamed meanwhile."""
+    total = 0
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def upload(folder: Path, names: list[str], url: str, *, attempts: int) -> None:
@@ -145,11 +195,13 @@ def _retried(
     for attempt in range(1, attempts + 1):
         try:
             return action()
+        except DataError:  # another attempt would find the same
+            raise
         except Exception as error:  # each storage's client has its own
             reason = " ".join(str(error).split()) or type(error).__name__
             if _is_of_the_node(error):
                 raise DataError(
-                    f"{what} ({reason}). This is no fault of the file: free space, mend "
+                    f"{what} ({reason}). This is no fault of the file: free space, fix "
                     "permissions or raise this node's limits; copies go to data.cache_dir and "
                     "$TMPDIR."
                 ) from error

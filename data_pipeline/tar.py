@@ -8,19 +8,33 @@ and checksums as that of MDS does.
 import io
 import json
 import os
-from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
-from data_pipeline.mds import INDEX, described
+from data_pipeline.arrays import read_int64
+from data_pipeline.mds import INDEX, check_lens, described
 from data_pipeline.packing import Sample
+from untrusted.records import parse_json
 
 BLOCK = 512  # of a tar: a header is one, a member's bytes are padded to whole ones
 OFFSETS = ".offsets.npy"
-DECODER = json.JSONDecoder()  # json.loads takes twice the time of so short a text
+HEADER_BYTES = 1 << 12  # of a .npy file, at most
+MOST_FIELDS_BYTES = 1 << 7, 12  # of KEY.json: what is in it besides, and of a document's length
+
+
+class Fields(TypedDict):
+    """KEY.json."""
+
+    doc_lens: list[int]
+    num_pad: int
+
+
+FIELDS = TypeAdapter(Fields)
 
 
 class TarShardWriter:
@@ -86,24 +100,38 @@ class TarShard:
     """One shard's samples by number; safe to use from several threads."""
 
     def __init__(
-        self, file: FileIO, offsets: FileIO, token_dtype: np.dtype[Any], length: int
+        self,
+        file: IO[bytes],
+        offsets: IO[bytes],
+        samples: int,
+        token_dtype: np.dtype[Any],
+        length: int,
     ) -> None:
         """length: tokens of a sample. Raises OSError, or ValueError for damaged offsets."""
         self._file, self._fd = file, file.fileno()  # which the file closes with itself
-        self._offsets = np.load(offsets)
+        self._offsets = read_int64(offsets, (samples, 4))
         self._dtype, self._length = token_dtype, length
         self._token_bytes = length * token_dtype.itemsize
+        begins, sizes = self._offsets[:, ::2], self._offsets[:, 1::2]  # of fields, of tokens
+        end = os.fstat(self._fd).st_size
+        besides, each = MOST_FIELDS_BYTES
+        most = np.array([besides + each * length, self._token_bytes + HEADER_BYTES])
+        sound = (begins >= 0) & (begins <= end) & (sizes >= 0) & (sizes <= most)
+        gaps = begins[:, 1] - begins[:, 0] - sizes[:, 0]
+        if not sound.all() or (sizes[:, 1] < self._token_bytes).any():
+            raise ValueError("offsets or sizes that a sample cannot have")
+        if not ((gaps >= 0) & (gaps <= 8 * BLOCK)).all() or (begins + sizes).max() > end:
+            raise ValueError("they do not lie in the file, a sample's members together")
 
     def read(self, number: int) -> Sample:
         """Raises OSError, or ValueError, KeyError or IndexError for a file that is not whole."""
         begin, size, tokens_begin, tokens_size = self._offsets[number].tolist()
         data = os.pread(self._fd, tokens_begin + tokens_size - begin, begin)
-        fields, _ = DECODER.raw_decode(data[:size].decode())
+        fields = parse_json(data[:size], FIELDS, "its .json member", "the shard is damaged")
         # a .npy file ends with its numbers
         tokens: NDArray[Any] = np.frombuffer(
             data, self._dtype, self._length, len(data) - self._token_bytes
         )
         lens = fields["doc_lens"]
-        if sum(lens) != self._length:
-            raise ValueError("its documents have another length")
+        check_lens(lens, fields["num_pad"], self._length)
         return Sample(tokens, np.array(lens, np.int32), fields["num_pad"])

@@ -12,25 +12,48 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import xxhash
 import zstandard
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
+from data_pipeline.arrays import read_labels
 from data_pipeline.corpus import Piece
+from data_pipeline.errors import DataError
 from data_pipeline.mds import INDEX, described, open_writer
 from data_pipeline.meta import Format, token_dtype
 from data_pipeline.packing import Packing, PackingCounts, Sample, make_packer
 from data_pipeline.reading import Document, unit_documents
+from data_pipeline.shard_index import FileEntry, ShardEntry, read_index
+from data_pipeline.shard_names import check_ours
 from data_pipeline.tar import TarShardWriter
 from data_pipeline.tokenizer import TextTokenizer
+from untrusted.errors import UntrustedError
+from untrusted.files import read_regular
+from untrusted.records import MAX_BYTES, Count, read_json
 
 BATCH_BYTES = 1 << 21  # text tokenised at once; bounds memory and feeds the tokenizer's threads
 COUNTS, LABELS = "counts.json", "labels.npz"
 ZSTD_LEVEL = 3
 Compression = Literal["none", "zstd"]
+
+
+class SplitCounts(TypedDict):
+    """PackingCounts, as counts.json has them."""
+
+    documents: Count
+    cut_documents: Count
+    samples: Count
+    tokens: Count
+    padding: Count
+
+
+Counts = dict[str, SplitCounts]  # by split
+COUNTS_FILE = TypeAdapter(Counts)
 
 
 @dataclass(frozen=True)
@@ -100,11 +123,36 @@ def write_unit(
         shutil.rmtree(temporary)  # somebody else has done this unit meanwhile
 
 
-def load_labels(folder: Path) -> NDArray[np.int64]:
-    """How often each token is a label in a unit that is done: [splits, vocabulary]."""
-    with np.load(folder / LABELS) as content:
-        labels: NDArray[np.int64] = content["labels"]
-    return labels
+def load_labels(folder: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
+    """How often each token is a label in a unit that is done: [splits, vocabulary]. Raises
+    DataError."""
+    return read_labels(folder / LABELS, str(folder / LABELS), shape)
+
+
+def load_counts(folder: Path, splits: Sequence[str]) -> Counts:
+    """Return the counts of a unit that is done, by split. Raises DataError."""
+    remedy = "remove the unit's folder and run the same command again"
+    try:
+        counts = read_json(folder / COUNTS, COUNTS_FILE, remedy)
+    except (UntrustedError, FileNotFoundError) as error:
+        raise DataError(str(error)) from error
+    if set(counts) != set(splits):
+        raise DataError(f"{folder / COUNTS} has the splits {sorted(counts)!r:.300}; {remedy}.")
+    return counts
+
+
+def load_index(folder: Path) -> list[ShardEntry]:
+    """Return the shards of one split of a unit, none if no document fell into it. Raises
+    DataError."""
+    file = folder / INDEX
+    if not file.exists():
+        return []
+    try:
+        shards = read_index(read_regular(file, MAX_BYTES), str(file))
+    except (UntrustedError, OSError) as error:
+        raise DataError(f"{error}") from error
+    check_ours(shards, str(file))
+    return shards
 
 
 def _batches(unit: Sequence[Piece], text_field: str) -> Iterator[tuple[list[Document], Done]]:
@@ -204,13 +252,14 @@ def compress_shards(folder: Path) -> None:
 
     One thread each: with several, the bytes would depend on their number.
     """
-    index = json.loads((folder / INDEX).read_text())
+    shards = load_index(folder)
     compressor = zstandard.ZstdCompressor(ZSTD_LEVEL)
-    for shard in index["shards"]:
+    for shard in shards:
         raw = folder / shard["raw_data"]["basename"]
         packed = raw.with_name(f"{raw.name}.zstd")
         packed.write_bytes(compressor.compress(raw.read_bytes()))
         raw.unlink()
         shard["compression"] = f"zstd:{ZSTD_LEVEL}"
-        shard["zip_data"] = described(packed)
+        shard["zip_data"] = cast(FileEntry, described(packed))
+    index = {"version": 2, "shards": shards}
     (folder / INDEX).write_text(json.dumps(index, sort_keys=True))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from data_pipeline.blend import Blend, Stage
 from data_pipeline.dataset import PackedDataset
-from data_pipeline.storage import Cache, default_cache_dir
+from data_pipeline.node_cache import default_cache_dir
+from data_pipeline.storage import Cache
 from pretrain.config import Config
 from pretrain.credentials import check_credentials
 

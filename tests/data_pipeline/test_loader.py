@@ -202,7 +202,7 @@ def test_shard_that_changes_after_its_check_is_named(damaged):
     ("file", "content", "message"),
     [
         ("meta.json", None, r"meta\.json: cannot be read"),
-        ("meta.json", "{}", r"meta\.json: format_version"),
+        ("meta.json", "{}", r"meta\.json is damaged \(format_version"),
         ("index.json", None, r"index\.json: cannot be read"),
         ("index.json", '{"shards": []}', r"index\.json: does not match the fingerprint"),
     ],
