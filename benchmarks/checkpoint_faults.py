@@ -117,9 +117,9 @@ def fail_in_save(step: int, what: str, victim: int, calls: int) -> None:
         elif what == "rename fails":
             Path.rename = failing(Path.rename)  # type: ignore[method-assign]
         else:
-            import torch
+            from checkpoints_tools import pieces_file
 
-            torch.save = failing(torch.save)
+            pieces_file.write_block = failing(pieces_file.write_block)
 
     from pretrain.trainer import Trainer
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.checkpoint_faults import MODEL, make_data
@@ -99,14 +100,27 @@ class Written:
     tensors: dict[str, Tensor]
 
 
-def stored_tensors(step_dir: Path) -> dict[str, Tensor]:
-    """Every weight and moment, whole."""
-    import torch.distributed.checkpoint as dcp
+def stored_tensors(step_dir: Path, *, random: bool = False) -> dict[str, Tensor]:
+    """Return every weight and moment, whole, as the safetensors library reads the pieces.
 
-    reader = dcp.FileSystemReader(step_dir)
-    entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    tensors = {n: torch.empty(e.size) for n, e in entries.items() if not n.startswith("rng.")}
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(step_dir), no_dist=True)
+    random: the states of random numbers, too. Values that no piece holds are NaN.
+    """
+    pieces: dict[str, list[tuple[list[tuple[int, int]], Tensor]]] = {}
+    for path in sorted(step_dir.glob("rank-*.safetensors")):
+        for key, values in load_file(path).items():
+            name, _, ranges = key.removesuffix("]").partition("[")
+            box = [(int(a), int(b)) for a, b in (r.split(":") for r in ranges.split(","))]
+            if random or not name.startswith("rng."):
+                pieces.setdefault(name, []).append((box, values))
+    tensors = {}
+    for name, parts in pieces.items():
+        shape = [
+            max(stops) for stops in zip(*([b for _, b in box] for box, _ in parts), strict=True)
+        ]
+        whole = torch.full(shape, float("nan")).to(parts[0][1].dtype)
+        for box, values in parts:
+            whole[tuple(slice(a, b) for a, b in box)] = values
+        tensors[name] = whole
     return tensors
 
 

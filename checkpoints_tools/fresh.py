@@ -41,8 +41,8 @@ def write_fresh_checkpoint(
         temporary = folders.begin(out, 0)
         _check_room(out, shapes)
         folders.write_durably(temporary / "tokenizer.json", tokenizer)
-        write_untrained_state(temporary, shapes, read)
-        return folders.commit(out, 0, START | state)
+        entries = write_untrained_state(temporary, shapes, read)
+        return folders.commit(out, 0, START | state, entries)
     except BaseException as error:
         shutil.rmtree(folders.step_folder(out, 0).with_suffix(".tmp"), ignore_errors=True)
         if not existed:

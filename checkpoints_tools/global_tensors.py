@@ -1,25 +1,15 @@
-"""Sharded training state as parts of global tensors, for torch.distributed.checkpoint (DCP).
+"""Sharded training state as parts of global tensors.
 
 A rank owns flat ranges of its tensor-parallel part of each parameter (ZeRO). Each range is cut into
 at most 2·ndim - 1 boxes of the global tensor, so what is stored does not know the layout that wrote
-it: any other layout asks for its own boxes and DCP finds the overlaps.
+it: any other layout asks for its own boxes, and reads where they overlap with those that are there.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from parallel.params import ParamInfo
 
@@ -85,70 +75,9 @@ def _flat_index(offsets: tuple[int, ...], shape: tuple[int, ...]) -> int:
     return index
 
 
+@dataclass(frozen=True)
 class GlobalTensor:
-    """This rank's parts of one global tensor, in the form DCP's planners ask for."""
+    """This rank's parts of one global tensor."""
 
-    def __init__(self, shape: tuple[int, ...], parts: list[Part]) -> None:
-        self.shape, self.parts = torch.Size(shape), parts
-
-    def size(self) -> torch.Size:
-        """Shape of the whole tensor."""
-        return self.shape
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [
-            ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.data.shape))
-            for p in self.parts
-        ]
-
-    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(name, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=chunk,
-                    properties=TensorProperties.create_from_tensor(part.data),
-                    size=self.shape,
-                ),
-            )
-            for part, chunk in zip(self.parts, self.__create_chunk_list__(), strict=True)
-        ]
-
-    def part_at(self, index: MetadataIndex) -> Tensor:
-        """The local memory of the part that begins at index.offset."""
-        return next(p.data for p in self.parts if torch.Size(p.offsets) == index.offset)
-
-
-class SavePlanner(DefaultSavePlanner):
-    """DCP's planner, taught where the parts of a GlobalTensor lie."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        """The tensor to write for a planned item."""
-        value = self.state_dict[index.fqn]
-        return value.part_at(index) if isinstance(value, GlobalTensor) else value
-
-
-class LoadPlanner(DefaultLoadPlanner):
-    """DCP's planner, taught where the parts of a GlobalTensor lie."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def set_up_planner(
-        self,
-        state_dict: dict[str, Any],
-        metadata: Metadata | None = None,
-        is_coordinator: bool = False,
-    ) -> None:
-        """As the base class, but for its search for meta tensors, which drops what is no tensor."""
-        self.original_state_dict = self.state_dict = state_dict
-        self.metadata, self.is_coordinator = metadata, is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """The memory to read a planned item into."""
-        value = self.state_dict[index.fqn]
-        return value.part_at(index) if isinstance(value, GlobalTensor) else value
+    shape: tuple[int, ...]  # of the whole
+    parts: list[Part]

@@ -5,24 +5,37 @@ was edited, or that belongs to another step, is found out.
 """
 
 import json
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, Required
 
 import xxhash
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from checkpoints_tools.errors import CheckpointError
+from untrusted.errors import UnsafeFileError, UnsafeNameError
+from untrusted.files import open_regular, read_regular
+from untrusted.names import check_file_name
+from untrusted.records import Count
+from untrusted.text import printable
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)  # 2: DCP's files, see old_format.py
+MAX_MANIFEST_BYTES = 1 << 30
 BLOCK = 1 << 22
 DIGEST = "xxh64"
 SHOWN = 4  # files that a message names
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """Size and checksum of a file, as a manifest lists it. Raises OSError."""
+    """Size and checksum of a file, as a manifest lists it.
+
+    Raises OSError, and UnsafeFileError for a link or a device.
+    """
     digest, size = xxhash.xxh64(), 0
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         while block := stream.read(BLOCK):
             digest.update(block)
             size += len(block)
@@ -38,6 +51,53 @@ def _own_digest(manifest: dict[str, Any]) -> str:
     return xxhash.xxh64_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
+class _File(TypedDict):
+    bytes: Count
+    xxh64: str
+
+
+class _SpikeState(TypedDict):
+    losses: list[float]
+    log_norms: list[float]
+    bad: list[Annotated[list[Any], Field(min_length=3, max_length=3)]]
+
+
+class _Config(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    model: dict[str, Any]
+    data: NotRequired[dict[str, Any]]
+    parallel: NotRequired[dict[str, Any]]
+
+
+class _Manifest(TypedDict, total=False):
+    """What the program reads of a manifest; it may hold more."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    step: Required[Count]
+    files: Required[dict[str, _File]]
+    config: Required[_Config]
+    tokens: Required[Count]
+    samples: Required[Count]
+    adam_step: Required[Count]
+    world_size: Required[Count]
+    data_fingerprint: Required[str]
+    tokenizer_hash: Required[str]
+    eod_id: Required[int]
+    pad_id: Required[int]
+    layout: dict[str, Any]
+    versions: dict[str, str]
+    judge: _SpikeState
+    unwritten_metrics: dict[str, Any] | None
+    skipped_updates: Count
+    skipped_shards: list[Annotated[list[Any], Field(min_length=2, max_length=2)]]
+    skipped_windows: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
+
+
+_MANIFEST = TypeAdapter(_Manifest)
+
+
 def read_manifest(step_dir: Path) -> dict[str, Any]:
     """manifest.json of a committed checkpoint: `step`, `files` {name: {bytes, xxh64}}, and what the
     run saved with it.
@@ -45,29 +105,32 @@ def read_manifest(step_dir: Path) -> dict[str, Any]:
     Raises CheckpointError where there is none, or it is damaged, of another version, of another
     step than its folder, or lists files that are missing or of another size.
     """
+    manifest = _read(step_dir)
     path = step_dir / MANIFEST
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-        if not isinstance(manifest, dict):
-            raise ValueError("it holds no JSON object")
-    except OSError as error:
+    if manifest.get("format_version") not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"{step_dir} is not a checkpoint: cannot read {MANIFEST} ({error.strerror}); name a "
-            "step-* folder"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}; use another checkpoint") from error
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{step_dir} has format version {manifest.get('format_version')}, this program reads "
-            f"{FORMAT_VERSION}; use the version that wrote it"
+            f"{step_dir} has format version {manifest.get('format_version')!r:.40}, this program "
+            f"reads {' and '.join(map(str, READABLE_VERSIONS))}; use the version that wrote it"
         )
     said = manifest.pop(DIGEST, None)
     if said != _own_digest(manifest):
         raise CheckpointError(
             f"{path} was changed after it was written (checksum {_own_digest(manifest)}, it says "
-            f"{said}); use another checkpoint than {step_dir.name}"
+            f"{said!r:.40}); use another checkpoint than {step_dir.name}"
         )
+    try:
+        _MANIFEST.validate_python(manifest, strict=True)
+        for name in manifest["files"]:
+            check_file_name(name, str(path))
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(map(str, fault["loc"]))
+        raise CheckpointError(
+            f"{path} describes no checkpoint: {printable(place)}: {fault['msg']}; use another "
+            f"checkpoint than {step_dir.name}"
+        ) from error
+    except UnsafeNameError as error:
+        raise CheckpointError(str(error)) from error
     if step_dir.name != (named := f"step-{manifest['step']:08d}"):
         raise CheckpointError(
             f"{path} is of {named}, but lies in {step_dir.name}: the folder was renamed, or its "
@@ -77,16 +140,37 @@ def read_manifest(step_dir: Path) -> dict[str, Any]:
     for name, entry in manifest["files"].items():
         file = step_dir / name
         try:
-            size = file.stat().st_size
+            found = file.lstat()
         except OSError as error:
             missing = isinstance(error, FileNotFoundError)
             what = "is missing" if missing else f"cannot be read ({error.strerror})"
             faults.append(f"{file} {what}")
             continue
-        if size != entry["bytes"]:
-            faults.append(f"{file} has {size} bytes, not {entry['bytes']}")
+        if not stat.S_ISREG(found.st_mode):
+            faults.append(f"{file} is a link, folder or device, not a file")
+        elif found.st_size != entry["bytes"]:
+            faults.append(f"{file} has {found.st_size} bytes, not {entry['bytes']}")
     if faults:
         raise CheckpointError(f"{listed(faults)}; use another checkpoint than {step_dir.name}")
+    return manifest
+
+
+def _read(step_dir: Path) -> dict[str, Any]:
+    path = step_dir / MANIFEST
+    try:
+        manifest = json.loads(read_regular(path, MAX_MANIFEST_BYTES))
+        if not isinstance(manifest, dict):
+            raise ValueError("it holds no JSON object")
+    except UnsafeFileError as error:
+        raise CheckpointError(f"{step_dir} is not a checkpoint: {error}") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{step_dir} is not a checkpoint: cannot read {MANIFEST} ({error.strerror}); name a "
+            "step-* folder"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        reason = printable(str(error))
+        raise CheckpointError(f"{path} is damaged: {reason}; use another checkpoint") from error
     return manifest
 
 
@@ -108,6 +192,9 @@ def damaged_files(
             entry = file_entry(step_dir / name)
         except OSError as error:
             found[name] = f"cannot be read ({error.strerror})"
+            continue
+        except UnsafeFileError as error:
+            found[name] = str(error)
             continue
         if entry["bytes"] != expected["bytes"]:
             found[name] = f"has {entry['bytes']} bytes, not {expected['bytes']}"

@@ -24,15 +24,20 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
+from torch import Tensor
 
 from checkpoints_tools import folder as folders
 from checkpoints_tools.errors import CheckpointError
-from checkpoints_tools.global_tensors import GlobalTensor, Part, SavePlanner
-from checkpoints_tools.manifest import file_entry
+from checkpoints_tools.global_tensors import GlobalTensor, Part
+from checkpoints_tools.pieces_file import (
+    PlannedPiece,
+    header_of,
+    pieces_file,
+    stored_tensors,
+    write_pieces,
+)
 from checkpoints_tools.sharded import tensors_to_save
+from checkpoints_tools.tensor_index import INDEX, check_cover, index_text
 from parallel.groups import from_rank_0, host_group
 from parallel.zero import ZeroOptimizer
 
@@ -41,6 +46,15 @@ log = logging.getLogger("transxssm")
 Tensors = dict[str, Any]  # GlobalTensor, or Tensor for what only one rank has
 Entries = dict[str, dict[str, Any]]  # of a manifest's files
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every save of a run has in common."""
+
+    file: str  # that this rank writes
+    header: bytes  # of it; empty where this rank writes none
+    index: bytes  # tensors.json; on rank 0
 
 
 @dataclass
@@ -76,7 +90,7 @@ class CheckpointSaver:
         self.asynchronous = asynchronous
         self._group = host_group()
         self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._plan: tuple[SavePlan, Metadata | None] | None = None
+        self._plan: _Plan | None = None
         self._host: HostCopy | None = None
         self._flight: _Flight | None = None
         self._stalled = 0.0
@@ -99,7 +113,7 @@ class CheckpointSaver:
 
         self._on_rank_0(make_folder, f"cannot begin {temporary}")
         tensors = tensors_to_save(self.zero)
-        plan = self._planned(tensors, temporary)
+        plan = self._planned(tensors)
         state = state | {"adam_step": self.zero.adam_step(), "world_size": dist.get_world_size()}
         self._host = self._host or HostCopy(tensors)
         copy = self._host.begin(tensors)
@@ -148,20 +162,23 @@ class CheckpointSaver:
         flight.stalled += waited
         self._stalled += waited
 
-    def _planned(self, tensors: Tensors, temporary: Path) -> SavePlan:
-        """Which rank writes what: the same in every save of a run, so asked once. A collective."""
+    def _planned(self, tensors: Tensors) -> _Plan:
+        """Who writes what, agreed once: it is the same in every save of a run. Collective."""
         if self._plan is None:
-            planner, writer = _planner(tensors), _writer(temporary)
-            gathered = self._gathered(planner.create_local_plan())
-            plans: list[Any] = [None] * dist.get_world_size()
-            metadata = None
-            if gathered:
-                merged, metadata = planner.create_global_plan(gathered)
-                plans = writer.prepare_global_plan(merged)
-            mine: list[Any] = [None]
-            dist.scatter_object_list(mine, plans, src=0, group=self._group)
-            self._plan = planner.finish_plan(mine[0]), metadata
-        return self._plan[0]
+            file, pieces = pieces_file(dist.get_rank()), planned_pieces(tensors)
+            index = b""
+
+            def described() -> None:
+                nonlocal index
+                found = stored_tensors(everyones)
+                for tensor in found:
+                    check_cover(tensor.name, tensor.shape, tensor.pieces)
+                index = index_text(found).encode()
+
+            everyones = self._gathered((file, pieces))
+            from_rank_0(described)
+            self._plan = _Plan(file, header_of(pieces) if pieces else b"", index)
+        return self._plan
 
     def _begin_commit(self, flight: _Flight) -> None:
         """All ranks have written, or failed."""
@@ -171,12 +188,11 @@ class CheckpointSaver:
         if gathered:
             flight.work = self._pool.submit(self._commit, flight, gathered)
 
-    def _commit(self, flight: _Flight, gathered: list[tuple[list[Any], Entries]]) -> None:
+    def _commit(self, flight: _Flight, gathered: list[Entries]) -> None:
         """Of rank 0. `gathered`: what every rank wrote."""
         assert self._plan is not None
-        assert self._plan[1] is not None
-        _writer(flight.temporary).finish(self._plan[1], [results for results, _ in gathered])
-        entries = {name: entry for _, files in gathered for name, entry in files.items()}
+        folders.write_durably(flight.temporary / INDEX, self._plan.index)
+        entries = {name: entry for files in gathered for name, entry in files.items()}
         _check_all_files_here(flight.temporary, entries)
         folders.commit(self.folder, flight.step, flight.state, entries)
         folders.remove_old(self.folder, flight.step, self.keep_last, self.keep_every)
@@ -263,7 +279,8 @@ def save_checkpoint(
 class HostCopy:
     """Host memory for this rank's share, allocated once: twelve bytes a parameter it owns.
 
-    Of GPUs it is page-locked, if that is allowed, and filled on a stream of its own.
+    Of GPUs it is page-locked, if that is allowed, and filled on a stream of its own. It holds the
+    values of this rank's file in their order, but for what only one rank has, which follows.
     """
 
     def __init__(self, tensors: Tensors) -> None:
@@ -279,32 +296,25 @@ class HostCopy:
             except torch.cuda.CudaError as error:
                 log.warning("host memory is not page-locked (%s): copies will be slower", error)
 
-    def begin(self, tensors: Tensors) -> Callable[[], Tensors]:
-        """What makes the copy, to be called in another thread, of the state as it is now."""
+    def begin(self, tensors: Tensors) -> Callable[[], list[Tensor]]:
+        """What copies the state as it is now, to be called in another thread; the file's values."""
         now = None
         if self._stream is not None:
             now = torch.cuda.current_stream().record_event()
 
-        def copy() -> Tensors:
-            # torch.save would copy once more what is a part of a larger storage; numpy's are not
-            copied, at, memory = dict(tensors), 0, self._buffer.numpy()
+        def copy() -> list[Tensor]:
+            at = 0
             with torch.cuda.stream(self._stream):
                 if self._stream is not None and now is not None:
                     self._stream.wait_event(now)
-                for name, tensor in tensors.items():
-                    if not isinstance(tensor, GlobalTensor):
-                        continue
-                    parts = []
-                    for part in tensor.parts:
-                        size = part.data.numel()
-                        host = torch.from_numpy(memory[at : at + size]).view(part.data.shape)
-                        host.copy_(part.data, non_blocking=True)
-                        parts.append(Part(part.offsets, host))
-                        at += size
-                    copied[name] = GlobalTensor(tuple(tensor.shape), parts)
+                for part in _parts(tensors):
+                    size = part.data.numel()
+                    host = self._buffer[at : at + size].view(part.data.shape)
+                    host.copy_(part.data, non_blocking=True)
+                    at += size
             if self._stream is not None:
                 self._stream.synchronize()
-            return copied
+            return [self._buffer, *(t for t in tensors.values() if isinstance(t, Tensor))]
 
         return copy
 
@@ -316,34 +326,34 @@ def _parts(tensors: Tensors) -> list[Part]:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def _planner(tensors: Tensors) -> SavePlanner:
-    planner = SavePlanner()
-    planner.set_up_planner(tensors, is_coordinator=dist.get_rank() == 0)
-    return planner
+def planned_pieces(tensors: Tensors) -> list[PlannedPiece]:
+    """Return the pieces of this rank's file in the order in which HostCopy holds their values."""
+    pieces = [
+        PlannedPiece(name, tuple(t.shape), part.data.dtype, part.offsets, tuple(part.data.shape))
+        for name, t in tensors.items()
+        if isinstance(t, GlobalTensor)
+        for part in t.parts
+    ]
+    whole = [(name, t) for name, t in tensors.items() if isinstance(t, Tensor)]
+    return pieces + [
+        PlannedPiece(name, tuple(t.shape), t.dtype, (0,) * t.dim(), tuple(t.shape))
+        for name, t in whole
+    ]
 
 
-def _writer(folder: Path) -> FileSystemWriter:
-    # no copying ahead: that waits for the stream on which training computes
-    writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
-    writer.set_up_storage_writer(dist.get_rank() == 0)
-    return writer
-
-
-def _copy_and_write(
-    copy: Callable[[], Tensors], flight: _Flight, plan: SavePlan
-) -> tuple[list[Any], Entries]:
+def _copy_and_write(copy: Callable[[], list[Tensor]], flight: _Flight, plan: _Plan) -> Entries:
     try:
-        tensors = copy()
+        values = copy()
     finally:
         flight.copied.set()
-    return _write(tensors, flight.temporary, plan)
+    return _write(values, flight.temporary, plan)
 
 
-def _write(tensors: Tensors, folder: Path, plan: SavePlan) -> tuple[list[Any], Entries]:
-    """This rank's file; where its tensors are in it, and its size and checksum."""
-    results = _writer(folder).write_data(plan, _planner(tensors)).value()
-    names = sorted({result.storage_data.relative_path for result in results})
-    return results, {name: file_entry(folder / name) for name in names}
+def _write(values: list[Tensor], folder: Path, plan: _Plan) -> Entries:
+    """This rank's file; its size and checksum."""
+    if not plan.header:
+        return {}
+    return {plan.file: write_pieces(folder / plan.file, plan.header, values)}
 
 
 def _check_all_files_here(step_dir: Path, entries: Entries) -> None:
@@ -357,7 +367,7 @@ def _check_all_files_here(step_dir: Path, entries: Entries) -> None:
 
 
 def free_space(folder: Path) -> str:
-    """How full the disk is, for messages: DCP does not say that it was the reason."""
+    """How full the disk is, for messages."""
     try:
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free

@@ -7,25 +7,24 @@ they are not stored twice.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from megatron.core import parallel_state
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from checkpoints_tools.errors import CheckpointError
-from checkpoints_tools.global_tensors import GlobalTensor, LoadPlanner, Part, global_parts
+from checkpoints_tools.global_tensors import GlobalTensor, Part, global_parts
 from checkpoints_tools.manifest import read_manifest
+from checkpoints_tools.stored import KINDS, StoredTensors
 from parallel.groups import replicas_group
 from parallel.params import ParamInfo
 from parallel.zero import Fragment, ZeroOptimizer
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
+T = TypeVar("T")
 
 
 class Weights(Protocol):
@@ -78,28 +77,50 @@ def _share(fragment: Fragment, zero_stage: int) -> tuple[int, int]:
 def load_checkpoint(step_dir: Path, zero: ZeroOptimizer) -> dict[str, Any]:
     """Fill weights, moments, random state from a committed checkpoint of any layout; its manifest.
 
-    Raises CheckpointError when it is damaged or of another model. A collective.
+    Raises CheckpointError, on every rank, when it is damaged or of another model. Collective.
     """
     manifest = read_manifest(step_dir)
-    tensors: dict[str, Any] = _tensors_to_load(zero, KINDS)
-    rng_name = _rng_name()
-    reader = FileSystemReader(step_dir)
-    try:
-        stored = reader.read_metadata().state_dict_metadata
-        check_names(step_dir, set(tensors), {n for n in stored if not n.startswith("rng.")})
-        rng = _rng_state()
-        if getattr(stored.get(rng_name), "size", None) == rng.size():
-            tensors[rng_name] = rng
-        dcp.load(tensors, storage_reader=reader, planner=LoadPlanner())
-    except (CheckpointException, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(
-            f"loading {step_dir} failed: {_causes(error)}; use another checkpoint"
-        ) from error
+    stored = on_every_rank(lambda: StoredTensors(step_dir))
+    tensors = _tensors_to_load(zero, KINDS)
+    check_names(step_dir, set(tensors), {n for n in stored.tensors if not n.startswith("rng.")})
+    on_every_rank(lambda: _fill(stored, tensors))
     zero.set_adam_step(manifest["adam_step"])
     zero.refresh_parameters()
-    if rng_name in tensors:
-        _set_rng_state(tensors[rng_name])
+    on_every_rank(lambda: _restore_rng_state(stored))
     return manifest
+
+
+def _fill(stored: StoredTensors, wanted: dict[str, GlobalTensor]) -> None:
+    """Read this rank's parts. Raises CheckpointError."""
+    for name, tensor in wanted.items():
+        found = stored.tensors[name]
+        if (found.shape, found.dtype) != (tuple(tensor.shape), torch.float32):
+            raise CheckpointError(
+                f"{stored.step_dir}: {name} is {found.dtype} {list(found.shape)}, but the [model] "
+                f"section gives it torch.float32 {list(tensor.shape)}; use the section it was "
+                "trained with (config.toml of its run)"
+            )
+        for part in tensor.parts:
+            stored.fill(name, part.offsets, part.data)
+    stored.close()
+
+
+def on_every_rank(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; if it fails on any, raise its CheckpointError on all.
+
+    Collective.
+    """
+    cause, result = None, None
+    try:
+        result = action()
+    except CheckpointError as error:
+        cause = str(error)
+    causes: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(causes, cause)
+    failed = [(rank, cause) for rank, cause in enumerate(causes) if cause is not None]
+    if failed:
+        raise CheckpointError(f"rank {failed[0][0]}: {failed[0][1]} ({len(failed)} rank(s) failed)")
+    return result  # type: ignore[return-value]
 
 
 def weights_to_load(weights: Weights) -> dict[str, GlobalTensor]:
@@ -110,16 +131,15 @@ def weights_to_load(weights: Weights) -> dict[str, GlobalTensor]:
 
 
 def load_stored_weights(step_dir: Path, weights: Weights) -> None:
-    """Fill the weights alone, and nothing else, from a checkpoint. Raises CheckpointError. A
-    collective."""
+    """Fill the weights alone, and nothing else, from a checkpoint.
+
+    Raises CheckpointError on every rank. Collective.
+    """
+    stored = on_every_rank(lambda: StoredTensors(step_dir))
     tensors = _tensors_to_load(weights, KINDS[:1])
-    reader = FileSystemReader(step_dir)
-    try:
-        stored = reader.read_metadata().state_dict_metadata
-        check_names(step_dir, set(tensors), {n for n in stored if n.startswith(f"{KINDS[0]}.")})
-        dcp.load(dict(tensors), storage_reader=reader, planner=LoadPlanner())
-    except (CheckpointException, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"loading {step_dir} failed: {_causes(error)}") from error
+    there = {name for name in stored.tensors if name.startswith(f"{KINDS[0]}.")}
+    check_names(step_dir, set(tensors), there)
+    on_every_rank(lambda: _fill(stored, tensors))
     weights.refresh_parameters()
 
 
@@ -170,17 +190,21 @@ def _rng_state() -> Tensor:
     return torch.get_rng_state()
 
 
-def _set_rng_state(state: Tensor) -> None:
+def _restore_rng_state(stored: StoredTensors) -> None:
+    """Restore the state of this rank's stream, where one of this kind of device is stored."""
+    name, state = _rng_name(), _rng_state()
+    found = stored.tensors.get(name)
+    if found is None or (found.shape, found.dtype) != (tuple(state.shape), state.dtype):
+        return
+    stored.fill(name, (0,), state)
+    stored.close()
     cpu_size = torch.get_rng_state().numel()
-    torch.set_rng_state(state[:cpu_size])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(state[cpu_size:])
-
-
-def _causes(error: BaseException) -> str:
-    """One line: the distinct causes DCP collected from the ranks."""
-    if isinstance(error, CheckpointException):
-        by_rank = {rank: str(failure[0]) for rank, failure in error.failures.items()}
-        first = min(by_rank)
-        return f"rank {first}: {by_rank[first]} ({len(by_rank)} rank(s) failed)"
-    return str(error)
+    try:
+        torch.set_rng_state(state[:cpu_size])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(state[cpu_size:])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{stored.step_dir}: {name} is no state of random numbers ({error}); use another "
+            "checkpoint"
+        ) from error

@@ -1,63 +1,28 @@
-"""Reading the tensors of a sharded checkpoint a block of rows at a time, in one process.
+"""Reading the tensors of a sharded checkpoint: boxes of them, or a block of rows at a time.
 
-DCP's own loading wants a whole tensor and reads whole items: of a checkpoint written by one rank
-these are as large as the embedding. Here an item's header is read first, then only the bytes of the
-rows that are asked for. Neither Megatron-core nor DeepSpeed is imported.
+Only the bytes of the rows that are asked for are read, in blocks, so memory does not grow with the
+pieces. Neither Megatron-core nor DeepSpeed is imported, and nothing is unpickled.
 """
 
 import contextlib
 import ctypes
-import io
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.utils import _create_file_view
 
+from checkpoints_tools import old_format
 from checkpoints_tools.errors import CheckpointError
+from checkpoints_tools.tensor_index import INDEX, REMEDY, Piece, StoredTensor, read_index
+from untrusted.errors import UntrustedError
+from untrusted.files import open_regular
 
 BLOCK_BYTES = 8 << 20
 M_MMAP_THRESHOLD = -3  # of malloc.h
-METADATA = ".metadata"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A box of a tensor, and the bytes of a file that torch.save made of it."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    at: int
-    length: int
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A whole tensor: its pieces cover it exactly once."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    pieces: tuple[Piece, ...]
-
-    @property
-    def row_bytes(self) -> int:
-        """Of one index of the first dimension."""
-        return prod(self.shape[1:]) * self.dtype.itemsize
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all its values."""
-        return prod(self.shape) * self.dtype.itemsize
 
 
 def row_blocks(rows: int, row_bytes: int) -> Iterator[range]:
@@ -77,18 +42,55 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
-class StoredTensors:
-    """The tensors that .metadata of a step folder describes, by name (`weight.model. ...`).
+def index_name(step_dir: Path) -> str:
+    """Return the name of the file that describes the tensors of a step folder."""
+    is_old = not (step_dir / INDEX).exists() and (step_dir / old_format.METADATA).exists()
+    return old_format.METADATA if is_old else INDEX
 
-    Raises CheckpointError when .metadata cannot be read, or a tensor's pieces leave a gap or
-    overlap; no tensor is read yet.
+
+class StoredTensors:
+    """The tensors of a step folder, by name (`weight.model. ...`).
+
+    Raises CheckpointError when its index cannot be read, a tensor's pieces leave a gap or overlap,
+    or a file is shorter than its pieces; no tensor is read yet.
     """
 
     def __init__(self, step_dir: Path) -> None:
         give_memory_back()
         self.step_dir = step_dir
-        self.tensors = _described(step_dir)
-        self._places: dict[Piece, int | None] = {}
+        is_old = index_name(step_dir) == old_format.METADATA
+        read = old_format.read_old_index if is_old else read_index
+        self.tensors = read(step_dir)
+        self._places: dict[Piece, int] = {}
+        self._open: tuple[str, IO[bytes]] | None = None
+        self.file_ends = self._file_ends()  # bytes that are used of each file
+        self._check_sizes()
+
+    def _file_ends(self) -> dict[str, int]:
+        ends: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            for piece in tensor.pieces:
+                length = prod(piece.sizes) * tensor.dtype.itemsize
+                if piece.archive and length > piece.archive:
+                    raise CheckpointError(f"{self.step_dir}: {tensor.name} exceeds its archive")
+                end = piece.at + (piece.archive or length)
+                ends[piece.file] = max(end, ends.get(piece.file, 0))
+        return ends
+
+    def _check_sizes(self) -> None:
+        """Raise CheckpointError where a file cannot hold its pieces: they are allocated later."""
+        for name, end in self.file_ends.items():
+            path = self.step_dir / name
+            try:
+                size = path.lstat().st_size
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path} cannot be read ({error.strerror}); {REMEDY}"
+                ) from error
+            if size < end:
+                raise CheckpointError(
+                    f"{path} has {size} bytes, {index_name(self.step_dir)} uses {end}; {REMEDY}"
+                )
 
     def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Shapes of the weights (or moments), by parameter name."""
@@ -109,69 +111,74 @@ class StoredTensors:
         """Rows [len(rows), ...] of a tensor. Raises CheckpointError when they cannot be read."""
         tensor = self.tensors[name]
         out = torch.empty((len(rows), *tensor.shape[1:]), dtype=tensor.dtype)
-        for piece in tensor.pieces:
-            begin = piece.offsets[0]
-            first, end = max(rows.start, begin), min(rows.stop, begin + piece.sizes[0])
-            if first >= end:
-                continue
-            part = self._read(tensor, piece, range(first - begin, end - begin))
-            columns = zip(piece.offsets[1:], piece.sizes[1:], strict=True)
-            box = (
-                slice(first - rows.start, end - rows.start),
-                *(slice(o, o + s) for o, s in columns),
-            )
-            out[box] = part
+        self.fill(name, (rows.start, *(0 for _ in tensor.shape[1:])), out)
         return out
 
+    def fill(self, name: str, offsets: tuple[int, ...], out: Tensor) -> None:
+        """Fill `out`, on any device, with the box of a tensor that begins at `offsets`.
+
+        Raises CheckpointError when a part of it cannot be read.
+        """
+        tensor = self.tensors[name]
+        ends = [o + s for o, s in zip(offsets, out.shape, strict=True)]
+        for piece in tensor.pieces:
+            low = [max(a, b) for a, b in zip(offsets, piece.offsets, strict=True)]
+            stops = (o + s for o, s in zip(piece.offsets, piece.sizes, strict=True))
+            high = [min(a, b) for a, b in zip(ends, stops, strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            there = _box(low, high, piece.offsets)
+            target = out[_box(low, high, offsets)]
+            row_bytes = prod(piece.sizes[1:]) * tensor.dtype.itemsize
+            for rows in row_blocks(high[0] - low[0], row_bytes):
+                begin = there[0].start
+                part = self._read(tensor, piece, range(begin + rows.start, begin + rows.stop))
+                target[rows.start : rows.stop].copy_(part[:, *there[1:]])
+
     def _read(self, tensor: StoredTensor, piece: Piece, rows: range) -> Tensor:
+        """Whole rows of a piece."""
+        found = torch.empty((len(rows), *piece.sizes[1:]), dtype=tensor.dtype)
+        row_bytes = prod(piece.sizes[1:]) * tensor.dtype.itemsize
         try:
-            place = self._place(tensor, piece) if piece.length > BLOCK_BYTES else None
-            if place is None:
-                found = self._whole(piece)[rows.start : rows.stop]
-            else:
-                found = self._slice(tensor, piece, place, rows)
-        except Exception as error:  # damaged bytes make torch.load raise nearly anything
+            file = self._opened(piece.file)
+            file.seek(self._place(file, tensor, piece) + rows.start * row_bytes)
+            read_into(file, found)
+        except (OSError, EOFError, ValueError) as error:
             raise CheckpointError(
-                f"{self.step_dir / piece.file}: {tensor.name} cannot be read "
-                f"({_first_line(error)}); `transxssm checkpoint verify --deep` tells which files "
-                "are damaged"
+                f"{self.step_dir / piece.file}: {tensor.name} cannot be read ({error}); "
+                "`transxssm checkpoint verify --deep` tells which files are damaged"
             ) from error
-        wanted = (len(rows), *piece.sizes[1:])
-        if tuple(found.shape) != wanted or found.dtype != tensor.dtype:
-            raise CheckpointError(
-                f"{self.step_dir / piece.file}: {tensor.name} is {found.dtype} "
-                f"{tuple(found.shape)} there, {tensor.dtype} {wanted} in {METADATA}; use another "
-                "checkpoint"
-            )
         return found
 
-    def _whole(self, piece: Piece) -> Tensor:
-        with (self.step_dir / piece.file).open("rb") as file:
-            file.seek(piece.at)
-            content = io.BytesIO(file.read(piece.length))
-        whole: Tensor = torch.load(content, map_location="cpu", weights_only=True)
-        return whole
+    def _opened(self, name: str) -> IO[bytes]:
+        """The file, kept open until another is read."""
+        if self._open is None or self._open[0] != name:
+            self.close()
+            try:
+                self._open = name, open_regular(self.step_dir / name)
+            except UntrustedError as error:
+                raise CheckpointError(str(error)) from error
+        return self._open[1]
 
-    def _place(self, tensor: StoredTensor, piece: Piece) -> int | None:
-        """Where in its file the values of a piece begin, in order; None when they have another."""
+    def close(self) -> None:
+        """Close the file that was read last; reading opens it again."""
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+    def _place(self, file: IO[bytes], tensor: StoredTensor, piece: Piece) -> int:
+        """Where in its file the values of a piece begin."""
+        if not piece.archive:
+            return piece.at
         if piece not in self._places:
-            with (self.step_dir / piece.file).open("rb") as file, FakeTensorMode():
-                view = cast(IO[bytes], _create_file_view(file, piece.at, piece.length))
-                header = torch.load(view, weights_only=True)  # reads no values
-            place = piece.at + header.untyped_storage()._checkpoint_offset
-            place += header.storage_offset() * header.dtype.itemsize
-            expected = (header.shape, header.dtype) == (piece.sizes, tensor.dtype)
-            in_order = expected and header.is_contiguous()
-            self._places[piece] = place if in_order else None
+            num_bytes = prod(piece.sizes) * tensor.dtype.itemsize
+            self._places[piece] = old_format.values_in_archive(file, piece, num_bytes)
         return self._places[piece]
 
-    def _slice(self, tensor: StoredTensor, piece: Piece, place: int, rows: range) -> Tensor:
-        row_bytes = prod(piece.sizes[1:]) * tensor.dtype.itemsize
-        found = torch.empty((len(rows), *piece.sizes[1:]), dtype=tensor.dtype)
-        with (self.step_dir / piece.file).open("rb") as file:
-            file.seek(place + rows.start * row_bytes)
-            read_into(file, found)
-        return found
+
+def _box(low: list[int], high: list[int], origin: tuple[int, ...]) -> tuple[slice, ...]:
+    """The box [low, high) as indices into a tensor that begins at `origin`."""
+    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
 
 
 def read_into(file: IO[bytes], tensor: Tensor) -> None:
@@ -179,74 +186,3 @@ def read_into(file: IO[bytes], tensor: Tensor) -> None:
     content = tensor.view(-1).view(torch.uint8).numpy()
     if file.readinto(content.data) != content.size:  # type: ignore[attr-defined]
         raise EOFError("the file ends too early")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-# -- what .metadata says ---------------------------------------------------------------------------
-
-
-def _described(step_dir: Path) -> dict[str, StoredTensor]:
-    try:
-        metadata = FileSystemReader(step_dir).read_metadata()
-        places = metadata.storage_data
-        return {
-            name: _stored(name, entry, places)
-            for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-    except CheckpointError as error:
-        raise CheckpointError(f"{step_dir / METADATA}: {error}; use another checkpoint") from error
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise CheckpointError(
-            f"{step_dir / METADATA} cannot be read ({type(error).__name__}: {_first_line(error)}); "
-            "use another checkpoint"
-        ) from error
-
-
-def _stored(
-    name: str, entry: TensorStorageMetadata, places: dict[MetadataIndex, object]
-) -> StoredTensor:
-    pieces = []
-    for chunk in entry.chunks:
-        place = places.get(MetadataIndex(name, chunk.offsets))
-        if place is None:
-            raise CheckpointError(f"no file holds {name} from {tuple(chunk.offsets)} on")
-        file, at, length = (getattr(place, n) for n in ("relative_path", "offset", "length"))
-        pieces.append(Piece(tuple(chunk.offsets), tuple(chunk.sizes), str(file), at, length))
-    tensor = StoredTensor(name, tuple(entry.size), entry.properties.dtype, tuple(pieces))
-    check_cover(name, tensor.shape, tensor.pieces)
-    return tensor
-
-
-def check_cover(name: str, shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> None:
-    """Raise CheckpointError unless every element of the tensor is in exactly one piece."""
-    volume = 0
-    active: list[Piece] = []
-    for piece in sorted(pieces, key=lambda p: p.offsets):
-        ends = [o + s for o, s in zip(piece.offsets, piece.sizes, strict=True)]
-        inside = len(ends) == len(shape) and all(e <= n for e, n in zip(ends, shape, strict=True))
-        if not inside or min((*piece.sizes, *piece.offsets), default=0) < 0:
-            raise CheckpointError(f"{name} {shape} has a piece outside of it: {_box(piece)}")
-        volume += prod(piece.sizes)
-        # sorted by the first dimension: only pieces that reach into this row can overlap
-        active = [p for p in active if p.offsets[0] + p.sizes[0] > piece.offsets[0]]
-        for other in active:
-            if _overlap(other, piece):
-                raise CheckpointError(f"{name}: {_box(other)} and {_box(piece)} overlap")
-        active.append(piece)
-    if volume != prod(shape):
-        raise CheckpointError(
-            f"{name} {shape} has {prod(shape)} values, its pieces {volume}: a part is missing"
-        )
-
-
-def _overlap(a: Piece, b: Piece) -> bool:
-    dims = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
-    return all(max(oa, ob) < min(oa + sa, ob + sb) for oa, sa, ob, sb in dims)
-
-
-def _box(piece: Piece) -> str:
-    return f"{list(piece.sizes)} at {list(piece.offsets)}"

@@ -1,67 +1,58 @@
-"""Writing a sharded checkpoint a block of rows at a time, in one process.
+"""Writing a whole checkpoint's tensors a block of rows at a time, in one process."""
 
-DCP's own writer keeps the tensors of a file until it closes it. What is written here is what it
-would write: torch.save of every block one after another, and .metadata.
-"""
-
-import os
-import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    STORAGE_TYPES,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
+
+from checkpoints_tools.errors import CheckpointError
+from checkpoints_tools.folder import write_durably
+from checkpoints_tools.pieces_file import (
+    PlannedPiece,
+    header_of,
+    pieces_file,
+    stored_tensors,
+    write_pieces,
 )
+from checkpoints_tools.stored import KINDS, row_blocks
+from checkpoints_tools.tensor_index import INDEX, index_text
 
-from checkpoints_tools.stored import KINDS, METADATA, row_blocks
-
-FILE = "__0_0.distcp"
 Blocks = Iterator[tuple[range, Tensor]]
 Reader = Callable[[str], Blocks]
 
 
-def write_untrained_state(step_dir: Path, shapes: dict[str, tuple[int, ...]], read: Reader) -> None:
-    """Write float32 weights and moments that are zero.
+def write_untrained_state(
+    step_dir: Path, shapes: dict[str, tuple[int, ...]], read: Reader
+) -> dict[str, Any]:
+    """Write float32 weights and moments that are zero; size and checksum of the large file.
 
-    shapes: of every parameter by name; read: its rows in order, in blocks. Raises OSError.
+    shapes: of every parameter by name; read: its rows in order, in blocks. Raises OSError, and
+    CheckpointError when the blocks are not the whole tensor.
     """
-    entries: dict[str, STORAGE_TYPES] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
-    with (step_dir / FILE).open("wb") as file:
+    pieces = [
+        PlannedPiece(f"{kind}.{name}", shape, torch.float32, tuple(0 for _ in shape), shape)
+        for kind in KINDS
+        for name, shape in shapes.items()
+    ]
+
+    def values() -> Iterator[Tensor]:
         for kind in KINDS:
-            for parameter, shape in shapes.items():
-                name, chunks = f"{kind}.{parameter}", []
-                blocks = read(parameter) if kind == "weight" else _zeros(shape)
-                for rows, block in blocks:
-                    offsets = torch.Size((rows.start, *(0 for _ in shape[1:])))
-                    at = file.tell()
-                    torch.save(block.contiguous(), file)
-                    chunks.append(ChunkStorageMetadata(offsets, torch.Size(block.shape)))
-                    index = MetadataIndex(name, offsets, len(chunks) - 1)
-                    places[index] = _StorageInfo(FILE, at, file.tell() - at)
-                properties = TensorProperties(dtype=torch.float32)
-                entries[name] = TensorStorageMetadata(properties, torch.Size(shape), chunks)
-        file.flush()
-        os.fsync(file.fileno())
-    metadata = Metadata(
-        state_dict_metadata=entries,
-        storage_data=places,
-        storage_meta=StorageMeta(checkpoint_id=str(step_dir)),
-        version=CURRENT_DCP_VERSION,
-    )
-    with (step_dir / METADATA).open("wb") as file:
-        pickle.dump(metadata, file)
-        file.flush()
-        os.fsync(file.fileno())
+            for name, shape in shapes.items():
+                begin = 0
+                for rows, block in read(name) if kind == "weight" else _zeros(shape):
+                    if rows.start != begin or block.shape != (len(rows), *shape[1:]):
+                        raise CheckpointError(f"{name}: rows {rows} came, not those from {begin}")
+                    begin = rows.stop
+                    yield block.to(torch.float32).contiguous()
+                if begin != shape[0]:
+                    raise CheckpointError(f"{name}: {begin} rows came, not {shape[0]}")
+
+    file = pieces_file(0)
+    entry = write_pieces(step_dir / file, header_of(pieces), values())
+    write_durably(step_dir / INDEX, index_text(stored_tensors([(file, pieces)])).encode())
+    return {file: entry}
 
 
 def _zeros(shape: tuple[int, ...]) -> Blocks:

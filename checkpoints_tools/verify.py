@@ -9,10 +9,10 @@ from checkpoints_tools import folder as folders
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.manifest import MANIFEST, damaged_files, manifest_text, read_manifest
 from checkpoints_tools.source import differing_tensors, parameter_shapes, single_gpu_config
-from checkpoints_tools.stored import METADATA, StoredTensors
+from checkpoints_tools.stored import StoredTensors, index_name
 
 TOKENIZER = "tokenizer.json"
-SUFFIX = ".distcp"
+SUFFIXES = (".safetensors", ".distcp")  # of the files that hold tensors
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Problem:
 def verify_checkpoint(path: Path, *, deep: bool) -> tuple[Path, list[Problem]]:
     """The step folder that `path` means, and everything that is wrong with it.
 
-    Always: the manifest, the sizes of all files, the content of the small ones, and that .metadata
-    describes the model and the files there are. With `deep` every file is read and compared with
-    its checksum. Raises CheckpointError when there is no checkpoint.
+    Always: the manifest, the sizes of all files, the content of the small ones, and that
+    tensors.json describes the model and the files there are. With `deep` every file is read and
+    compared with its checksum. Raises CheckpointError when there is no checkpoint.
     """
     step_dir = folders.resolve(path)
     try:
@@ -37,19 +37,20 @@ def verify_checkpoint(path: Path, *, deep: bool) -> tuple[Path, list[Problem]]:
         return step_dir, [Problem(_file_named(str(error), step_dir), str(error))]
     except (OSError, LookupError, TypeError, AttributeError) as error:
         return step_dir, [Problem(MANIFEST, f"cannot be used ({error!r})")]
+    index = index_name(step_dir)
     problems = []
     if (step_dir / MANIFEST).read_bytes() != manifest_text(manifest).encode():
         problems.append(Problem(MANIFEST, "is not written as it was saved"))
     problems += [
         Problem(name, f"is not listed in {MANIFEST}, so nothing says what it should hold")
-        for name in (METADATA, TOKENIZER)
+        for name in (index, TOKENIZER)
         if name not in manifest["files"]
     ]
-    small = [name for name in manifest["files"] if not name.endswith(SUFFIX)]
+    small = [name for name in manifest["files"] if not name.endswith(SUFFIXES)]
     damaged = damaged_files(step_dir, manifest, None if deep else small)
     problems += [Problem(name, what) for name, what in damaged.items()]
-    if METADATA in manifest["files"] and METADATA not in damaged:
-        problems += _metadata_problems(step_dir, manifest)
+    if index in manifest["files"] and index not in damaged:
+        problems += _index_problems(step_dir, index, manifest)
     return step_dir, problems
 
 
@@ -59,34 +60,27 @@ def _file_named(message: str, step_dir: Path) -> str:
     return found[1] if found else MANIFEST
 
 
-def _metadata_problems(step_dir: Path, manifest: dict[str, Any]) -> list[Problem]:
-    """Does .metadata describe the model of the manifest, in the files of the manifest?"""
+def _index_problems(step_dir: Path, index: str, manifest: dict[str, Any]) -> list[Problem]:
+    """Does the index describe the model of the manifest, in the files of the manifest?"""
     try:
         stored = StoredTensors(step_dir)
         shapes = parameter_shapes(single_gpu_config(manifest, "fp32"))
     except CheckpointError as error:
-        return [Problem(METADATA, str(error))]
-    problems = [Problem(METADATA, what) for what in differing_tensors(stored, shapes)]
+        return [Problem(index, str(error))]
+    problems = [Problem(index, what) for what in differing_tensors(stored, shapes)]
     files = manifest["files"]
-    used: dict[str, int] = {}
-    for tensor in stored.tensors.values():
-        for piece in tensor.pieces:
-            used[piece.file] = max(used.get(piece.file, 0), piece.at + piece.length)
+    used = stored.file_ends
     for name, end in sorted(used.items()):
         if name not in files:
-            problems.append(
-                Problem(name, f"is used by {METADATA}, but {MANIFEST} does not list it")
-            )
+            problems.append(Problem(name, f"is used by {index}, but {MANIFEST} does not list it"))
         elif end > files[name]["bytes"]:
-            problems.append(
-                Problem(name, f"has {files[name]['bytes']} bytes, {METADATA} uses {end}")
-            )
-    listed = {name for name in files if name.endswith(SUFFIX)}
+            problems.append(Problem(name, f"has {files[name]['bytes']} bytes, {index} uses {end}"))
+    listed = {name for name in files if name.endswith(SUFFIXES)}
     problems += [
-        Problem(name, f"is listed in {MANIFEST}, but {METADATA} uses nothing of it")
+        Problem(name, f"is listed in {MANIFEST}, but {index} uses nothing of it")
         for name in sorted(listed - used.keys())
     ]
-    present = {path.name for path in step_dir.glob(f"*{SUFFIX}")}
+    present = {path.name for path in step_dir.iterdir() if path.name.endswith(SUFFIXES)}
     problems += [
         Problem(name, f"lies in the folder, but {MANIFEST} does not list it")
         for name in sorted(present - listed - used.keys())

@@ -150,11 +150,11 @@ def test_what_is_not_the_model_is_refused(
 
 
 def test_damaged_file_is_refused(steps: Path, tmp_path: Path) -> None:
-    file = steps / "step-00000004/__1_0.distcp"
+    file = steps / "step-00000004/rank-00001.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"__1_0\.distcp has checksum"):
+    with pytest.raises(CheckpointError, match=r"rank-00001\.safetensors has checksum"):
         export_checkpoint(steps, tmp_path / "model")
     assert not list(tmp_path.glob("*model*"))
 

@@ -89,7 +89,7 @@ def test_ranks_write_alike(
     config = tiny_config(tiny_data, tmp_path / "run", parallel=parallel, model=model)
     run_ranks(world_size, save_at_once, config)
     files = read_manifest(tmp_path / "run/checkpoints" / STEP)["files"]
-    sizes = [entry["bytes"] for name, entry in files.items() if name.endswith(".distcp")]
+    sizes = [entry["bytes"] for name, entry in files.items() if name.endswith(".safetensors")]
     assert len(sizes) == world_size
     assert max(sizes) < 1.15 * sum(sizes) / world_size
     assert sum(sizes) > 12 * config.model.num_params()["total"]
@@ -185,7 +185,7 @@ def exchange(a: Path, b: Path) -> None:
 def test_what_was_changed_after_it_was_written_is_found(tiny_data: Path, tmp_path: Path) -> None:
     run_ranks(2, save_at_once, tiny_config(tiny_data, tmp_path / "run"))
     step_dir = tmp_path / "run/checkpoints" / STEP
-    first, second = step_dir / "__0_0.distcp", step_dir / "__1_0.distcp"
+    first, second = step_dir / "rank-00000.safetensors", step_dir / "rank-00001.safetensors"
     text = (step_dir / "manifest.json").read_text()
     (step_dir / "manifest.json").write_text(text.replace('"samples": 24', '"samples": 25'))
     with pytest.raises(CheckpointError, match=r"manifest\.json was changed"):

@@ -32,7 +32,7 @@ def told(*words: str | Path, code: int = 0) -> Any:
 
 
 def test_list_shows_damaged_checkpoints_as_such(steps: Path) -> None:
-    (steps / "step-00000002/__1_0.distcp").unlink()
+    (steps / "step-00000002/rank-00001.safetensors").unlink()
     (steps / "step-00000009").mkdir()
     found = told("list", steps)
     assert [(entry["step"], entry["tokens"]) for entry in found] == [
@@ -40,7 +40,7 @@ def test_list_shows_damaged_checkpoints_as_such(steps: Path) -> None:
         (4, 2048),
         (9, None),
     ]
-    assert "__1_0.distcp is missing" in found[0]["problem"]
+    assert "rank-00001.safetensors is missing" in found[0]["problem"]
     assert found[1]["problem"] is None
     assert "cannot read manifest.json" in found[2]["problem"]
     (end,) = run_command("checkpoint", "list", steps)
@@ -51,7 +51,7 @@ def test_list_shows_damaged_checkpoints_as_such(steps: Path) -> None:
 
 def test_inspect_reads_metadata_alone(steps: Path) -> None:
     step_dir = steps / NEWEST
-    for path in step_dir.glob("*.distcp"):
+    for path in step_dir.glob("*.safetensors"):
         path.write_bytes(bytes(path.stat().st_size))
     found = told("inspect", steps, "--tensors")
     assert (found["step"], found["tokens"], found["samples"]) == (4, 2048, 32)
@@ -70,14 +70,14 @@ def test_inspect_reads_metadata_alone(steps: Path) -> None:
 
 
 def flipped_bit(step_dir: Path) -> None:
-    path = step_dir / "__0_0.distcp"
+    path = step_dir / "rank-00000.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 4
     path.write_bytes(content)
 
 
 def swapped_files(step_dir: Path) -> None:
-    one, other = (step_dir / f"__{rank}_0.distcp" for rank in (0, 1))
+    one, other = (step_dir / f"rank-{rank:05d}.safetensors" for rank in (0, 1))
     one.rename(step_dir / "x")
     other.rename(one)
     (step_dir / "x").rename(other)
@@ -86,7 +86,7 @@ def swapped_files(step_dir: Path) -> None:
 def swapped_files_of_one_size(step_dir: Path) -> None:
     """As above, of files that their size does not tell apart, as those of data-parallel ranks."""
     manifest = read_manifest(step_dir)
-    paths = [step_dir / f"__{rank}_0.distcp" for rank in (0, 1)]
+    paths = [step_dir / f"rank-{rank:05d}.safetensors" for rank in (0, 1)]
     size = max(path.stat().st_size for path in paths)
     for path in paths:
         path.write_bytes(path.read_bytes().ljust(size, b"\0"))
@@ -119,12 +119,12 @@ def no_manifest(step_dir: Path) -> None:
 
 
 def cut_file(step_dir: Path) -> None:
-    path = step_dir / "__1_0.distcp"
+    path = step_dir / "rank-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def missing_file(step_dir: Path) -> None:
-    (step_dir / "__1_0.distcp").unlink()
+    (step_dir / "rank-00001.safetensors").unlink()
 
 
 def other_tokenizer(step_dir: Path) -> None:
@@ -140,7 +140,7 @@ def broken_metadata(step_dir: Path) -> None:
 
 
 def stray_file(step_dir: Path) -> None:
-    (step_dir / "__7_0.distcp").write_bytes(b"")
+    (step_dir / "rank-00007.safetensors").write_bytes(b"")
 
 
 def committed_again(step_dir: Path, change: Callable[[Any], None]) -> None:
@@ -174,34 +174,34 @@ def lost_piece(step_dir: Path) -> None:
 
 def unlisted_file(step_dir: Path) -> None:
     manifest = read_manifest_unchecked(step_dir)
-    del manifest["files"]["__1_0.distcp"]
+    del manifest["files"]["rank-00001.safetensors"]
     (step_dir / MANIFEST).write_text(manifest_text(manifest))
 
 
 def unused_file(step_dir: Path) -> None:
-    (step_dir / "__9_0.distcp").write_bytes(b"x")
+    (step_dir / "rank-00009.safetensors").write_bytes(b"x")
     committed_again(step_dir, lambda metadata: None)
 
 
 @pytest.mark.parametrize(
     ("damage", "deep", "file", "what"),
     [
-        (flipped_bit, True, "__0_0.distcp", "checksum"),
-        (swapped_files, False, "__0_0.distcp", "bytes, not"),
-        (swapped_files_of_one_size, True, "__0_0.distcp", "it is __1_0.distcp"),
+        (flipped_bit, True, "rank-00000.safetensors", "checksum"),
+        (swapped_files, False, "rank-00000.safetensors", "bytes, not"),
+        (swapped_files_of_one_size, True, "rank-00000.safetensors", "it is rank-00001.safetensors"),
         (stale_manifest, False, MANIFEST, "is of step-00000002"),
         (renamed_folder, False, MANIFEST, "is of step-00000002"),
         (edited_manifest, False, MANIFEST, "was changed after it was written"),
         (reformatted_manifest, False, MANIFEST, "not written as it was saved"),
-        (cut_file, False, "__1_0.distcp", "bytes, not"),
-        (missing_file, False, "__1_0.distcp", "is missing"),
+        (cut_file, False, "rank-00001.safetensors", "bytes, not"),
+        (missing_file, False, "rank-00001.safetensors", "is missing"),
         (other_tokenizer, False, "tokenizer.json", "checksum"),
         (broken_metadata, False, ".metadata", "checksum"),
-        (stray_file, False, "__7_0.distcp", "does not list it"),
+        (stray_file, False, "rank-00007.safetensors", "does not list it"),
         (undescribed_tensor, False, ".metadata", f"{NAME} is missing"),
         (lost_piece, False, ".metadata", "a part is missing"),
-        (unlisted_file, False, "__1_0.distcp", "does not list it"),
-        (unused_file, False, "__9_0.distcp", "uses nothing of it"),
+        (unlisted_file, False, "rank-00001.safetensors", "does not list it"),
+        (unused_file, False, "rank-00009.safetensors", "uses nothing of it"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -224,9 +224,9 @@ def test_verify_command(steps: Path) -> None:
     assert end.code == 0
     (end,) = run_command("checkpoint", "verify", steps, "--deep")
     assert end.code == 1
-    assert "is damaged (__0_0.distcp)" in paragraph(end.output)
+    assert "is damaged (rank-00000.safetensors)" in paragraph(end.output)
     found = told("verify", steps, "--deep", code=1)
-    assert [problem["file"] for problem in found["problems"]] == ["__0_0.distcp"]
+    assert [problem["file"] for problem in found["problems"]] == ["rank-00000.safetensors"]
     no_manifest(steps / NEWEST)
     (end,) = run_command("checkpoint", "verify", steps / NEWEST)
     assert end.code == 1

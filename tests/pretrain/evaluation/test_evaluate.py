@@ -167,7 +167,7 @@ def test_damaged_checkpoint_is_named_on_every_rank(trained: Path, tmp_path: Path
     copy.mkdir()
     for file in step.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    shard = next(copy.glob("*.distcp"))
+    shard = next(copy.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     for end in run_command("evaluate", copy, "--recall", ranks=2):
         assert end.code == 1
