@@ -122,7 +122,7 @@ class ZeroOptimizer:
 
     def _deepspeed_config(self, dtype: torch.dtype, clip_grad_norm: float) -> dict[str, Any]:
         numel = sum(p.numel() for _, p in self.built.named_parameters())
-        bucket = min(BUCKET_ELEMENTS, numel)
+        bucket = min(BUCKET_ELEMENTS, numel + numel % 2)  # DeepSpeed wants a multiple of two
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,

@@ -1,7 +1,6 @@
 """Listing, inspecting, verifying and comparing checkpoints; damage of every kind is found."""
 
 import json
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 
 from benchmarks.checkpoint_layouts import stored_tensors
 from checkpoints_tools import difference
 from checkpoints_tools import folder as folders
 from checkpoints_tools.manifest import MANIFEST, file_entry, manifest_text, read_manifest
+from checkpoints_tools.tensor_index import INDEX
 from checkpoints_tools.verify import verify_checkpoint
 from tests.pretrain.command import paragraph, run_command
 
@@ -132,8 +131,8 @@ def other_tokenizer(step_dir: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))
 
 
-def broken_metadata(step_dir: Path) -> None:
-    path = step_dir / ".metadata"
+def broken_index(step_dir: Path) -> None:
+    path = step_dir / INDEX
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -144,10 +143,10 @@ def stray_file(step_dir: Path) -> None:
 
 
 def committed_again(step_dir: Path, change: Callable[[Any], None]) -> None:
-    """As a faulty writer would have saved it: other metadata, and a manifest that fits."""
-    metadata = FileSystemReader(step_dir).read_metadata()
-    change(metadata)
-    (step_dir / ".metadata").write_bytes(pickle.dumps(metadata))
+    """As a faulty writer would have saved it: another index, and a manifest that fits."""
+    index = json.loads((step_dir / INDEX).read_text())
+    change(index)
+    (step_dir / INDEX).write_text(json.dumps(index))
     manifest = read_manifest_unchecked(step_dir)
     manifest["files"] = {
         path.name: file_entry(path) for path in sorted(step_dir.iterdir()) if path.name != MANIFEST
@@ -165,11 +164,11 @@ NAME = "exp_avg.model.layers.1.attn.q_proj.weight"
 
 
 def undescribed_tensor(step_dir: Path) -> None:
-    committed_again(step_dir, lambda metadata: metadata.state_dict_metadata.pop(NAME))
+    committed_again(step_dir, lambda index: index["tensors"].pop(NAME))
 
 
 def lost_piece(step_dir: Path) -> None:
-    committed_again(step_dir, lambda metadata: metadata.state_dict_metadata[NAME].chunks.pop())
+    committed_again(step_dir, lambda index: index["tensors"][NAME]["pieces"].pop())
 
 
 def unlisted_file(step_dir: Path) -> None:
@@ -180,7 +179,7 @@ def unlisted_file(step_dir: Path) -> None:
 
 def unused_file(step_dir: Path) -> None:
     (step_dir / "rank-00009.safetensors").write_bytes(b"x")
-    committed_again(step_dir, lambda metadata: None)
+    committed_again(step_dir, lambda index: None)
 
 
 @pytest.mark.parametrize(
@@ -196,10 +195,10 @@ def unused_file(step_dir: Path) -> None:
         (cut_file, False, "rank-00001.safetensors", "bytes, not"),
         (missing_file, False, "rank-00001.safetensors", "is missing"),
         (other_tokenizer, False, "tokenizer.json", "checksum"),
-        (broken_metadata, False, ".metadata", "checksum"),
+        (broken_index, False, INDEX, "checksum"),
         (stray_file, False, "rank-00007.safetensors", "does not list it"),
-        (undescribed_tensor, False, ".metadata", f"{NAME} is missing"),
-        (lost_piece, False, ".metadata", "a part is missing"),
+        (undescribed_tensor, False, INDEX, f"{NAME} is missing"),
+        (lost_piece, False, INDEX, "a part is missing"),
         (unlisted_file, False, "rank-00001.safetensors", "does not list it"),
         (unused_file, False, "rank-00009.safetensors", "uses nothing of it"),
     ],
@@ -268,9 +267,9 @@ def test_diff_finds_fields_and_shapes(steps: Path, trained: Path) -> None:
     for path in (steps / NEWEST).iterdir():
         if path.name != MANIFEST:
             shutil.copyfile(path, temporary / path.name)
-    metadata = FileSystemReader(temporary).read_metadata()
-    del metadata.state_dict_metadata[NAME]
-    (temporary / ".metadata").write_bytes(pickle.dumps(metadata))
+    index = json.loads((temporary / INDEX).read_text())
+    del index["tensors"][NAME]
+    (temporary / INDEX).write_text(json.dumps(index))
     manifest = read_manifest(steps / NEWEST)
     manifest["config"]["optimizer"]["lr"] = 0.5
     folders.commit(other, 4, {n: v for n, v in manifest.items() if n != "files"})
