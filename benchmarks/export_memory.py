@@ -19,7 +19,6 @@ Exits with 1 when a bound is missed or a value is wrong.
 import argparse
 import hashlib
 import json
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -32,23 +31,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from checkpoints_tools import folder as folders
 from checkpoints_tools.single_gpu import initial_value
 from checkpoints_tools.source import parameter_shapes, single_gpu_config
-from checkpoints_tools.stored import KINDS
+from checkpoints_tools.stored_writer import Blocks, write_untrained_state
 from parallel.config import ModelConfig
 
 BOUND = 10**9
-FILE = "__0_0.distcp"
 SIZES: dict[str, dict[str, Any]] = {
     "full": {"vocab_size": 131072, "hidden_size": 2048, "intermediate_size": 6144, "num_layers": 6},
     "quick": {"vocab_size": 65536, "hidden_size": 1024, "intermediate_size": 4096, "num_layers": 5},
@@ -109,24 +99,13 @@ def make_checkpoint(folder: Path, size: dict[str, Any]) -> int:
     temporary = folders.begin(folder, 1)
     (temporary / "tokenizer.json").write_bytes(tokenizer)
     random = torch.Generator().manual_seed(1)
-    metadata = Metadata({}, storage_data={}, version=CURRENT_DCP_VERSION)
-    with (temporary / FILE).open("wb") as file:
-        for kind in KINDS:
-            for name, shape in shapes.items():
-                whole = torch.zeros(1).expand(shape)  # moments: a single stored value
-                if kind == "weight":
-                    whole = initial_value(name, torch.Size(shape), config, random)
-                offsets, at = torch.Size([0] * len(shape)), file.tell()
-                torch.save(whole, file)
-                metadata.state_dict_metadata[f"{kind}.{name}"] = TensorStorageMetadata(
-                    TensorProperties(dtype=torch.float32),
-                    torch.Size(shape),
-                    [ChunkStorageMetadata(offsets, torch.Size(shape))],
-                )
-                index = MetadataIndex(f"{kind}.{name}", offsets)
-                metadata.storage_data[index] = _StorageInfo(FILE, at, file.tell() - at)
-    (temporary / ".metadata").write_bytes(pickle.dumps(metadata))
-    folders.commit(folder, 1, state)
+
+    def read(name: str) -> Blocks:
+        value = initial_value(name, torch.Size(shapes[name]), config, random)
+        yield range(len(value)), value
+
+    entries = write_untrained_state(temporary, shapes, read)
+    folders.commit(folder, 1, state, entries)
     return 4 * sum(prod(shape) for shape in shapes.values())
 
 
