@@ -79,7 +79,7 @@ def load_checkpoint(step_dir: Path, zero: ZeroOptimizer) -> dict[str, Any]:
 
     Raises CheckpointError, on every rank, when it is damaged or of another model. Collective.
     """
-    manifest = read_manifest(step_dir)
+    manifest = on_every_rank(lambda: read_manifest(step_dir))
     stored = on_every_rank(lambda: StoredTensors(step_dir))
     tensors = _tensors_to_load(zero, KINDS)
     check_names(step_dir, set(tensors), {n for n in stored.tensors if not n.startswith("rng.")})

@@ -76,7 +76,7 @@ def test_no_flag_fits_a_tensor_of_another_shape(ended: Path, tmp_path: Path) -> 
     options += ["--model.intermediate_size=128", "--checkpoint.allow_model_change=true"]
     (end,) = run_command("pretrain", ended / "config.toml", *options, "--training.steps=3")
     assert end.code == 1
-    assert "loading" in paragraph(end.output)
+    assert "but the [model] section gives it torch.float32 [128, 32]" in paragraph(end.output)
     assert "feed_forward" in paragraph(end.output)
 
 
