@@ -103,6 +103,11 @@ def check_values(request: Request, cluster: ClusterConfig, run_dir: str) -> None
                 f"cluster.toml [environment]: {printable(name)!r} cannot be the name of a "
                 "variable; use letters, digits and _, and no digit first"
             )
+        if name.startswith("SBATCH_"):  # of which sbatch would make options
+            raise SlurmError(
+                f"cluster.toml [environment]: {name} would change how the job is submitted; name "
+                "the option in cluster.toml's sbatch, as --name=value"
+            )
         _check_text(f"cluster.toml [environment] {name}", value, show=False, bounded=False)
 
 

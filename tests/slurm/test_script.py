@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 
 from pretrain.cli import app
 from pretrain.config import load_config
+from slurm.script import SCRIPT
+from tests.conftest import missing
 from tests.pretrain.command import write_config
 
 STRANGE = [
@@ -28,9 +31,10 @@ PROGRAMS = {
     "SLURM_JOB_NUM_NODES=1 SLURM_JOB_ID=7 SLURM_JOB_NODELIST=node1 SLURM_NTASKS_PER_NODE=1 "
     'TRANSXSSM=program bash "$SPOOL/script" >"$SPOOL/output" 2>&1 && echo 7\n',
     "scontrol": "echo node1 NodeAddr=node1 ",
-    "squeue": "",
+    "squeue": "[[ $* == *--jobs* ]] && echo RUNNING; exit 0\n",
     "srun": 'while [[ $1 == -* ]]; do shift; done; exec "$@"\n',
-    "program": 'printf "%s\\n" "$*" >>"$SPOOL/ran"\n',
+    "program": 'printf "%s\\n" "$*" >>"$SPOOL/ran"; echo "$TRITON_CACHE_DIR" >>"$SPOOL/cache"\n'
+    'mkdir -p "$TRITON_CACHE_DIR"; stat -c %a "${TRITON_CACHE_DIR%/*}" >>"$SPOOL/mode"\n',
     "find": "",
 }
 
@@ -163,6 +167,7 @@ def by_cluster(line: str) -> Callable[[Site, Path, str], Any]:
 FIELDS = {
     **{n: by_option(n) for n in ("partition", "account", "qos", "constraint", "exclude", "after",
                                  "time", "nodes")},
+    "environment SBATCH_*": by_cluster("[environment]\nSBATCH_ARRAY_INX = VALUE"),
     **{f"cluster {n}": by_cluster(f"{n} = VALUE") for n in ("partition", "time")},
     "cluster sbatch": by_cluster("sbatch = [VALUE]"),
     "environment name": by_cluster("[environment]\nVALUE = 'x'"),
@@ -249,6 +254,53 @@ def test_scripts_are_their_owner_s(site: Site, config: Path) -> None:
     assert site.submit(config).exit_code == 0
     assert stat.S_IMODE(script.stat().st_mode) == 0o600
     assert load_config(script.with_name("config.toml")) == load_config(config)
+
+
+@pytest.mark.parametrize("kind", ["absent", "own", "link", "open", "file", "other's"])
+def test_caches_of_kernels_are_in_a_folder_of_this_user_alone(
+    kind: str, site: Site, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others can guess its name, and make it first."""
+    monkeypatch.setenv("TMPDIR", str(site.folder / "tmp"))
+    planted, victim = site.folder / "tmp/transxssm-cache-7", site.folder / "victim"
+    (victim / "triton").mkdir(parents=True)
+    (victim / "triton/kept").touch()
+    planted.parent.mkdir(0o777)
+    if kind == "link":
+        planted.symlink_to(victim)
+    elif kind == "file":
+        planted.touch()
+    elif kind != "absent":
+        planted.mkdir(0o700)
+        planted.chmod(0o777 if kind == "open" else 0o700)
+        if kind == "other's":
+            if os.geteuid():
+                missing("only root can give a folder to another user")
+            os.chown(planted, 12345, 12345)
+    assert site.submit(config).exit_code == 0
+    used = {Path(line) for line in (site.spool / "cache").read_text().split()}
+    assert len(used) == 1
+    assert (used == {planted / "triton"}) == (kind in ("absent", "own"))
+    assert set((site.spool / "mode").read_text().split()) == {"700"}
+    assert not used.pop().parent.exists()
+    assert (victim / "triton/kept").exists()
+
+
+@pytest.mark.parametrize("answer", ["", "echo Submitted batch job"])
+def test_shares_whose_merging_is_not_submitted(answer: str, site: Site) -> None:
+    site.program("sbatch", answer)
+    shares = {
+        "SLURM_ARRAY_TASK_ID": "1",
+        "SLURM_ARRAY_TASK_MIN": "1",
+        "SLURM_ARRAY_TASK_COUNT": "2",
+    }
+    done = subprocess.run(
+        ["bash", SCRIPT.with_name("prepare.sbatch"), "corpus"], capture_output=True, text=True,
+        env=os.environ | shares | {"SLURM_ARRAY_JOB_ID": "7", "TRANSXSSM": "program"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "in place of the number of a job" in done.stdout
+    assert not (site.spool / "ran").exists()
 
 
 def test_names_longer_than_a_file_s_are_refused(site: Site, config: Path) -> None:
