@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from pretrain.bad_steps import EVENTS
 from pretrain.config import Config, ConfigError, load_config
+from pretrain.console import shown
 from untrusted.text import printable
 
 MAX_POINTS = 1500  # of a curve; more steps are averaged
@@ -298,7 +299,7 @@ def page(record: Record) -> str:
     )
     images = "".join(f"<h2>{html.escape(t)}</h2>{image}" for t, image in pictures(record))
     events = [
-        (e.get("time", ""), str(e.get("step", "")), e["event"], str(e.get("said", "")))
+        (e.get("time", ""), str(e.get("step", "")), e["event"], shown(str(e.get("said", ""))))
         for e in record.events
     ]
     starts = [

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.cbook import is_math_text
 from PIL import Image
 
 from pretrain.config import ConfigError, dump_config
-from pretrain.report import MAX_POINTS, read_record, write_report
+from pretrain.report import MAX_POINTS, literal, read_record, write_report
 from tests.conftest import missing
 from tests.tiny import tiny_config
+from untrusted.text import printable
 
 # Draws every image on a canvas and counts what is not white: what the browser made of it
 COUNT_INK = """<script>window.onload = () => { for (const image of document.images) {
@@ -77,6 +79,35 @@ def test_what_the_page_says(run_dir: Path) -> None:
     assert "Validation loss by tokens of the document before" in titles
     assert "Update over weight, by kind of layer" in titles
     assert len(titles) == 11
+
+
+NAMES = [
+    "$a^b_c$",
+    "$",
+    r"$\frac{",
+    "<b>x</b>",
+    "\x1b[31m",
+    "_under",
+    "a\nb",
+    "é 語",
+    r"\$x",
+    "%s{0}",
+]
+
+
+def test_names_from_outside_are_text(run_dir: Path) -> None:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()[:9]]
+    lines = [line | {f"loss_{name}": 2.0 for name in NAMES} for line in lines]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    event = {"event": "<script>", "step": 3, "said": "https://u:hunter2@h/<img>"}
+    (run_dir / "events.jsonl").write_text(json.dumps(event) + "\n")
+    page = write_report(run_dir, run_dir / "report.html").read_text()
+    assert "<b>" not in page
+    assert "<script" not in page
+    assert "https://***@h/&lt;img&gt;" in page
+    for name in NAMES:  # as matplotlib reads labels
+        assert not is_math_text(literal(name))
+        assert literal(name).replace(r"\$", "$") == printable(name)
 
 
 def test_curves_are_thinned_and_gaps_left_out(run_dir: Path) -> None:
