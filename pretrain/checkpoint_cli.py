@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from pretrain.console import whole_console
+from pretrain.console import print_json, whole_console
 
 checkpoint_app = typer.Typer(
     help="Look into, check, compare, average, export and import checkpoints.", no_args_is_help=True
@@ -45,7 +45,7 @@ def checkpoint_list(
 
     found = list_checkpoints(folder)
     if json_output:
-        print(json.dumps(found))
+        print_json(found)
         return
     table = Table(
         "step", "tokens", "processes", "MiB", "saved", "state", Column("folder", overflow="fold")
@@ -78,7 +78,7 @@ def checkpoint_inspect(
     if not tensors:
         fields["tensors"] = len(stored)
     if json_output:
-        print(json.dumps(fields))
+        print_json(fields)
         return
     table = Table("name", Column(overflow="fold"), show_header=False, box=None)
     for name, value in (fields | {"tensors": len(stored)}).items():
@@ -105,7 +105,7 @@ def checkpoint_verify(
     step_dir, problems = verify_checkpoint(step, deep=deep)
     if json_output:
         found = [{"file": problem.file, "what": problem.what} for problem in problems]
-        print(json.dumps({"folder": str(step_dir), "deep": deep, "problems": found}))
+        print_json({"folder": str(step_dir), "deep": deep, "problems": found})
     elif problems:
         table = Table("file", Column("what is wrong", overflow="fold"))
         for problem in problems:
@@ -135,7 +135,7 @@ def checkpoint_diff(
 
     found = diff_checkpoints(a, b, values=values)
     if json_output:
-        print(json.dumps(found))
+        print_json(found)
         return
     console = whole_console()
     if found["fields"]:

@@ -19,6 +19,10 @@ from parallel import bounds
 from parallel.config import ModelConfig, ParallelConfig, Section, printed, some_divisors
 from pretrain.credentials import restored
 from pretrain.phases import Phase, run_phases
+from untrusted.errors import UnsafeFileError
+from untrusted.files import read_regular
+
+MAX_BYTES = 1 << 20  # of a configuration file
 
 
 class ConfigError(Exception):
@@ -415,9 +419,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises ConfigError, one paragraph, naming field, value and the nearest valid name.
     """
     try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_regular(Path(path), MAX_BYTES, follow_link=True)
+        tree = tomllib.loads(content.decode())
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except UnsafeFileError as error:
+        raise ConfigError(f"cannot read the configuration: {error}") from error
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets, too
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     for name, text in _override_pairs(overrides or []):

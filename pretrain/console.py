@@ -1,5 +1,6 @@
 """Printing tables for people and for pipes, and lines of logs."""
 
+import json
 import logging
 import sys
 from typing import Any
@@ -22,6 +23,11 @@ def whole_console() -> Console:
 def shown(text: str) -> str:
     """Text for a terminal or log: without credentials in URLs, controls spelled out."""
     return printable_lines(redact_message(text))
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON value by way of `shown`."""
+    print(shown(json.dumps(value)))
 
 
 class SafeConsole(Console):

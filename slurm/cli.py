@@ -2,7 +2,6 @@
 
 import codecs
 import io
-import json
 import shlex
 import sys
 import time
@@ -15,7 +14,7 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
-from pretrain.console import shown, whole_console
+from pretrain.console import print_json, shown, whole_console
 from untrusted.text import printable, printable_lines
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def runs(
         else:
             _warn(*found[-1].damaged)
     if json_output:
-        print(json.dumps([asdict(status) for status in found]))
+        print_json([asdict(status) for status in found])
         return
     table = Table("run", "job", "state", "step", "loss", "tokens/s", "starts", "left", "limit")
     for status in found:
@@ -142,7 +141,7 @@ def status(
     from slurm.runs import run_status
 
     if json_output:
-        print(json.dumps(asdict(run_status(run))))
+        print_json(asdict(run_status(run)))
         return
     console = whole_console()
     if not watch:

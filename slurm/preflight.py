@@ -32,6 +32,7 @@ from parallel.groups import destroy_groups, host_group, init_distributed, init_g
 from parallel.launch import Launch, host_name
 from pretrain import stop
 from pretrain.config import Config
+from pretrain.console import shown
 from pretrain.run_dir import git_revision, package_versions
 from untrusted.text import printable
 
@@ -323,7 +324,7 @@ def run(config: Config, launch: Launch) -> int:
     if launch.rank == 0:
         seconds = f"{time.perf_counter() - begin:.1f} s"
         if found:
-            print(f"preflight, {seconds}: bad nodes: {in_words(found)}", file=sys.stderr)
+            print(shown(f"preflight, {seconds}: bad nodes: {in_words(found)}"), file=sys.stderr)
         else:
             print(f"preflight, {seconds}: every node is fit", file=sys.stderr)
     return BAD_NODES if found else 0

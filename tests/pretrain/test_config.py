@@ -176,7 +176,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_folder_instead_of_a_file(tmp_path: Path) -> None:
-    assert "directory" in error_of(tmp_path)
+    assert "is a folder" in error_of(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"[model\nvocab_size = 1", b"a = 1\na = 2", b"\xff\xfe"])

@@ -1,0 +1,173 @@
+"""One damaged run hides no other, and nothing of it reaches the terminal as an escape."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pretrain.cli import app
+from pretrain.config import ConfigError
+from slurm import jobs
+from slurm.jobs import JobLog
+from tests.pretrain.command import write_config
+
+ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
+JOB = '{"job_id": "12", "submitted": "now"}\n'
+STEP = '{"step": 3, "tokens": 768, "loss": 5.0, "tokens_per_second": 256.0}\n'
+FILES = {
+    "jobs.jsonl": JOB, "environment.json": "[{}]", "metrics.jsonl": STEP,
+    "logs/first_failure.txt": "", "checkpoints/latest": "step-00000002",
+}  # fmt: skip
+DAMAGED: list[bytes] = [
+    b"", b"\n", b"null", b"[[]]", b"\xff\xfe\x00", b'{"job_id": "1', b"\x00" * 4096, b"[" * 100_000,
+    b'{"job_id": 12, "step": NaN}\n', ESCAPE.encode(),
+]  # fmt: skip
+
+
+@pytest.fixture
+def runs(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of two runs; Slurm knows jobs 12 and 13."""
+    config = write_config(tmp_path / "w", tiny_data)
+    for name in ("good", "bad"):
+        run_dir = tmp_path / "runs" / name
+        (run_dir / "logs").mkdir(parents=True)
+        (run_dir / "checkpoints").mkdir()
+        for file, text in FILES.items():
+            (run_dir / file).write_text(text)
+        (run_dir / "config.toml").write_text(
+            config.read_text().replace(str(tmp_path / "w/run"), str(run_dir))
+        )
+    known = {"state": "RUNNING", "nodes": "n1", "restarts": "0", "time_left": "1:00", "reason": ""}
+    monkeypatch.setattr(jobs, "active_jobs", lambda: {"12": known, "13": known})
+    monkeypatch.setattr("slurm.submit.active_jobs", lambda: {})
+    cancelled: list[str] = []
+
+    def slurm(*words: str, **_: Any) -> str:
+        cancelled.extend(words)
+        return "14\n"
+
+    monkeypatch.setattr(jobs, "slurm", slurm)
+    monkeypatch.setattr("slurm.submit.slurm", slurm)
+    return tmp_path / "runs"
+
+
+def outcome(*words: str | Path) -> Any:
+    """The command's result; an error is one of ours, of one line."""
+    result = CliRunner().invoke(app, list(map(str, words)))
+    if result.exit_code:
+        assert type(result.exception).__name__ in ("ConfigError", "SlurmError", "UntrustedError")
+    for text in (result.stdout, result.stderr):
+        assert text.replace("\n", "").isprintable(), text
+    return result
+
+
+def other_is_shown(runs: Path) -> str:
+    """What `runs` says of the bad one, while it shows the other."""
+    result = outcome("runs", runs, "--json")
+    assert result.exit_code == 0
+    (good,) = (run for run in json.loads(result.stdout) if run["run_dir"].endswith("good"))
+    assert (good["step"], good["state"], good["damaged"]) == (3, "running", [])
+    return str(result.stderr)
+
+
+def with_content(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def as_folder(path: Path, _: bytes) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def as_endless_device(path: Path, _: bytes) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def as_pipe(path: Path, _: bytes) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("name", [*FILES, "config.toml"])
+def test_a_damaged_file_of_one_run_hides_no_other(name: str, runs: Path) -> None:
+    path = runs / "bad" / name
+    sound = path.read_bytes()
+    for damage, content in [
+        *((with_content, content) for content in DAMAGED),
+        (with_content, sound[: len(sound) // 2]),
+        (as_folder, b""),
+        (as_endless_device, b""),
+        (as_pipe, b""),
+    ]:
+        damage(path, content)
+        warning = other_is_shown(runs)
+        assert not warning or "bad" in warning
+        status = outcome("status", runs / "bad")
+        if name != "config.toml":
+            assert status.exit_code == 0
+        cancelled = outcome("cancel", runs / "bad")
+        assert (cancelled.exit_code == 0) == (name != "jobs.jsonl"), content
+        if path.is_dir():
+            path.rmdir()
+        path.unlink(missing_ok=True)
+        path.write_bytes(sound)
+
+
+def test_the_sound_lines_of_a_damaged_record_of_jobs_count(runs: Path) -> None:
+    path = runs / "bad/jobs.jsonl"
+    path.write_text('\n{"job_id": "1\n' + JOB + '\x00\x00\n{"job_id": "13"')
+    warning = other_is_shown(runs)
+    assert warning.count(f"{path}, line") >= 2
+    assert "cancelled 12" in outcome("cancel", runs / "bad").stdout
+    record = JobLog(runs / "bad")
+    record.add("13")
+    assert JobLog(runs / "bad").job_ids == ["12", "13"]
+    assert "cancelled 12, 13" in outcome("cancel", runs / "bad").stdout
+
+
+def test_submitting_again_beside_a_damaged_record(
+    runs: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs.parent)
+    (runs.parent / "cluster.toml").write_text("gpus_per_node = 0")
+    monkeypatch.setenv("TRANSXSSM_CLUSTER", str(runs.parent / "cluster.toml"))
+    path = runs / "bad/jobs.jsonl"
+    for content in DAMAGED:
+        path.write_bytes(content)
+        result = outcome("submit", runs / "bad/config.toml", "--nodes", "1")
+        assert result.exit_code == 0, result.exception
+        assert JobLog(runs / "bad").job_ids[-1] == "14"
+        assert str(path) in result.stderr or not content
+
+
+def test_an_old_configuration_is_named(runs: Path) -> None:
+    path = runs / "bad/config.toml"
+    path.write_text(path.read_text() + "\n[old]\nfield = 3\n")
+    warning = other_is_shown(runs)
+    assert str(runs / "bad") in warning
+    assert "old" in warning
+    table = outcome("runs", runs)
+    assert str(runs / "good") in table.stdout
+    assert str(runs / "bad") in table.stderr
+    with pytest.raises(ConfigError, match="old"):
+        CliRunner().invoke(app, ["status", str(runs / "bad")], catch_exceptions=False)
+
+
+def test_no_escape_reaches_the_terminal(runs: Path) -> None:
+    bad = runs / "bad"
+    (bad / "logs/first_failure.txt").write_text(f"rank 1: {ESCAPE} source")
+    (bad / "checkpoints/latest").write_text(ESCAPE)
+    (bad / "logs/rank-0.log").write_bytes(f"a\tb {ESCAPE}\r\nc \u00e9".encode() + b"\xff\n")
+    (bad / "jobs.jsonl").write_text(JOB + json.dumps({"job_id": ESCAPE}) + "\n")
+    (bad / "events.jsonl").write_text(json.dumps({"event": "start", "said": ESCAPE}) + "\n")
+    moved = bad.rename(bad.with_name(f"bad {ESCAPE}"))
+    status = outcome("status", moved)
+    assert "\\x1b]0;owned\\x07\\x1b[2J\\x9b31m\\u202e" in status.stdout
+    outcome("status", moved, "--json")
+    other_is_shown(runs)
+    result = CliRunner().invoke(app, ["logs", str(moved), "--rank", "0"])
+    assert result.stdout == "a\tb \\x1b]0;owned\\x07\\x1b[2J\\x9b31m\\u202e\nc \u00e9\ufffd\n"
