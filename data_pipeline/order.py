@@ -11,7 +11,8 @@ memory, so a run of any length resumes at any k at once.
 
 Of a large source that would mean all of its shards at once, all the time. So its samples are cut
 into blocks of neighbours; an epoch takes the blocks in a permuted order, some of them together as a
-window, and permutes the samples within each window. Only blocks have a table.
+window, and permutes the samples within each window. All blocks but the last are of one size, so
+they need no table either.
 """
 
 from dataclasses import dataclass
@@ -54,19 +55,48 @@ def permute(
     """
     if positions.size and not (positions.min() >= 0 and positions.max() < n):
         raise ValueError(f"positions {positions.min()}..{positions.max()} outside range({n})")
-    half = max(MIN_HALF_BITS, -(-(n - 1).bit_length() // 2))
-    bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    keys = _keys(seed, epoch, source, window)
+    keys = np.array(_keys(seed, epoch, source, window))[:, None]
+    count = positions.size
+    return _walk(positions, np.full(count, n, np.uint64), np.broadcast_to(keys, (ROUNDS, count)))
 
+
+def _walk(
+    positions: NDArray[np.int64], sizes: NDArray[np.uint64], keys: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """`permute` of each position in a range of its own size [m] by its own keys [ROUNDS, m]."""
+    bits, mask = _network(sizes)
     values = positions.astype(np.uint64)
-    walking = np.arange(values.size)  # entries still outside [0, n); at first, all
+    walking = np.flatnonzero(sizes > 1)  # entries still outside [0, n); at first, all
     while walking.size:
-        left, right = values[walking] >> bits, values[walking] & mask
-        for key in keys:
-            left, right = right, left ^ (_mix(right + key) & mask)
-        values[walking] = (left << bits) | right
-        walking = walking[values[walking] >= n]
+        half, low = bits[walking], mask[walking]
+        left, right = values[walking] >> half, values[walking] & low
+        for key in keys[:, walking]:
+            left, right = right, left ^ (_mix(right + key) & low)
+        values[walking] = (left << half) | right
+        walking = walking[values[walking] >= sizes[walking]]
     return values.astype(np.int64)
+
+
+def _network(sizes: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Bits of half a network's values, and as many ones, for ranges of these sizes [m]."""
+    distinct, which = np.unique(sizes, return_inverse=True)
+    half = [max(MIN_HALF_BITS, -(-(n - 1).bit_length() // 2)) for n in distinct.tolist()]
+    bits = np.array(half, np.uint64)[which]
+    return bits, (np.uint64(1) << bits) - np.uint64(1)
+
+
+@lru_cache(maxsize=64)
+def _place_of_last(n: int, seed: int, epoch: int, source: int) -> int:
+    """The position that `permute` sends to n - 1: each round of the network backwards."""
+    bits, mask = _network(np.array([n], np.uint64))
+    value = np.array([n - 1], np.uint64)
+    while True:
+        left, right = value >> bits, value & mask
+        for key in reversed(_keys(seed, epoch, source, 0)):
+            left, right = right ^ (_mix(left + key) & mask), left
+        value = (left << bits) | right
+        if value[0] < n:
+            return int(value[0])
 
 
 @dataclass(frozen=True)
@@ -77,35 +107,31 @@ class Windows:
     blocks: int
 
 
-@lru_cache(maxsize=16)
-def _block_table(
-    seed: int, epoch: int, source: int, n: int, block: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Blocks in an epoch's order, and where each ends in it; int64 [blocks]."""
-    count = -(-n // block)
-    order = permute(np.arange(count), count, seed=seed, epoch=epoch, source=source)
-    sizes = np.minimum(block, n - order * block)
-    return order, np.cumsum(sizes)
-
-
 def _windowed(
     positions: NDArray[np.int64], n: int, windows: Windows, *, seed: int, epoch: int, source: int
 ) -> NDArray[np.int64]:
     """As `permute`, by blocks and windows."""
-    order, ends = _block_table(seed, epoch, source, n, windows.block)
-    moved = np.empty_like(positions)
-    numbers = np.searchsorted(ends, positions, side="right") // windows.blocks
-    for number in np.unique(numbers).tolist():
-        here = numbers == number
-        first = number * windows.blocks
-        begin = int(ends[first - 1]) if first else 0
-        size = int(ends[min(first + windows.blocks, ends.size) - 1]) - begin
-        moved[here] = begin + permute(
-            positions[here] - begin, size, seed=seed, epoch=epoch, source=source, window=number + 1
-        )
-    places = np.searchsorted(ends, moved, side="right")
-    begins = np.where(places > 0, ends[places - 1], 0)
-    return order[places] * windows.block + moved - begins
+    block, count = windows.block, -(-n // windows.block)
+    missing = count * block - n  # from the last block, which in the epoch's order is at place:
+    last = _place_of_last(count, seed, epoch, source)
+
+    def places_at(positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        before = positions < (last + 1) * block - missing
+        return np.where(before, positions, positions + missing) // block
+
+    def begins_of(places: NDArray[np.int64]) -> NDArray[np.int64]:
+        return places * block - np.where(places > last, missing, 0)
+
+    numbers, which = np.unique(places_at(positions) // windows.blocks, return_inverse=True)
+    begins = begins_of(numbers * windows.blocks)
+    sizes = begins_of(np.minimum((numbers + 1) * windows.blocks, count)) - begins
+    keys = np.array([_keys(seed, epoch, source, number + 1) for number in numbers.tolist()]).T
+    moved = begins[which] + _walk(
+        positions - begins[which], sizes.astype(np.uint64)[which], keys[:, which]
+    )
+    places = places_at(moved)
+    blocks = permute(places, count, seed=seed, epoch=epoch, source=source)
+    return blocks * block + moved - begins_of(places)
 
 
 def sample_indices(

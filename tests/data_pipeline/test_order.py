@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -94,3 +96,47 @@ def test_windowed_order_is_fixed_for_ever():
     """A change here breaks the resumption of every existing run."""
     found = sample_indices(1234, np.arange(10), 10, source=1, windows=Windows(2, 2))
     assert found.tolist() == [5, 1, 0, 4, 2, 8, 3, 9, 7, 6]
+
+
+def by_tables(seed: int, n: int, block: int, blocks: int) -> list[int]:
+    """The first epoch as the module describes it, block by block and window by window."""
+    count = -(-n // block)
+    order = permute(np.arange(count), count, seed=seed, epoch=0).tolist()
+    found = []
+    for number, first in enumerate(range(0, count, blocks)):
+        window = [
+            index
+            for place in order[first : first + blocks]
+            for index in range(place * block, min((place + 1) * block, n))
+        ]
+        size = len(window)
+        moved = permute(np.arange(size), size, seed=seed, epoch=0, window=number + 1)
+        found += [window[at] for at in moved.tolist()]
+    return found
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    n=st.integers(1, 300),
+    seed=st.integers(0, 99),
+    block=st.integers(1, 40),
+    blocks=st.integers(1, 9),
+)
+def test_windows_are_as_described(n, seed, block, blocks):
+    found = sample_indices(seed, np.arange(n), n, windows=Windows(block, blocks))
+    if n > block * blocks:
+        assert found.tolist() == by_tables(seed, n, block, blocks)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_small_windows_take_no_longer(blocks):
+    begin = time.process_time()
+    sample_indices(0, np.arange(4096), 10_000, windows=Windows(1, blocks))  # took a minute
+    assert time.process_time() - begin < 5
+
+
+def test_windows_of_a_large_source_need_no_table():
+    n = 10**12
+    found = sample_indices(0, np.array([0, 1, n - 1]), n, windows=Windows(1, 2))
+    assert len(set(found.tolist())) == 3
+    assert found.max() < n
