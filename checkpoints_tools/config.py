@@ -31,3 +31,6 @@ class CheckpointConfig(Section):
     """Go on from a checkpoint with another tokenizer: token ids will mean other text."""
     allow_model_change: bool = False
     """Go on from a checkpoint with other [model] fields, where its tensors still fit."""
+    begin_again: bool = False
+    """Where the run's record says that steps were made, and their checkpoints are gone: set the
+    record aside, in old-record-N, and begin again."""

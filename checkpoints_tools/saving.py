@@ -83,11 +83,13 @@ class CheckpointSaver:
         keep_last: int,
         keep_every: int,
         asynchronous: bool = True,
+        committed: Callable[[int], None] | None = None,
     ) -> None:
-        """tokenizer: a file that travels along. A collective."""
+        """tokenizer: a file that travels along; committed: called on rank 0, in another thread,
+        with the step of every checkpoint. A collective."""
         self.folder, self.zero, self.tokenizer = folder, zero, tokenizer
         self.keep_last, self.keep_every = keep_last, keep_every
-        self.asynchronous = asynchronous
+        self.asynchronous, self.committed = asynchronous, committed
         self._group = host_group()
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._plan: _Plan | None = None
@@ -195,6 +197,8 @@ class CheckpointSaver:
         entries = {name: entry for files in gathered for name, entry in files.items()}
         _check_all_files_here(flight.temporary, entries)
         folders.commit(self.folder, flight.step, flight.state, entries)
+        if self.committed is not None:
+            self.committed(flight.step)
         folders.remove_old(self.folder, flight.step, self.keep_last, self.keep_every)
 
     def _end(self, flight: _Flight) -> None:

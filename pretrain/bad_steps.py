@@ -8,21 +8,46 @@ these steps; after max_rollbacks of that it ends.
 """
 
 import json
+import logging
 import math
+import os
 import statistics
 import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, TypeAdapter
+from typing_extensions import TypedDict
 
 from pretrain.config import TrainingConfig
 from pretrain.credentials import redacted
+from pretrain.records import WINDOWS as WINDOWS_KIND
+from untrusted.files import replace_file
+from untrusted.records import Finite, check_value, read_json
 from untrusted.secrets import redact_message
+
+log = logging.getLogger("transxssm")
 
 ROBUST = 1.4826  # median distance from the median → standard deviation of a normal distribution
 LEAST = 0.01  # deviation, of the median: a window may hold equal numbers
 EVENTS, WINDOWS = "events.jsonl", "skipped_windows.json"
+
+
+def _is_bad_step(entry: list[Any]) -> list[Any]:
+    if [type(part) for part in entry] != [int, int, str]:
+        raise ValueError("it is not [step, sample, fault]")
+    return entry
+
+
+class _State(TypedDict):
+    losses: list[Finite]
+    log_norms: list[Finite]
+    bad: list[Annotated[list[Any], AfterValidator(_is_bad_step)]]
+
+
+STATE = TypeAdapter(_State)
 
 
 @dataclass
@@ -76,8 +101,9 @@ class Judge:
             "bad": self.bad,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
+    def restore(self, state: dict[str, Any], source: str) -> None:
+        """From a checkpoint, `source`. Raises RecordError."""
+        check_value(state, STATE, f"{source}: judge", "use another checkpoint")
         self.losses.clear()
         self.losses.extend(state["losses"])
         self.log_norms.clear()
@@ -96,18 +122,18 @@ Windows = list[tuple[int, int]]
 
 
 def read_windows(run_dir: Path) -> Windows:
-    """Those that the run has recorded. Raises ValueError for a damaged file."""
-    path = run_dir / WINDOWS
-    if not path.exists():
+    """Those that the run has recorded. Raises RecordError and UnsafeFileError."""
+    remedy = "restore the file, or remove it to train on the samples that the run had left out"
+    try:
+        pairs = read_json(run_dir / WINDOWS, WINDOWS_KIND, remedy)
+    except FileNotFoundError:
         return []
-    return [(int(first), int(end)) for first, end in json.loads(path.read_text())]
+    return [(first, end) for first, end in pairs]
 
 
 def write_windows(run_dir: Path, windows: Windows) -> None:
     """At once and whole: a run that dies before its next checkpoint passes over them, too."""
-    temporary = run_dir / f"{WINDOWS}.tmp"
-    temporary.write_text(json.dumps(windows))
-    temporary.rename(run_dir / WINDOWS)
+    replace_file(run_dir / WINDOWS, json.dumps(windows).encode())
 
 
 def merged(windows: Windows, others: Windows) -> Windows:
@@ -124,11 +150,15 @@ def passed_to(sample: int, windows: Windows) -> int:
 
 
 def record_event(run_dir: Path, name: str, **fields: Any) -> None:
-    """A line in events.jsonl, which keeps what going back takes out of the metrics; of rank 0."""
-    entry = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "event": name,
-        **redacted(fields, redact_message),
-    }
-    with (run_dir / EVENTS).open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    """A line in events.jsonl, which keeps what going back takes out of the metrics; of rank 0.
+
+    Where it cannot be written the run goes on without it.
+    """
+    shown = redacted(fields, redact_message)
+    entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": name, **shown}
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK  # nor wait for a pipe's reader
+    try:
+        with os.fdopen(os.open(run_dir / EVENTS, flags, 0o666), "w") as file:
+            file.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        log.warning("%s cannot be written (%s): training goes on", run_dir / EVENTS, error)

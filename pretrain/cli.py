@@ -139,7 +139,8 @@ WITHOUT_MEMORY = (
 
 
 def _exhausted(error: Exception) -> str | None:
-    """What ran out and what to do, for errors that say so: disk, file size, files, memory."""
+    """What ran out or is in the way, and what to do, for errors that say so: disk, file size,
+    files, memory; the file that an operation failed on."""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, OSError) and error.errno in FULL:
         return f"{error}; {FULL[error.errno]} and run the same command again"
@@ -150,6 +151,8 @@ def _exhausted(error: Exception) -> str | None:
         return f"{text}; use a shorter name"
     if _without_memory(error):
         return f"{stop.NO_MEMORY} ({text})"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{text}; restore what belongs there, or check its path and permissions"
     return None
 
 

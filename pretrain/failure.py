@@ -11,8 +11,11 @@ import time
 from pathlib import Path
 
 from pretrain.console import shown
+from untrusted.errors import UntrustedError
+from untrusted.files import read_regular
 
 FILE = "first_failure.txt"
+MAX_BYTES = 1 << 20
 CLOCK_SKEW = 5.0  # seconds by which a shared file system's clock may lag behind
 ECHOES = ("gloo", "nccl", "connection", "socket", "broken pipe", "tcpstore")
 
@@ -46,8 +49,8 @@ def _read(logs: Path, started: float) -> str | None:
     try:
         if _is_old(logs, started):
             return None
-        return (logs / FILE).read_text() or None
-    except OSError:
+        return read_regular(logs / FILE, MAX_BYTES).decode(errors="replace") or None
+    except (OSError, UntrustedError):
         return None
 
 

@@ -14,6 +14,7 @@ from parallel.topology import topology
 from pretrain import stop
 from pretrain.config import Config, ConfigError
 from pretrain.data import warn_of_cache, warn_of_epochs
+from pretrain.lost_checkpoints import record_saves
 from pretrain.memory import refuse_too_large
 from pretrain.resume import find_start, load_weights
 from pretrain.run_dir import record_start, start_log
@@ -54,6 +55,7 @@ def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watch
     data, validation = open_data(config)
     start = find_start(config, data)
     from_rank_0(lambda: record_start(config, launch.world_size))
+    from_rank_0(lambda: record_saves(config))
     from_rank_0(lambda: keep_tokenizer(data, Path(config.logging.run_dir)))
     watchdog.at("building the model")
     trainer = Trainer(config, data, validation, device, watchdog.at)

@@ -1,21 +1,26 @@
 """What a step reports: metrics.jsonl, TensorBoard, a live line on a terminal, lines in logs."""
 
-import contextlib
 import json
 import logging
 import math
+import os
 import resource
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from pretrain.records import METRICS
 from pretrain.trackers import Tracker
+from untrusted.errors import RecordError, UntrustedError
+from untrusted.files import check_place, open_regular, replace_file
+from untrusted.records import MAX_LINE_BYTES, parse_json
 from untrusted.secrets import redact
 
 log = logging.getLogger("transxssm")
@@ -57,7 +62,10 @@ TENSORBOARD_PREFIXES = {
 
 
 class MetricsWriter:
-    """Rank 0's record of a run. On resume, entries after the step resumed from are dropped."""
+    """Rank 0's record of a run. On resume, entries after the step resumed from are dropped.
+
+    A file that is removed while the run lasts is written again, with all entries.
+    """
 
     def __init__(
         self,
@@ -69,13 +77,12 @@ class MetricsWriter:
         trackers: Sequence[Tracker] = (),
     ) -> None:
         self.every, self.trackers = every, trackers
-        self._lost: set[str] = set()  # of TensorBoard and trackers
-        path = run_dir / "metrics.jsonl"
-        kept = _entries_before(path, first_step)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.rename(path)
-        self.file: TextIO = path.open("a")
+        self._lost: set[str] = set()  # what cannot be written, and has been reported
+        self.path = run_dir / "metrics.jsonl"
+        kept = _entries_before(self.path, first_step)
+        replace_file(self.path, kept)
+        self.file: IO[bytes] = self.path.open("a+b")
+        self._size = len(kept)
         self.tensorboard: SummaryWriter | None = None
         if tensorboard:
             self._spare_the_run("TensorBoard", lambda: self._open_tensorboard(run_dir, first_step))
@@ -96,8 +103,7 @@ class MetricsWriter:
         None stands for what is not finite, which JSON has no word for.
         """
         metrics = {name: value if _finite(value) else None for name, value in metrics.items()}
-        self.file.write(json.dumps(metrics, allow_nan=False) + "\n")
-        self.file.flush()
+        self._write_line(json.dumps(metrics, allow_nan=False).encode() + b"\n")
         step = metrics["step"]
         self._spare_the_run("TensorBoard", lambda: self._add_scalars(metrics))
         for tracker in self.trackers:
@@ -116,9 +122,41 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and release; the live line stays as it is."""
         self.progress.stop()
+        self._write_line(b"")
         self.file.close()
         if self.tensorboard is not None:
             self._spare_the_run("TensorBoard", self.tensorboard.close)
+
+    def _write_line(self, line: bytes) -> None:
+        """Append to metrics.jsonl, which is put back first where it was removed or replaced."""
+        here = os.fstat(self.file.fileno())
+        try:
+            if fault := self._fault(here):
+                self.file.close()
+                self.file = self.path.open("a+b")
+                log.warning("%s %s while the run lasted", self.path, fault)
+                here = os.fstat(self.file.fileno())
+        except (OSError, UntrustedError) as error:
+            if self.path.name not in self._lost:
+                self._lost.add(self.path.name)
+                message = "%s was replaced and cannot be written (%s): training goes on"
+                log.warning(message, self.path, error)
+        self.file.write(line)
+        self.file.flush()
+        self._size = here.st_size + len(line)
+
+    def _fault(self, here: os.stat_result) -> str:
+        """What others have done to the file, which is written again if it is gone; else ""."""
+        try:
+            there = self.path.stat()
+        except FileNotFoundError:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self.path, os.pread(self.file.fileno(), here.st_size, 0))
+            return "was removed: it is there again, with every step"
+        check_place(self.path)
+        if not os.path.samestat(there, here):
+            return "was replaced: the next steps are appended to the new file"
+        return "was cut: it lacks steps" if here.st_size < self._size else ""
 
     def _open_tensorboard(self, run_dir: Path, first_step: int) -> None:
         folder = str(run_dir / "tensorboard")
@@ -164,16 +202,33 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _entries_before(path: Path, first_step: int) -> list[str]:
-    """Lines of steps up to first_step; what a crash left of a line is dropped."""
-    if not path.exists():
-        return []
-    kept = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
-        with contextlib.suppress(ValueError):  # not JSON
-            if line.endswith("\n") and json.loads(line)["step"] <= first_step:
-                kept.append(line)
-    return kept
+def _entries_before(path: Path, first_step: int) -> bytes:
+    """Lines of steps up to first_step; what a crash left of a line is dropped.
+
+    Of a file with damaged lines a copy is kept beside it. Raises UnsafeFileError and OSError.
+    """
+    kept, faults, number = [], [], 0
+    try:
+        with open_regular(path, follow_link=True) as file:
+            while line := file.readline(MAX_LINE_BYTES):
+                number += 1
+                line = line.lstrip(b"\0")  # of a page that a crash left empty
+                is_cut = not line.endswith(b"\n")
+                try:
+                    entry = parse_json(line, METRICS, f"{path}, line {number}", "it is left out")
+                    if entry["step"] <= first_step and not is_cut:
+                        kept.append(line)
+                except RecordError as error:
+                    if not is_cut or not line.startswith(b"{"):
+                        faults.append(str(error))
+    except FileNotFoundError:
+        pass
+    if faults:
+        copy = path.with_name("metrics.damaged.jsonl")
+        copy.unlink(missing_ok=True)
+        shutil.copyfile(path, copy)
+        log.warning("%s (%d such lines; %s is a copy of the file)", faults[0], len(faults), copy)
+    return b"".join(kept)
 
 
 def _line(metrics: dict[str, Any]) -> str:

@@ -6,8 +6,9 @@ Read from the run directory alone: metrics.jsonl, events.jsonl, environment.json
 import base64
 import html
 import io
-import json
+import logging
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,21 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from pretrain.bad_steps import EVENTS
 from pretrain.config import Config, ConfigError, load_config
 from pretrain.console import shown
+from pretrain.records import EVENT, METRICS, Event, Metrics, Start, read_starts
+from untrusted.errors import UntrustedError
+from untrusted.files import replace_file
+from untrusted.records import T, read_json_lines
 from untrusted.text import printable
 
+log = logging.getLogger("transxssm")
+
+SECONDS = 1e9  # the longest that a phase takes
+LARGEST = 1e100  # beyond which nothing is drawn
 MAX_POINTS = 1500  # of a curve; more steps are averaged
 PHASES = {
     "time_forward_backward": "forward and backward",
@@ -50,13 +60,17 @@ class Record:
 
     run_dir: Path
     config: Config
-    steps: list[dict[str, Any]]
-    events: list[dict[str, Any]]
-    starts: list[dict[str, Any]]
+    steps: list[Metrics]
+    events: list[Event]
+    starts: list[Start]
 
     def curve(self, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Steps and values of a metric, where it has one; averaged to MAX_POINTS at most."""
-        pairs = [(line["step"], line[name]) for line in self.steps if line.get(name) is not None]
+        pairs = [
+            (line["step"], value)
+            for line in self.steps
+            if (value := line.get(name)) is not None and abs(value) < LARGEST
+        ]
         found = np.array(pairs, np.float64).reshape(-1, 2)
         parts = np.array_split(found, min(len(found), MAX_POINTS)) if len(found) else []
         means = np.array([part.mean(0) for part in parts]).reshape(-1, 2)
@@ -73,28 +87,31 @@ class Record:
 
 
 def read_record(run_dir: Path) -> Record:
-    """Raises ConfigError where there is no run, or none of its steps."""
+    """Read a run directory; damaged parts of its record are left out with a warning.
+
+    Raises ConfigError where there is no run, or none of its steps.
+    """
     if not (run_dir / "config.toml").exists():
         raise ConfigError(f"{run_dir}: no run directory, there is no config.toml")
-    steps = _lines(run_dir / "metrics.jsonl")
+    config = load_config(run_dir / "config.toml")
+    steps = _lines(run_dir / "metrics.jsonl", METRICS)
     if not steps:
         raise ConfigError(f"{run_dir}: nothing to report yet, metrics.jsonl has no step")
-    starts = run_dir / "environment.json"
-    return Record(
-        run_dir,
-        load_config(run_dir / "config.toml"),
-        steps,
-        _lines(run_dir / EVENTS),
-        json.loads(starts.read_text()) if starts.exists() else [],
-    )
+    starts: list[Start] = []
+    try:
+        starts = read_starts(run_dir)
+    except UntrustedError as error:
+        log.warning("%s", error)
+    return Record(run_dir, config, steps, _lines(run_dir / EVENTS, EVENT), starts)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Of a file that may just be written to."""
-    if not path.exists():
-        return []
-    text = path.read_text(errors="replace").splitlines(keepends=True)
-    return [json.loads(line) for line in text if line.startswith("{") and line.endswith("}\n")]
+def _lines(path: Path, kind: TypeAdapter[T]) -> list[T]:
+    """Entries of a file that may just be written to."""
+    lines = read_json_lines(path, kind)
+    for fault in lines.faults[:1]:
+        more = f" (and {len(lines.faults) - 1} more)" if len(lines.faults) > 1 else ""
+        log.warning("%s%s", fault, more)
+    return lines.entries
 
 
 # -- pictures --------------------------------------------------------------------------------------
@@ -110,14 +127,16 @@ def picture(
     """An <img> of what `draw` puts on an axis, over steps, with the run's starts and rollbacks."""
     figure, axis = plt.subplots(figsize=(9.6, 3.2), layout="constrained")
     draw(axis)
+    if log and any((np.asarray(line.get_ydata(), np.float64) > 0).any() for line in axis.lines):
+        axis.set_yscale("log")
     for event in record.events:
-        if event["event"] == "start" and event["step"]:
-            axis.axvline(event["step"], color="#999", lw=0.8, ls=":")
+        if not (step := event.get("step")):
+            continue
+        if event["event"] == "start":
+            axis.axvline(step, color="#999", lw=0.8, ls=":")
         elif event["event"] in ("rollback", "update skipped"):
             color = "#c0392b" if event["event"] == "rollback" else "#e0a030"
-            axis.axvline(event["step"], color=color, lw=0.8, ls="--")
-    if log:
-        axis.set_yscale("log")
+            axis.axvline(step, color=color, lw=0.8, ls="--")
     axis.set_xlabel(over)
     axis.spines[["top", "right"]].set_visible(False)
     if len(axis.get_legend_handles_labels()[1]) > 1:
@@ -177,16 +196,21 @@ def loss(record: Record) -> Callable[[Any], None]:
     return draw
 
 
+def position_names(record: Record) -> list[str]:
+    """Metrics of the validation loss from a position on."""
+    return [n for n in record.names("") if re.fullmatch(r"validation_loss_from_[0-9]{1,9}", n)]
+
+
 def by_position(record: Record) -> Callable[[Any], None]:
     """The first, a middle and the last evaluation."""
-    names = record.names("validation_loss_from_")
+    names = position_names(record)
     evaluated = [line for line in record.steps if names[0] in line]
     chosen = {0, len(evaluated) // 2, len(evaluated) - 1}
 
     def draw(axis: Any) -> None:
         for index in sorted(chosen):
             line = evaluated[index]
-            here = [name for name in names if name in line]
+            here = [name for name in names if abs(line.get(name) or LARGEST) < LARGEST]
             begins = [int(name.rpartition("_")[2]) for name in here]
             places = [0 if begin == 0 else math.log2(begin) - 3 for begin in begins]
             axis.plot(
@@ -203,7 +227,8 @@ def time_shares(record: Record) -> Callable[[Any], None]:
     names = [name for name in PHASES if record.names(name)]
 
     def draw(axis: Any) -> None:
-        table = np.array([[line.get(name) or 0.0 for name in names] for line in record.steps])
+        rows = [[line.get(name) or 0.0 for name in names] for line in record.steps]
+        table = np.array(rows, np.float64).clip(0, SECONDS)
         steps = np.array([line["step"] for line in record.steps])
         count = min(len(steps), 200)
         parts = [part.mean(0) for part in np.array_split(table, count)]
@@ -225,14 +250,15 @@ def pictures(record: Record) -> list[tuple[str, str]]:
     sources = [n for n in record.names("loss_") if n not in known]
     if sources:
         found.append(one("Loss by source", lines(record, sources, "loss_")))
-    if record.names("validation_loss_from_"):
+    if position_names(record):
         title = "Validation loss by tokens of the document before"
         image = picture_by_position(record, title)
         found.append((title, image))
     found.append(one("Tokens per second", from_zero(lines(record, ["tokens_per_second"]))))
     if record.names("model_flop_utilisation"):
         found.append(one("Model FLOP utilisation", lines(record, ["model_flop_utilisation"])))
-    found.append(one("Where a step's time goes", time_shares(record)))
+    if any(record.names(name) for name in PHASES):
+        found.append(one("Where a step's time goes", time_shares(record)))
     found.append(one("Gradient norm", lines(record, ["grad_norm"]), log=True))
     found.append(one("Learning rate", lines(record, ["lr"])))
     for prefix, title, log in (
@@ -264,14 +290,14 @@ def facts(record: Record) -> dict[str, str]:
     evaluated = [loss for loss in validation if loss is not None]
     seconds = {name: record.total(name) for name in PHASES}
     whole = sum(seconds.values()) or 1.0
-    rates = [line["tokens_per_second"] for line in record.steps[-100:]]
+    rates = [rate for line in record.steps[-100:] if (rate := line.get("tokens_per_second"))]
     found = {
         "step": f"{last['step']:,} of {total:,}",
-        "tokens": f"{last['tokens']:,}",
+        "tokens": f"{last.get('tokens') or 0:,}",
         "parameters": f"{record.config.model.num_params()['total']:,}",
-        "training loss": "none" if last["loss"] is None else f"{last['loss']:.4f}",
+        "training loss": _number(last.get("loss"), ".4f"),
         "validation loss": f"{evaluated[-1]:.4f}" if evaluated else "",
-        "tokens/s": f"{sum(rates) / len(rates):,.0f}",
+        "tokens/s": _number(sum(rates) / len(rates) if rates else None, ",.0f"),
         "starts": str(len(record.starts)),
         "updates skipped": str(last.get("skipped_updates", 0)),
         "rollbacks": str(last.get("rollbacks", 0)),
@@ -280,6 +306,10 @@ def facts(record: Record) -> dict[str, str]:
         "checkpoint stall": f"{seconds['time_checkpoint'] / whole:.2%}",
     }
     return {name: value for name, value in found.items() if value}
+
+
+def _number(value: float | None, form: str) -> str:
+    return "none" if value is None else f"{value:{form}}"
 
 
 def table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
@@ -329,7 +359,5 @@ def write_report(run_dir: Path, out: Path) -> Path:
     """The page of a run, at `out`. Raises ConfigError."""
     text = page(read_record(run_dir))
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(text)
-    temporary.rename(out)
+    replace_file(out, text.encode(errors="replace"))
     return out

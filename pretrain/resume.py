@@ -20,6 +20,7 @@ from parallel.groups import from_rank_0
 from parallel.zero import ZeroOptimizer
 from pretrain.config import Config
 from pretrain.credentials import recorded, redacted
+from pretrain.lost_checkpoints import keep_record
 
 log = logging.getLogger("transxssm")
 
@@ -80,11 +81,12 @@ def _candidates(config: Config) -> list[Path]:
     """Step folders to try, the best first."""
     folder, resume = config.checkpoint_dir, config.checkpoint.resume
     try:
+        folders.remove_temporary(folder)
+        steps = folders.committed_steps(folder)
+        keep_record(config, steps)  # before a folder is made where another is to be mounted
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # now, rather than at the first save
             pass
-        folders.remove_temporary(folder)
-        steps = folders.committed_steps(folder)
     except OSError as error:
         raise CheckpointError(
             f"checkpoint.dir {folder} cannot be written ({error}); mend its permissions, free "

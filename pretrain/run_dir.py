@@ -1,6 +1,7 @@
 """The run directory: the record of a run, and the logs of its ranks.
 
-config.toml, environment.json, metrics.jsonl, tensorboard/, logs/rank-N.log, checkpoints/.
+config.toml, environment.json, metrics.jsonl, events.jsonl, checkpoints.json, tensorboard/,
+logs/rank-N.log, checkpoints/.
 """
 
 import json
@@ -19,12 +20,18 @@ from typing import Any
 from rich.logging import RichHandler
 
 from pretrain import failure
+from pretrain.bad_steps import EVENTS
 from pretrain.config import Config, ConfigError
 from pretrain.console import LogFormatter
 from pretrain.credentials import dump_recorded
+from pretrain.records import read_starts
+from untrusted.errors import UntrustedError
+from untrusted.files import check_place, replace_file
 from untrusted.secrets import redact_arguments
 
 log = logging.getLogger("transxssm")
+
+METRICS = "metrics.jsonl"
 
 
 def start_log(run_dir: Path, rank: int) -> None:
@@ -34,18 +41,22 @@ def start_log(run_dir: Path, rank: int) -> None:
     """
     with _writing(run_dir):
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        check_place(run_dir / "logs" / f"rank-{rank}.log")
         _add_handlers(run_dir / "logs" / f"rank-{rank}.log", console=rank == 0)
 
 
 def record_start(config: Config, world_size: int) -> None:
     """Rank 0's record of configuration and environment, once the run is known to begin.
 
-    Raises ConfigError when the run directory cannot be written.
+    Raises ConfigError when the run directory cannot be written, UnsafeFileError for a folder or
+    device in the place of a file of its record.
     """
     run_dir = Path(config.logging.run_dir)
+    for name in (METRICS, EVENTS):
+        check_place(run_dir / name)
     with _writing(run_dir):
         (run_dir / "logs" / failure.FILE).unlink(missing_ok=True)  # of an earlier start
-        _replace(run_dir / "config.toml", dump_recorded(config))
+        replace_file(run_dir / "config.toml", dump_recorded(config).encode())
         _record_environment(run_dir / "environment.json", world_size)
 
 
@@ -99,7 +110,13 @@ def _report_once(place: str) -> Callable[[logging.LogRecord], None]:
 
 def _record_environment(path: Path, world_size: int) -> None:
     """Append what this start ran on: a requeued run may meet other machines and versions."""
-    starts: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    starts: list[Any] = []
+    try:
+        starts = [*read_starts(path.parent)]
+    except UntrustedError as error:
+        aside = path.with_name("environment.damaged.json")
+        path.rename(aside)
+        log.warning("%s It is now %s, and the run goes on.", error, aside)
     starts.append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -115,7 +132,7 @@ def _record_environment(path: Path, world_size: int) -> None:
             },
         }
     )
-    _replace(path, json.dumps(starts, indent=1))
+    replace_file(path, json.dumps(starts, indent=1).encode())
 
 
 VERSIONS = ("transxssm", "torch", "triton", "deepspeed", "megatron-core", "numpy")
@@ -131,13 +148,6 @@ def _is_installed(name: str) -> bool:
         return bool(version(name))
     except PackageNotFoundError:
         return False
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
 
 
 def git_revision() -> str:

@@ -3,7 +3,6 @@
 Does not import Megatron-core.
 """
 
-import os
 from pathlib import Path
 
 from data_pipeline.blend import Blend, Stage
@@ -12,6 +11,7 @@ from data_pipeline.node_cache import default_cache_dir
 from data_pipeline.storage import Cache
 from pretrain.config import Config
 from pretrain.credentials import check_credentials
+from untrusted.files import replace_file
 
 
 def open_data(config: Config) -> tuple[Blend, dict[str, PackedDataset]]:
@@ -66,7 +66,5 @@ def _cache(config: Config) -> Cache:
 def keep_tokenizer(data: Blend, run_dir: Path) -> Path:
     """The data's tokenizer.json in the run directory, from where checkpoints take it."""
     path = run_dir / "tokenizer.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data.sources[0].tokenizer())
-    os.replace(temporary, path)
+    replace_file(path, data.sources[0].tokenizer())
     return path

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from pretrain.config import Config
 from pretrain.credentials import dump_recorded, recorded
 from pretrain.data import TrainingBatches
 from pretrain.evaluation.scores import perplexity, token_bytes
+from pretrain.lost_checkpoints import record_saves
 from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
 from pretrain.resume import newest_sound
@@ -104,6 +106,7 @@ class Trainer:
             keep_last=config.checkpoint.keep_last,
             keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.async_save,
+            committed=partial(record_saves, config),
         )
 
     def resume(self, step_dir: Path) -> None:
@@ -113,7 +116,7 @@ class Trainer:
         self.skipped = [(name, shard) for name, shard in state.get("skipped_shards", [])]
         self.saved_step, self.unwritten = self.step, state.get("unwritten_metrics")
         if "judge" in state:  # older checkpoints have none of these
-            self.judge.restore(state["judge"])
+            self.judge.restore(state["judge"], str(step_dir))
         self.windows = [(first, end) for first, end in state.get("skipped_windows", [])]
         self.skipped_updates = state.get("skipped_updates", 0)
 
@@ -345,6 +348,8 @@ class Trainer:
         self.progress("going back")
         self.saver.drain()
         start = newest_sound(self.config.checkpoint_dir, first_step - 1)
+        if dist.get_rank() == 0:
+            record_saves(self.config)
         if start is None:
             raise TrainingError(
                 f"{report}. There is no checkpoint from before to go back to; {advice}, or save "

@@ -1,4 +1,4 @@
-"""Opening files that others may have put in place."""
+"""Files that others may have put in place: opened, and replaced."""
 
 import errno
 import os
@@ -54,3 +54,33 @@ def read_regular(path: Path, max_bytes: int, *, follow_link: bool = False) -> by
             f"{path} is larger than {max_bytes:,} bytes, which such a file never is; restore it."
         )
     return content
+
+
+def check_place(path: Path) -> None:
+    """Raise UnsafeFileError where anything but a regular file is at `path`, or behind a link there.
+
+    To be called before a file is opened for writing: a pipe would wait for its reader.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # nothing is there, or opening it will tell
+        return
+    if not stat.S_ISREG(mode):
+        kind = KINDS.get(stat.S_IFMT(mode), "no regular file")
+        raise UnsafeFileError(f"{path} is {kind}, not a file; remove it.")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, in the place of the file or link that is there.
+
+    Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name[:200]}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

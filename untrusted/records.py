@@ -36,14 +36,34 @@ def parse_json(content: bytes | str, kind: TypeAdapter[T], source: str, remedy: 
     source and remedy: what is read, and what to do if it cannot be. Raises RecordError.
     """
     try:
-        return kind.validate_python(from_json(content, allow_inf_nan=False), strict=True)
+        value = from_json(content, allow_inf_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(source, f"not JSON: {error}", remedy) from error
+    return check_value(value, kind, source, remedy)
+
+
+def check_value(value: object, kind: TypeAdapter[T], source: str, remedy: str) -> T:
+    """Return plain values, whose types must be exactly those of `kind`. Raises RecordError."""
+    try:
+        return kind.validate_python(value, strict=True)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(map(str, fault["loc"]))
-        reason = f"{place or 'the value'}: {fault['msg']}, found {fault['input']!r:.80}"
+        reason = f"{place or 'the value'}: {fault['msg']}, found {_short(fault['input'])}"
     except (ValueError, RecursionError) as error:
-        reason = f"not JSON: {error}"
-    raise RecordError(f"{printable(source)} is damaged ({printable(reason)}); {remedy}.")
+        reason = str(error)
+    raise _damaged(source, reason, remedy)
+
+
+def _damaged(source: str, reason: str, remedy: str) -> RecordError:
+    return RecordError(f"{printable(source)} is damaged ({printable(reason)}); {remedy}.")
+
+
+def _short(value: object) -> str:
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # a number of thousands of digits
+        return "a number of thousands of digits"
 
 
 def read_json(path: Path, kind: TypeAdapter[T], remedy: str, *, max_bytes: int = MAX_BYTES) -> T:
@@ -81,6 +101,7 @@ def read_json_lines(path: Path, kind: TypeAdapter[T]) -> Lines[T]:
             number = 0
             while line := file.readline(MAX_LINE_BYTES):
                 number += 1
+                line = line.lstrip(b"\0")  # of a page that a crash left empty
                 try:
                     if not line.endswith(b"\n"):
                         raise RecordError(f"{path}, line {number} is cut off or too long; left out")

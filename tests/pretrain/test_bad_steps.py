@@ -161,7 +161,7 @@ def test_judge(losses: list[float], large: float, bad: float) -> None:
     assert judge.fault(1.0, large * 1e6) is not None
     assert judge.fault(0.0, 0.0) is None
     other = Judge(TrainingConfig(spike_window=16))
-    other.restore(json.loads(json.dumps(judge.state())))
+    other.restore(json.loads(json.dumps(judge.state())), "step-00000001")
     assert other.state() == judge.state()
 
 

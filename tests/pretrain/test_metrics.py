@@ -178,8 +178,8 @@ def forget_wandb() -> None:
 def test_run_directory_is_complete(run: tuple[Path, float]) -> None:
     run_dir = run[0]
     assert sorted(p.name for p in run_dir.iterdir()) == [
-        "checkpoints", "config.toml", "environment.json", "events.jsonl", "logs",
-        "metrics.jsonl", "tensorboard", "tokenizer.json",
+        "checkpoints", "checkpoints.json", "config.toml", "environment.json", "events.jsonl",
+        "logs", "metrics.jsonl", "tensorboard", "tokenizer.json",
     ]  # fmt: skip
     assert sorted(p.name for p in (run_dir / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
     log = (run_dir / "logs/rank-0.log").read_text()

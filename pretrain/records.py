@@ -1,0 +1,73 @@
+"""What a run directory holds, in types: metrics, events, starts, samples left out, checkpoints."""
+
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from untrusted.records import Count, Finite, read_json
+
+Number = Annotated[int, Field(ge=-(2**63), lt=2**63)] | Finite
+Metrics = dict[str, Any]
+"""One step's: numbers, or None for what was not finite; "step" is a count."""
+
+
+def _with_step(metrics: Metrics) -> Metrics:
+    step = metrics.get("step")
+    if not isinstance(step, int) or step < 0:
+        raise ValueError("it has no step")
+    return metrics
+
+
+METRICS: TypeAdapter[Metrics] = TypeAdapter(
+    Annotated[dict[str, Number | None], AfterValidator(_with_step)]
+)
+
+
+class Event(TypedDict):
+    """A line of events.jsonl; it may hold more."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    event: str
+    time: NotRequired[str]
+    step: NotRequired[Count]
+    said: NotRequired[str]
+
+
+class Start(TypedDict):
+    """An entry of environment.json; it may hold more."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    time: str
+    host: str
+    world_size: Count
+    git_revision: str
+    slurm_job_id: NotRequired[str]
+
+
+class Saves(TypedDict):
+    """checkpoints.json: where the run's checkpoints are, and the step of the newest; 0: none."""
+
+    folder: str
+    step: Count
+
+
+EVENT = TypeAdapter(Event)
+STARTS = TypeAdapter(list[Start])
+SAVES = TypeAdapter(Saves)
+WINDOWS = TypeAdapter(list[Annotated[list[Count], Field(min_length=2, max_length=2)]])
+
+
+def read_starts(run_dir: Path) -> list[Start]:
+    """Return the entries of environment.json; a run without that file has none.
+
+    Raises RecordError and UnsafeFileError.
+    """
+    try:
+        remedy = "remove the file to go on without the record of earlier starts"
+        return read_json(run_dir / "environment.json", STARTS, remedy)
+    except FileNotFoundError:
+        return []
