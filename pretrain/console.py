@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from untrusted.secrets import redact_message
-from untrusted.text import printable_lines
+from untrusted.text import printable, printable_lines
 
 PIPE_WIDTH = 4096
 
@@ -23,6 +23,11 @@ def whole_console() -> Console:
 def shown(text: str) -> str:
     """Text for a terminal or log: without credentials in URLs, controls spelled out."""
     return printable_lines(redact_message(text))
+
+
+def literal(label: str) -> str:
+    """A label of a picture, which matplotlib draws as it is: no formula, no controls."""
+    return printable(redact_message(label)).replace("$", r"\$")
 
 
 def print_json(value: Any) -> None:

@@ -24,12 +24,11 @@ from pydantic import TypeAdapter
 
 from pretrain.bad_steps import EVENTS
 from pretrain.config import Config, ConfigError, load_config
-from pretrain.console import shown
+from pretrain.console import literal, shown
 from pretrain.records import EVENT, METRICS, Event, Metrics, Start, read_starts
 from untrusted.errors import UntrustedError
 from untrusted.files import replace_file
 from untrusted.records import T, read_json_lines
-from untrusted.text import printable
 
 log = logging.getLogger("transxssm")
 
@@ -160,11 +159,6 @@ def lines(record: Record, names: Sequence[str], prefix: str = "") -> Callable[[A
         axis.ticklabel_format(useOffset=False)
 
     return draw
-
-
-def literal(label: str) -> str:
-    """A label that matplotlib draws as it is: no mathtext, no controls."""
-    return printable(label).replace("$", r"\$")
 
 
 def from_zero(draw: Callable[[Any], None]) -> Callable[[Any], None]:

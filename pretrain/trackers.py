@@ -63,8 +63,8 @@ class WandbTracker:
             resume="allow",
             dir=str(run_dir),
             config=recorded(config),
-            # the command line and all of SLURM_*, SLURM_JWT among them
-            settings=wandb.Settings(x_disable_meta=True),
+            # the command line, all of SLURM_* with SLURM_JWT, and git's remote address
+            settings=wandb.Settings(x_disable_meta=True, disable_git=True),
         )
 
     def write(self, metrics: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from pretrain.evaluation.models import (
 from pretrain.evaluation.probes import Cell, needle, recall
 from pretrain.evaluation.rows import score_dataset, score_rows, text_rows
 from pretrain.evaluation.scores import Scores, by_bins
+from untrusted.secrets import redact
 
 HAYSTACK_TOKENS = 1 << 20
 
@@ -116,8 +117,9 @@ def evaluate(model: Model, asked: Asked) -> Found:
     texts = {name: _text_ids(model, name, asked) for name in asked.text}
     for folder, dataset in sets.items():
         table = score_dataset(model, dataset, asked.limit)
-        found.results[folder] = _shown(Scores.of(table)) | {"by_position": _by_position(table)}
-        found.bins[folder] = by_bins(table)
+        name = redact(folder)
+        found.results[name] = _shown(Scores.of(table)) | {"by_position": _by_position(table)}
+        found.bins[name] = by_bins(table)
     for name, (ids, size) in texts.items():
         rows = [row for one in ids for row in text_rows(one, model.end_of_text, model.max_length)]
         scores = _sum(score_rows(model, rows))

@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from pretrain.console import literal
 from pretrain.evaluation.probes import Cell
 from pretrain.evaluation.scores import Scores
 
@@ -41,7 +42,7 @@ def heat_map(cells: Sequence[Cell], rows: str, title: str, path: Path) -> None:
         axis.set_xlabel("context, tokens")
         axis.set_ylabel(rows)
         figure.colorbar(shown, ax=axis)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(literal(title), fontsize=11)
     _save(figure, path)
 
 
@@ -59,7 +60,7 @@ def loss_by_position(scores: dict[tuple[int, int], Scores], title: str, path: Pa
     axis.set_xlabel("tokens of the document before it")
     axis.set_ylabel("perplexity")
     axis.set_ylim(bottom=0, top=1.15 * max(one.perplexity for one in scores.values()))
-    axis.set_title(title, fontsize=11)
+    axis.set_title(literal(title), fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 

@@ -110,6 +110,8 @@ def test_a_submission_and_a_run_leave_no_credentials(folder: Path, tiny_data: Pa
     with pytest.raises(UntrustedError, match=credentials.VARIABLE):
         open_blend(load_config(run_dir / "config.toml"))
     command("checkpoint", "export", run_dir, folder / "model")
+    evaluated = ("--data", f"file://{VALIDATION}", "--limit", "2", "--out", folder / "evaluation")
+    command("evaluate", run_dir, *evaluated, TMPDIR=str(folder))
     for words in (("status",), ("logs", "--rank", "0"), ("report",), ("checkpoint", "inspect")):
         printed(*words, run_dir)
     printed("runs", folder, "--json")

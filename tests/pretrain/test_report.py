@@ -14,7 +14,8 @@ from matplotlib.cbook import is_math_text
 from PIL import Image
 
 from pretrain.config import ConfigError, dump_config
-from pretrain.report import MAX_POINTS, literal, read_record, write_report
+from pretrain.console import literal
+from pretrain.report import MAX_POINTS, read_record, write_report
 from tests.conftest import missing
 from tests.tiny import tiny_config
 from untrusted.text import printable
