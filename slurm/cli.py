@@ -14,6 +14,7 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
+from parallel import bounds
 from pretrain.console import print_json, shown, whole_console
 from untrusted.text import printable, printable_lines
 
@@ -25,6 +26,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 WATCH_SECONDS = 2.0
 LONGEST = 1e10  # seconds that are shown
 LOG_BLOCK = 1 << 20  # bytes
+MOST_JOBS = 4_000_000  # of an array, in Slurm
 ENDED = ("finished", "failed", "stopped")
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -37,14 +39,20 @@ def submit(
     account: Annotated[str | None, typer.Option()] = None,
     qos: Annotated[str | None, typer.Option()] = None,
     time: Annotated[str | None, typer.Option(help="Limit, as sbatch takes it.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="0: CPUs only.")] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=0, max=bounds.RANKS_PER_NODE, help="0: CPUs only.")
+    ] = None,
     tasks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="[as many as GPUs, or 1]")
+        int | None,
+        typer.Option(min=1, max=bounds.RANKS_PER_NODE, help="[as many as GPUs, or 1]"),
     ] = None,
     constraint: Annotated[str | None, typer.Option()] = None,
     exclude: Annotated[str, typer.Option(help="Nodes not to use.")] = "",
     array: Annotated[
-        int, typer.Option(min=0, help="Jobs one after the other, where requeueing is not allowed.")
+        int,
+        typer.Option(
+            min=0, max=MOST_JOBS, help="Jobs one after the other, where requeueing is not allowed."
+        ),
     ] = 0,
     after: Annotated[str, typer.Option(help="A job to wait for, however it ends.")] = "",
     elastic: Annotated[

@@ -8,11 +8,13 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from parallel import bounds
 from parallel.config import Section
 from pretrain.config import ConfigError
 from untrusted.files import read_regular
 
 MAX_BYTES = 1 << 20
+MOST_CPUS = 1 << 16  # of a task
 PLACES = ("cluster.toml", "~/.config/transxssm/cluster.toml")
 
 
@@ -25,9 +27,9 @@ class ClusterConfig(Section):
     constraint: str = ""
     time: str = ""
     """Limit of a job as sbatch takes it: minutes, hours:minutes:seconds, days-hours."""
-    gpus_per_node: int = Field(8, ge=0)
+    gpus_per_node: int = Field(8, ge=0, le=bounds.RANKS_PER_NODE)
     """0: a cluster without GPUs, one task a node."""
-    cpus_per_task: int = Field(0, ge=0)
+    cpus_per_task: int = Field(0, ge=0, le=MOST_CPUS)
     gpu_memory: str = "80GiB"
     """Of one GPU: what does not fit is not submitted."""
     sbatch: list[str] = Field(default=[])

@@ -12,6 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from parallel import bounds
 from pretrain.config import Config, ConfigError
 from pretrain.console import shown
 from pretrain.credentials import check_credentials, dump_recorded, environment_of_job
@@ -30,6 +31,8 @@ def check(config: Config, request: Request, cluster: ClusterConfig) -> None:
     check_values(request, cluster, config.logging.run_dir)
     if not re.fullmatch(r"[1-9][0-9]{0,8}(-[1-9][0-9]{0,8})?", request.nodes):
         raise ConfigError(f"--nodes {request.nodes}: write a number, or MIN-MAX with --elastic")
+    if request.most_nodes > bounds.NODES:
+        raise ConfigError(f"--nodes {request.nodes}: no more than {bounds.NODES:,} can be used")
     if request.fewest_nodes > request.most_nodes:
         raise ConfigError(f"--nodes {request.nodes}: the first number is the smaller one")
     if "-" in request.nodes and not request.elastic:
@@ -84,7 +87,9 @@ def seconds(text: str) -> float | None:
     None for no limit. Raises ConfigError."""
     if text in ("", "0", "UNLIMITED", "INFINITE"):
         return None
-    match = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?", text)
+    match = re.fullmatch(
+        r"(?:([0-9]{1,6})-)?([0-9]{1,9})(?::([0-9]{1,9}))?(?::([0-9]{1,9}))?", text
+    )
     if match is None:
         raise ConfigError(f"--time {text}: write minutes, hours:minutes:seconds or days-hours")
     days, first, second, third = (int(part) if part else 0 for part in match.groups())

@@ -58,9 +58,11 @@ def test_script_of_every_preset_is_one_that_slurm_takes(
     [
         (["--nodes", "0"], "--nodes 0: write a number"),
         (["--nodes", "3", "--gpus-per-node", "0"], "global_batch_size=4 is not a multiple of"),
+        (["--nodes", "1-999999999", "--elastic"], "no more than 131,072 can be used"),
         (["--nodes", "1-2"], "only --elastic lets the layout follow it"),
         (["--nodes", "1", "--gpus-per-node", "1", "--time", "2"], "training.stop_before_limit=120"),
         (["--nodes", "1", "--gpus-per-node", "1", "--time", "soon"], "--time soon: write minutes"),
+        (["--nodes", "1", "--gpus-per-node", "1", "--time", 10 * "9"], "write minutes"),
     ],
 )
 def test_request_that_cannot_run(
