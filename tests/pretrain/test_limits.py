@@ -248,6 +248,7 @@ def test_thread_that_cannot_begin_ends_the_run_with_a_sentence(
         (OSError(24, "Too many open files"), "ulimit -n"),
         (RuntimeError("Failed to init uv loop"), "ulimit -n"),
         (OSError(27, "File too large"), "ulimit -f"),
+        (OSError(36, "File name too long", 300 * "a"), "use a shorter name"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
 )
@@ -255,6 +256,27 @@ def test_exhausted_resources_are_one_sentence(
     error: Exception, says: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert says in reported(error, capfd, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("limits", "raised"),
+    [((1024, 4096), 4096), ((256, 1 << 20), 1 << 16), ((64, 64), None), ((63, 63), None),
+     ((1 << 17, 1 << 17), None)],
+)  # fmt: skip
+def test_the_limit_of_open_files_is_raised(
+    limits: tuple[int, int], raised: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pretrain import open_files
+
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(open_files.resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(open_files.resource, "setrlimit", lambda _, pair: calls.append(pair))
+    if limits[1] < 64:
+        with pytest.raises(ConfigError, match="open files is 63, .* ulimit -n"):
+            open_files.raise_open_files()
+    else:
+        open_files.raise_open_files()
+    assert calls == ([] if raised is None else [(raised, limits[1])])
 
 
 def test_no_file_left_for_the_modules_of_a_report(
