@@ -272,7 +272,7 @@ def test_the_limit_of_open_files_is_raised(
     monkeypatch.setattr(open_files.resource, "getrlimit", lambda _: limits)
     monkeypatch.setattr(open_files.resource, "setrlimit", lambda _, pair: calls.append(pair))
     if limits[1] < 64:
-        with pytest.raises(ConfigError, match="open files is 63, .* ulimit -n"):
+        with pytest.raises(ConfigError, match=r"open files is 63, .*ulimit -n"):
             open_files.raise_open_files()
     else:
         open_files.raise_open_files()
