@@ -8,6 +8,8 @@ from typing import IO, Any, cast
 
 import zstandard
 
+from untrusted.files import open_regular
+
 COMPRESSED_SUFFIXES = frozenset({".gz", ".zst"})
 INPUT_BYTES = 1 << 12  # decompressed at once; may become 128 MiB, usually some 10 KiB
 BUFFER_BYTES = 1 << 17
@@ -21,17 +23,21 @@ def is_compressed(path: Path) -> bool:
 def open_bytes(path: Path) -> IO[bytes]:
     """The file's content, decompressed; memory is bounded.
 
-    Raises OSError when it cannot be opened and EOFError when it is compressed and empty. Reading
-    raises EOFError at the end of a file that is cut off, and OSError, zlib.error or
-    zstandard.ZstdError for a damaged one.
+    Raises OSError when it cannot be opened, UnsafeFileError when it is no file and EOFError when it
+    is compressed and empty. Reading raises EOFError at the end of a file that is cut off, and
+    OSError, zlib.error or zstandard.ZstdError for a damaged one.
     """
     if not is_compressed(path):
-        return path.open("rb")
-    if os.stat(path).st_size == 0:
+        return open_regular(path, follow_link=True)
+    file = open_regular(path, follow_link=True)
+    if os.fstat(file.fileno()).st_size == 0:
+        file.close()
         raise EOFError("it is empty, which no compressed file is: copied or written only in part?")
     if path.suffix.lower() == ".gz":
-        return cast(IO[bytes], gzip.open(path))
-    return io.BufferedReader(_ZstdReader(path.open("rb")), BUFFER_BYTES)
+        unpacked = gzip.GzipFile(fileobj=file)
+        unpacked.myfileobj = cast(Any, file)  # closed with it, as one that it had opened
+        return cast(IO[bytes], unpacked)
+    return io.BufferedReader(_ZstdReader(file), BUFFER_BYTES)
 
 
 class _ZstdReader(io.RawIOBase):

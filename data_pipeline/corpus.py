@@ -16,6 +16,8 @@ import xxhash
 
 from data_pipeline.compressed import is_compressed
 from data_pipeline.errors import DataError
+from untrusted.errors import UntrustedError
+from untrusted.files import open_regular
 
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp"})
 ROW_SUFFIXES = frozenset({".jsonl", ".parquet"})
@@ -59,6 +61,8 @@ def units(inputs: Sequence[Path | str], unit_bytes: int) -> Iterator[list[Piece]
             pieces = _pieces(name, path, unit_bytes)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        except UntrustedError as error:
+            raise DataError(str(error)) from error
         for piece in pieces:
             unit.append(piece)
             size += piece.num_bytes
@@ -70,7 +74,7 @@ def units(inputs: Sequence[Path | str], unit_bytes: int) -> Iterator[list[Piece]
 
 
 def _pieces(name: str, path: Path, unit_bytes: int) -> list[Piece]:
-    with path.open("rb", buffering=0) as raw:
+    with open_regular(path, follow_link=True) as raw:
         file = raw.fileno()
         size = os.fstat(file).st_size
         if kind(path) == ".jsonl" and not is_compressed(path):
@@ -110,7 +114,7 @@ def _row_groups(name: str, path: Path, size: int, unit_bytes: int, content: str)
 
     try:
         groups = pyarrow.parquet.read_metadata(path).num_row_groups
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a Parquet file ({error}).") from error
     together = max(1, unit_bytes * groups // max(size, 1))
     pieces = []

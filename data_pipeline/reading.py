@@ -1,28 +1,35 @@
 """Documents of pieces of input files: UTF-8 text, .jsonl and .parquet.
 
-A long document comes in parts of at most PART_BYTES, so memory is bounded by that, MAX_LINE_BYTES
-and the rows of a .parquet file.
+A long document comes in parts of at most PART_BYTES, so memory is bounded by that, by
+MAX_LINE_BYTES and MAX_VALUES of a .jsonl line and by the pages of a .parquet file (parquet.py).
 """
 
 import io
 import json
+import re
 import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import zstandard
 
 from data_pipeline.compressed import is_compressed, open_bytes
 from data_pipeline.corpus import ROW_SUFFIXES, TEXT_SUFFIXES, Piece, kind, units
 from data_pipeline.errors import DataError
+from data_pipeline.parquet import damaged, text_rows
+from untrusted.errors import UntrustedError
+from untrusted.files import open_regular
 
 PART_BYTES = 8 << 20
 MAX_LINE_BYTES = 64 << 20
-PARQUET_ROWS = 256
+MAX_VALUES = 1 << 21  # of a .jsonl line, which take up to a hundred times their bytes
+# what a value of JSON begins with or is followed by: strings whole, also one that is cut off
+VALUES = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{,]', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,8 @@ def unit_documents(unit: Sequence[Piece], text_field: str) -> Iterator[Document]
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{piece.path}: cannot be read ({reason}).") from error
+        except UntrustedError as error:
+            raise DataError(str(error)) from error
 
 
 def _text_documents(piece: Piece) -> Iterator[Document]:
@@ -156,46 +165,25 @@ def _read_line(file: IO[bytes], path: Path, offset: int) -> bytes:
 
 def _parquet_documents(piece: Piece, text_field: str) -> Iterator[Document]:
     """One document a row, named by its number in the file; empty ones and nulls are skipped."""
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        with _seekable(piece.path) as content, pyarrow.parquet.ParquetFile(content) as file:
-            _check_column(file, text_field, piece.path)
-            whole = is_compressed(piece.path)
-            groups = range(file.num_row_groups) if whole else range(piece.start, piece.end)
-            row = sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
-            for batch in file.iter_batches(PARQUET_ROWS, groups, [text_field]):
-                for value in batch.column(0).to_pylist():
-                    if value:
-                        num_bytes = len(value.encode())
-                        yield from _row_documents(
-                            f"{piece.name}@{row}", value, num_bytes, piece.path
-                        )
-                    row += 1
-    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
-        raise DataError(f"{piece.path}: damaged ({error}); copy or write it again.") from error
-
-
-def _check_column(file: Any, text_field: str, path: Path) -> None:
-    """Raises DataError if a Parquet file has no such column of text."""
-    import pyarrow
-
-    fields = file.schema_arrow.names
-    if text_field not in fields:
-        raise DataError(
-            f"{path}: no column {text_field!r} (columns: {', '.join(fields)}). Name the text's "
-            "column with --text-field."
-        )
-    kind = file.schema_arrow.field(text_field).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise DataError(f"{path}: column {text_field!r} is {kind}, not a string.")
+    path = piece.path
+    groups = None if is_compressed(path) else range(piece.start, piece.end)
+    with _seekable(path) as content:
+        for row, value in text_rows(content, path, text_field, groups):
+            name = f"{piece.name}@{row}"
+            if value.size > PART_BYTES:
+                yield from _parts(name, io.BytesIO(value), path)
+            elif value.size:
+                try:
+                    text = str(value, "utf-8")
+                except UnicodeDecodeError as error:
+                    raise damaged(path, error) from error
+                yield from _row_documents(name, text, value.size, path)
 
 
 def _seekable(path: Path) -> IO[bytes]:
     """The file; what is compressed is unpacked into a temporary one, gone when it is closed."""
     if not is_compressed(path):
-        return path.open("rb")
+        return open_regular(path, follow_link=True)
     unpacked = tempfile.TemporaryFile(prefix="transxssm-prepare.")  # noqa: SIM115, the caller's
     try:
         with open_bytes(path) as packed:
@@ -219,6 +207,11 @@ def _line(path: Path, offset: int) -> str:
 
 def _field(line: str, text_field: str, path: Path, offset: int) -> str:
     """The text of one .jsonl line, which begins at a byte of the file."""
+    if len(line) > MAX_VALUES and any(islice(VALUES.finditer(line), MAX_VALUES, None)):
+        raise DataError(
+            f"{_line(path, offset)}: the line has more than {MAX_VALUES:,} values; leave out the "
+            f"fields that are not its text, {text_field!r}."
+        )
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # also of an integer of too many digits
