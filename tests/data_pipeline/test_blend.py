@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.blend import PERIOD, Blend, BlendOrder, Stage, interleaved
+from data_pipeline.blend import PAGE, PERIOD, Blend, BlendOrder, Stage, interleaved
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
 from data_pipeline.loader import BatchLoader, BatchSize
+from data_pipeline.order import Windows, sample_indices
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import train_tokenizer
 from tests.data_pipeline.conftest import SEQ_LEN
@@ -77,6 +78,21 @@ def test_weights_are_of_tokens_not_samples() -> None:
     assert drawn[1] / drawn[0] == pytest.approx(2, rel=1e-3)
 
 
+def test_a_stage_longer_than_its_table_reads_on() -> None:
+    """Every source's own samples go on where the table begins again, epoch after epoch."""
+    stages = [Stage(0, (0.7, 0.3)), Stage(2 * PERIOD + 77, (0.2, 0.8))]
+    order = BlendOrder(7, [30_000, 3000], [30_000, 3000], stages)
+    sources, indices = order.locate(np.arange(5 * PERIOD))
+    for source, size in enumerate((30_000, 3000)):
+        read = indices[sources == source]
+        assert read.size == order.drawn(5 * PERIOD)[source]
+        expected = sample_indices(7, np.arange(read.size), size, source)
+        assert np.array_equal(read, expected)
+        whole = read[: read.size // size * size].reshape(-1, size)
+        assert whole.size
+        assert (np.sort(whole) == np.arange(size)).all()
+
+
 def test_stages_take_over_where_they_begin() -> None:
     stages = [Stage(0, (1.0, 0.0)), Stage(240, (0.0, 1.0)), Stage(480, (1.0, 1.0))]
     order = BlendOrder(5, [100, 77], [100, 77], stages)
@@ -130,6 +146,57 @@ def test_global_batches_are_the_same_for_any_number_of_ranks_and_from_any_step(
         found = batches(folders, size, micro, start, 14 - start)
         for rows, wanted in zip(found, expected[start:], strict=True):
             assert torch.equal(torch.stack(rows), torch.stack(wanted))
+
+
+@pytest.mark.parametrize("page", [3, 5, PAGE])
+def test_a_read_may_cross_pages(
+    page: int, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipeline.blend.PAGE", page)
+    data = blend(folders)
+    for first, end, stride in ((0, 3, 1), (2, 5, 1), (1, 17, 4), (7, 29, 1), (3, 27, 3)):
+        at = np.arange(first, end, stride) + (PAGE - 6 if page == PAGE else 0)
+        samples, sources = data.read(at)
+        for number, sample, source in zip(at.tolist(), samples, sources.tolist(), strict=True):
+            (wanted,), (index,) = data.order.locate(np.array([number]))
+            assert source == wanted
+            (alone,) = data.sources[source].read(np.array([index]))
+            assert np.array_equal(sample.tokens, alone.tokens)
+            assert np.array_equal(sample.doc_lens, alone.doc_lens)
+
+
+def test_windows_are_whole_blocks_of_so_many_tokens(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the smaller of a shard's tokens and a share of the window, so long as there are enough."""
+    monkeypatch.setattr("data_pipeline.blend.BLOCK_TOKENS", 4 * SEQ_LEN)
+    monkeypatch.setattr("data_pipeline.blend.MIN_BLOCKS", 3)
+    source = PackedDataset(folders[0])
+    for tokens, windows in ((6, Windows(2, 3)), (12, Windows(4, 3)), (20, Windows(4, 5)),
+                            (1, Windows(1, 2))):  # fmt: skip
+        data = Blend([source], seed=3, window_tokens=tokens * SEQ_LEN)
+        counters = np.arange(2 * len(source))
+        assert len(source) > windows.block * windows.blocks
+        expected = sample_indices(3, counters, len(source), 0, windows)
+        assert np.array_equal(data.order.locate(counters)[1], expected), windows
+
+
+def test_shares_count_tokens_without_padding(tokenizer_file: Path, tmp_path: Path) -> None:
+    """One source's samples are full, the other's, of short documents kept apart, are not."""
+    for name, text in (("full", "the state of a scan " * 600), ("half", "z" * 20)):
+        (tmp_path / name).mkdir()
+        for number in range(1 if name == "full" else 60):
+            (tmp_path / name / f"{number}.txt").write_text(text)
+        prepare([tmp_path / name], tokenizer_file, tmp_path / f"{name}-out", SEQ_LEN,
+                validation_fraction=0, packing="best_fit")  # fmt: skip
+    sources = [PackedDataset(tmp_path / f"{name}-out/train") for name in ("full", "half")]
+    filled = [source.meta.tokens / (len(source) * SEQ_LEN) for source in sources]
+    assert filled[1] < 0.8 * filled[0]
+    data = Blend(sources, seed=1, names=["full", "half"], stages=[Stage(0, (0.6, 0.4))])
+    samples, of = data.read(np.arange(1500))
+    tokens = np.array([sample.tokens.size - sample.num_pad for sample in samples])
+    share = tokens[of == 0].sum() / tokens.sum()
+    assert share == pytest.approx(0.6, abs=0.01)
 
 
 def test_a_share_that_rounding_changes_is_told(

@@ -1,6 +1,7 @@
 """Batches against a definition written token by token."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,21 @@ def rows(draw) -> list[Sample]:
 @settings(deadline=None, max_examples=200)
 @given(rows())
 def test_batch_equals_its_definition(samples):
+    check(samples)
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (1023,), (600, 601)], ids=str)
+def test_long_pieces_equal_the_definition(cuts):
+    """Fewer pieces than one in 256 tokens: their positions are made another way."""
+    doc_lens = np.diff([0, *cuts, 1024]).astype(np.int32)
+    samples = [
+        Sample(np.arange(1024, dtype=np.uint16) + np.uint16(row), doc_lens, num_pad)
+        for row, num_pad in enumerate((0, int(doc_lens[-1]) if cuts else 0))
+    ]
+    check(samples)
+
+
+def check(samples):
     batch = collate(samples)
     length = samples[0].tokens.size - 1
     borders = []

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import reading
+from data_pipeline.corpus import BLOCK_BYTES, SAMPLED_BLOCKS, units
 from data_pipeline.demo import demo_corpus
 from data_pipeline.errors import DataError
 from data_pipeline.reading import documents
@@ -152,3 +153,20 @@ def test_demo_corpus_is_large_readable_and_refuses_to_overwrite(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
     with pytest.raises(DataError, match="exists"):
         demo_corpus(tmp_path / "demo")
+
+
+def test_large_files_are_told_apart_by_blocks_from_head_to_tail(tmp_path: Path) -> None:
+    size = 3 * SAMPLED_BLOCKS * BLOCK_BYTES
+    path, seen = tmp_path / "a.txt", set()
+    last = SAMPLED_BLOCKS - 1
+    at = [(size - BLOCK_BYTES) * number // last for number in range(SAMPLED_BLOCKS)]
+    for changed in (None, *at, size - 1, *(begin + BLOCK_BYTES - 1 for begin in at[:-1])):
+        content = bytearray(b"a" * size)
+        if changed is not None:
+            content[changed] = ord("b")
+        path.write_bytes(content)
+        ((piece,),) = units([path], 1 << 30)
+        seen.add(piece.content)
+    path.write_bytes(b"a" * (size + 1))
+    ((piece,),) = units([path], 1 << 30)
+    assert len(seen | {piece.content}) == 1 + SAMPLED_BLOCKS + 1 + SAMPLED_BLOCKS - 1 + 1

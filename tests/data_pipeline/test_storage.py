@@ -49,8 +49,15 @@ def copied(cache: Cache) -> set[str]:
     return {path.name.partition("-")[2] for path in copies(cache)}
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are checked a block at a time, the last one ragged."""
+    monkeypatch.setattr(storage, "BLOCK", 1000)
+
+
 @pytest.mark.parametrize("format", ["mds", "webdataset"])
 @pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.usefixtures("small_blocks")
 def test_samples_are_the_same_wherever_they_are_stored(
     format: Any, compression: Any, corpus: Path, tokenizer_file: Path, prepared: Path,
     tmp_path: Path, cache: Cache,

@@ -3,6 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
+from data_pipeline.tokenizer import _texts as texts_of
 from data_pipeline.tokenizer import inspect_tokenizer, load_tokenizer, train_tokenizer
 
 
@@ -10,6 +11,14 @@ def test_training_twice_gives_the_same_bytes(corpus, tokenizer_file, tmp_path):
     again = train_tokenizer([corpus], tmp_path, 300)
     assert again == tmp_path / "tokenizer.json"
     assert again.read_bytes() == tokenizer_file.read_bytes()
+
+
+def test_short_texts_lose_no_character(corpus, monkeypatch):
+    whole = list(texts_of([corpus], "text"))
+    monkeypatch.setattr("data_pipeline.tokenizer.CHUNK", 50)
+    cut = list(texts_of([corpus], "text"))
+    assert max(map(len, cut)) == 50
+    assert "".join(cut) == "".join(whole)
 
 
 def test_special_tokens_have_their_ids(tokenizer_file):

@@ -43,10 +43,17 @@ def test_lines_are_read_once_however_files_are_cut(
     assert len({d.id for d in found}) == len(found)
 
 
-def test_compressed_files_and_parquet_hold_the_same_documents(tmp_path: Path) -> None:
+@pytest.mark.parametrize("small", [False, True], ids=["", "small blocks"])
+def test_compressed_files_and_parquet_hold_the_same_documents(
+    small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pyarrow
     import pyarrow.parquet
 
+    if small:
+        monkeypatch.setattr("data_pipeline.compressed.INPUT_BYTES", 7)
+        monkeypatch.setattr("data_pipeline.compressed.BUFFER_BYTES", 16)
+        monkeypatch.setattr("data_pipeline.reading.PARQUET_ROWS", 3)
     texts = [f"document {i} " + "wörd " * (i % 7) for i in range(50)] + ["", "end"]
     plain = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     (tmp_path / "a.jsonl").write_bytes(plain)

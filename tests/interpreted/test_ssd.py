@@ -1,5 +1,7 @@
 """The Triton scan against the float64 recurrence: outputs, final state and every gradient."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -56,6 +58,31 @@ def test_wide_and_unequal(size, shape):
 def test_groups(groups, shape):
     inputs = make_inputs(2, 50, groups=groups, documents=[7, 8, 31])
     assert_close(run(ssd, inputs), run(ssd_naive, inputs), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_gradients_of_shared_inputs_are_summed_in_float32(dtype, shape):
+    """Every document is a token, Δ is 1 and x·dy an integer: each head's gradient is exact in
+    float32 and not in 16 bits, and those of all heads cancel."""
+    length, dim, generator = 40, 16, torch.Generator().manual_seed(5)
+    inputs = make_inputs(1, length, heads=3, groups=1, documents=range(length), dtype=dtype)
+    inputs |= {"initial_state": None, "D": None, "cos": None, "sin": None}
+    inputs["dt"], inputs["dt_bias"] = (
+        torch.full((1, length, 3), math.log(math.e - 1)),
+        torch.zeros(3),
+    )
+    one, two = (torch.randint(-8, 9, (1, length, dim), generator=generator) for _ in range(2))
+    x = torch.stack((one, two, -one - two), 2).to(dtype)
+    d_y = torch.zeros(1, length, 3, dim, dtype=dtype)
+    d_y[..., 3] = 1
+    for together in (True, False):
+        leaves = {name: inputs[name].clone().requires_grad_() for name in ("B", "C")}
+        y = ssd(
+            **(inputs | leaves | {"x": x if together else x * torch.tensor([1, 0, 0])[:, None]})
+        )
+        grads = torch.autograd.grad(y, list(leaves.values()), d_y)
+        for gradient in grads:
+            assert gradient.any() != together
 
 
 @pytest.mark.parametrize("missing", ["D", "initial_state", "rotation", "everything"])

@@ -1,16 +1,13 @@
 """The stage against independent implementations, and documents that must not see each other."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from benchmarks.ranks import run_ranks
 from checkpoints_tools.export import single_gpu_config
-from checkpoints_tools.single_gpu import TransXSSM
 from parallel.config import ModelConfig
 from tests.oracle import model_logits
 from tests.tiny import MODEL
@@ -92,60 +89,3 @@ def test_second_document_ignores_first(parallel: dict[str, Any]) -> None:
         assert torch.equal(base, changed)
         seen = torch.isfinite(base)  # vocabulary padding is -inf
         assert (base - alone)[seen].norm() < 1e-5 * alone[seen].norm()
-
-
-def losses_beside_plain_torch(steps: int) -> tuple[list[float], list[float]]:
-    """The same training by this system, and by the single-GPU model with torch's own AdamW."""
-    from data_pipeline.batch import Batch
-    from parallel.build import BuiltStage
-    from parallel.config import ParallelConfig
-    from parallel.context import local_batch
-    from parallel.params import describe_parameters
-    from parallel.schedule import count_tokens, forward_backward
-    from parallel.zero import ZeroOptimizer
-
-    stage, model = build({})
-    lr, betas, eps, decay = 3e-3, (0.9, 0.95), 1e-5, 0.1
-    state = {"config": {"model": model.model_dump()}, "eod_id": 0, "pad_id": 1}
-    plain = TransXSSM(single_gpu_config(state, "fp32"))
-    plain.load_state_dict(
-        {n: p.detach()[:300] if "embed" in n else p.detach() for n, p in stage.named_parameters()}
-    )
-    zero = ZeroOptimizer(
-        BuiltStage([stage], describe_parameters(stage, model, 0, 1)), ParallelConfig(),
-        lr=lr, betas=betas, eps=eps, weight_decay=decay, clip_grad_norm=1.0,
-    )  # fmt: skip
-    named = list(plain.named_parameters())
-    adam = torch.optim.AdamW(
-        [
-            {"params": [p for n, p in named if "_proj" in n], "weight_decay": decay},
-            {"params": [p for n, p in named if "_proj" not in n], "weight_decay": 0.0},
-        ],
-        lr=lr, betas=betas, eps=eps,
-    )  # fmt: skip
-    ours, theirs = [], []
-    positions, cu_seqlens = torch.arange(64).repeat(2, 1), torch.tensor([0, 64, 128]).int()
-    text = torch.frombuffer(bytearray(Path(__file__).read_bytes()), dtype=torch.uint8).long()
-    for step in range(steps):
-        rows = text[step * 8 * 65 % 2000 :][: 4 * 65].view(4, 65)
-        batches = [
-            Batch(r[:, :-1].contiguous(), r[:, 1:].contiguous(), torch.ones(2, 64), positions,
-                  cu_seqlens, torch.zeros(2).long())
-            for r in (rows[:2], rows[2:])
-        ]  # fmt: skip
-        batches = [local_batch(batch, text.device) for batch in batches]
-        ours.append(float(forward_backward(zero, batches, count_tokens(batches, text.device)).mean))
-        zero.step(lr)
-        loss = F.cross_entropy(plain(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
-        adam.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        adam.step()
-        theirs.append(float(loss))
-    return ours, theirs
-
-
-def test_training_matches_plain_torch() -> None:
-    ours, theirs = run_ranks(1, losses_beside_plain_torch, 20)[0]
-    assert ours == pytest.approx(theirs, rel=1e-4)
-    assert ours[-1] < ours[0] - 0.3

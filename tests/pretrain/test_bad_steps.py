@@ -17,7 +17,7 @@ from checkpoints_tools import folder as folders
 from pretrain.bad_steps import Judge, passed_to
 from pretrain.config import TrainingConfig
 from tests.pretrain.command import Ended, paragraph, read_metrics, run_command, write_config
-from tests.pretrain.test_run import curve, stored_tensors
+from tests.pretrain.test_run import curve, die_after_save, stored_tensors
 
 
 def poison(steps: list[int], factor: float, only_rank: int) -> None:
@@ -100,8 +100,13 @@ def test_update_of_a_bad_step_leaves_the_state_as_it_is(
 
 
 def test_spike_is_left_out_and_nothing_else(tiny_data: Path, tmp_path: Path) -> None:
-    training = {"steps": 16, "spike_window": 8}
-    train(tmp_path, tiny_data, [12], 50.0, training=training)
+    """Also when the good steps before it were made by a run that died."""
+    training = {"steps": 16, "spike_window": 8, "eval_every": 0}
+    config = write_config(tmp_path, tiny_data, training=training)
+    (end,) = run_command("pretrain", config, before=partial(die_after_save, 10))
+    assert end.code == -signal.SIGKILL, end.output
+    (end,) = run_command("pretrain", config, before=partial(poison, [12], 50.0, 0))
+    assert end.code == 0, end.output
     lines = read_metrics(tmp_path / "run")
     assert [line["skipped_updates"] for line in lines] == [0] * 11 + [1] * 5
     assert lines[11]["loss"] > 100
@@ -163,6 +168,35 @@ def test_judge(losses: list[float], large: float, bad: float) -> None:
     other = Judge(TrainingConfig(spike_window=16))
     other.restore(json.loads(json.dumps(judge.state())), "step-00000001")
     assert other.state() == judge.state()
+
+
+@pytest.mark.parametrize("losses", [
+    [1.0, 2.0, 2.5, 3.0, 4.0, 4.25, 60.0, 90.0],
+    [5.0, 5.0, 5.5, 6.5, 7.0, 9.0, 400.0, 5.25],
+    [3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0, 50.0],
+], ids=["two outliers", "one outlier", "equal"])  # fmt: skip
+def test_limit_is_so_many_robust_deviations_above_the_median(losses: list[float]) -> None:
+    """Outliers among the good steps neither raise it nor widen it."""
+
+    def middle(numbers: list[float]) -> float:
+        ordered = sorted(numbers)
+        return (ordered[3] + ordered[4]) / 2
+
+    for name in ("loss", "gradient norm"):
+        judge = Judge(TrainingConfig(spike_window=8, spike_deviations=7.0))
+        for loss in losses:
+            judge.good(*((loss, 1.0) if name == "loss" else (1.0, math.exp(loss / 10))))
+        numbers = losses if name == "loss" else [loss / 10 for loss in losses]
+        usual = middle(numbers)
+        deviation = 1.4826 * middle([abs(number - usual) for number in numbers])
+        limit = usual + 7 * max(deviation, 0.01 * usual, 0.01)
+        for factor, is_bad in ((0.999, False), (1.001, True)):
+            number = limit * factor
+            fault = (
+                judge.fault(number, 1.0) if name == "loss" else judge.fault(1.0, math.exp(number))
+            )
+            assert (fault is not None) == is_bad, (name, factor)
+            assert fault is None or fault.startswith(name)
 
 
 def test_windows_that_touch_are_passed_over_at_once() -> None:

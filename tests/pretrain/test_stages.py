@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.collate import collate
+from data_pipeline.dataset import PackedDataset
 from data_pipeline.prepare import prepare
 from pretrain.config import Config, ConfigError, load_config
 from tests.pretrain.command import read_metrics, run_command, succeed, write_config
+from tests.tiny import write_text
 
 STEPS, BATCH, SHORT, LONG = 8, 8, 64, 128
 
@@ -111,16 +114,28 @@ def test_stages_that_do_not_fit_are_refused(
 
 
 def test_validation_sets_have_names(data: dict[str, Any], tiny_data: Path, tmp_path: Path) -> None:
-    sets = {"held_out": str(tiny_data / "validation"), "seen": str(tiny_data / "train")}
+    short = tmp_path / "short"
+    prepare(write_text(tmp_path / "text", 500), tiny_data / "tokenizer.json", short, SHORT,
+            validation_fraction=0)  # fmt: skip
+    sets = {"held_out": str(tiny_data / "validation"), "short": str(short / "train")}
+    limit, steps = 16, 2
     path = write_config(
-        tmp_path, tiny_data, data={"validation": sets}, logging={"tensorboard": True}
-    )
+        tmp_path, tiny_data, data={"validation": sets}, logging={"tensorboard": True},
+        training={"steps": steps, "eval_every": steps, "eval_batches": limit // 4},
+    )  # fmt: skip
     succeed("pretrain", path)
     last = read_metrics(tmp_path / "run")[-1]
-    low, high = sorted([last["validation_loss_held_out"], last["validation_loss_seen"]])
-    assert low <= last["validation_loss"] <= high
+    # of every set so many samples, and no more than it has; a token of any counts as much
+    tokens, nats = 0, 0.0
+    for name, folder in sets.items():
+        dataset = PackedDataset(Path(folder))
+        batch = collate([dataset[i] for i in range(min(limit, len(dataset)))])
+        count = int(batch.loss_mask.sum())
+        tokens, nats = tokens + count, nats + count * last[f"validation_loss_{name}"]
+    assert last["validation_loss"] == pytest.approx(nats / tokens, rel=1e-9)
+    assert last["validation_loss_short"] != pytest.approx(last["validation_loss"], rel=1e-5)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
-    assert "validation_by_set/loss_seen" in events.Tags()["scalars"]
+    assert "validation_by_set/loss_short" in events.Tags()["scalars"]

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from pretrain.cli import app
 from pretrain.config import ConfigError
 from slurm import jobs
-from slurm.jobs import JobLog
+from slurm.jobs import JobLog, active_jobs
+from slurm.runs import run_status
 from tests.pretrain.command import write_config
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
@@ -171,3 +172,44 @@ def test_no_escape_reaches_the_terminal(runs: Path) -> None:
     other_is_shown(runs)
     result = CliRunner().invoke(app, ["logs", str(moved), "--rank", "0"])
     assert result.stdout == "a\tb \\x1b]0;owned\\x07\\x1b[2J\\x9b31m\\u202e\nc \u00e9\ufffd\n"
+
+
+def test_the_running_job_of_an_array_stands_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = (64, 32, 256, 32, 32, 128)
+    rows = [
+        ("41_[3-5%1]", "PENDING", "", "0", "1-00:00:00", "(JobArrayTaskLimit)"),
+        ("41_2", "RUNNING", "node[1-2]", "3", "5:00", "None"),
+        ("40", "PENDING", "", "0", "1:00", "(Priority)"),
+    ]
+    text = "".join(
+        "".join(value.ljust(width) for value, width in zip(row, widths, strict=True)) + "\n"
+        for row in rows
+    )
+    (tmp_path / "answer").write_text(text)
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\nexec cat {tmp_path}/answer\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = active_jobs()
+    assert found.keys() == {"40", "41"}
+    assert (found["41"]["state"], found["41"]["nodes"]) == ("RUNNING", "node[1-2]")
+
+
+def test_the_rate_is_that_of_the_recent_steps(tiny_data: Path, tmp_path: Path) -> None:
+    """Also where the file is longer than what is read of it."""
+    config = write_config(tmp_path, tiny_data, training={"steps": 3000})
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.toml").write_text(config.read_text())
+    lines = [
+        {"step": n, "tokens": 256 * n, "loss": float(n), "tokens_per_second": 10.0, "x": "y" * 200}
+        | ({"tokens_per_second": 30.0 + n % 2} if n > 980 else {})
+        for n in range(1, 1001)
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = run_status(run_dir, {})
+    assert found.tokens_per_second == pytest.approx(30.5)
+    assert found.seconds_left == pytest.approx(2000 * 256 / 30.5)
+    assert found.recent_losses == [float(n) for n in range(961, 1001)]

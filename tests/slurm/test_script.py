@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from pretrain.cli import app
 from pretrain.config import load_config
-from slurm.script import SCRIPT
+from slurm.cluster import ClusterConfig
+from slurm.script import SCRIPT, Request, job_script
 from tests.conftest import missing
 from tests.pretrain.command import write_config
 
@@ -347,3 +348,40 @@ def test_squeue_that_lists_no_jobs_is_not_believed(answer: str, site: Site, conf
     listed = CliRunner().invoke(app, ["runs", str(site.folder)])
     assert listed.exit_code == 0
     assert "jobs are not shown: squeue printed" in listed.stderr
+
+
+def exported(script: str) -> dict[str, str]:
+    """What the script's own exports leave in a shell that has `environment`."""
+    lines = [line for line in script.splitlines() if line.startswith("export ")]
+    shell = "\n".join([*lines[: lines.index("export MASTER_ADDR MASTER_PORT")], "env -0"])
+    done = subprocess.run(
+        ["bash", "-c", shell], env={"PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return dict(entry.split("=", 1) for entry in done.stdout.split("\0") if entry)
+
+
+def test_jobs_of_an_array_come_one_after_the_other_and_are_not_requeued(tmp_path: Path) -> None:
+    request = Request("2", 8, array=5, after="77", time="1-0")
+    script = job_script(request, ClusterConfig(), tmp_path / "run")
+    options = [line for line in script.splitlines() if line.startswith("#SBATCH ")]
+    for option in ("--array=1-5%1", "--dependency=afterany:77", "--nodes=2", "--time=1-0",
+                   "--ntasks-per-node=8", "--requeue", "--signal=USR1@180"):  # fmt: skip
+        assert f"#SBATCH {option}" in options
+    assert [line for line in options if "--output" in line] == [
+        f"#SBATCH --output={tmp_path}/run/job-%A.log"
+    ]
+    assert exported(script)["TRANSXSSM_MAX_REQUEUES"] == "0"
+    alone = job_script(Request("2", 8), ClusterConfig(), tmp_path / "run")
+    assert "TRANSXSSM_MAX_REQUEUES" not in exported(alone)
+    assert "--array" not in alone
+
+
+def test_what_the_submitting_shell_exports_wins_over_the_cluster_file(
+    site: Site, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.cluster("[environment]\nNCCL_DEBUG = 'INFO'\nNCCL_ALGO = 'Tree'")
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    assert site.submit(config).exit_code == 0
+    environment = site.environment()
+    assert (environment["NCCL_DEBUG"], environment["NCCL_ALGO"]) == ("WARN", "Tree")

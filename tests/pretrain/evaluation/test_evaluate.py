@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from checkpoints_tools.model_folder import load_model
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.prepare import prepare
+from pretrain.evaluation.models import ExportedModel
+from pretrain.evaluation.rows import Row, score_dataset, score_rows
 from pretrain.generate import load_tokenizer
 from tests.pretrain.command import paragraph, read_metrics, run_command, succeed, write_config
 
@@ -172,3 +174,21 @@ def test_damaged_checkpoint_is_named_on_every_rank(trained: Path, tmp_path: Path
     for end in run_command("evaluate", copy, "--recall", ranks=2):
         assert end.code == 1
         assert shard.name in paragraph(end.output)
+
+
+def test_small_blocks_change_no_score(
+    trained: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows and of the head's tokens: as many passes as rows, several blocks a row."""
+    dataset = PackedDataset(tiny_data / "validation")
+    model = ExportedModel(trained / "model", device="cpu")
+    rows = [Row(dataset[i].tokens.tolist()[:n], range(1, n)) for i, n in enumerate((60, 9, 33))]
+    whole = (score_dataset(model, dataset, 5), score_rows(model, rows))
+    for module in ("models", "rows"):
+        monkeypatch.setattr(f"pretrain.evaluation.{module}.TOKENS_AT_ONCE", 70)
+    monkeypatch.setattr("pretrain.evaluation.models.HEAD_TOKENS", 7)
+    cut = (score_dataset(model, dataset, 5), score_rows(model, rows))
+    assert torch.allclose(cut[0], whole[0], rtol=1e-5)
+    for found, expected in zip(cut[1], whole[1], strict=True):
+        assert found.nats == pytest.approx(expected.nats, rel=1e-5)
+        assert (found.tokens, found.missed) == (expected.tokens, expected.missed)

@@ -1,0 +1,70 @@
+"""bf16 training sums gradients in float32: over micro-batches, and over ranks."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.parity import MODEL, assemble, synthetic_batch
+from benchmarks.ranks import run_ranks
+from parallel.params import ParamInfo
+
+MICRO_BATCHES = 16
+Gradients = dict[str, tuple[ParamInfo, Tensor]]
+
+
+def summed_gradients(parallel: dict[str, Any], apart: bool) -> Gradients:
+    """This rank's, over micro-batches of one row; `apart`: of each alone, summed here."""
+    from parallel import zero as zero_module
+    from parallel.build import build_stage
+    from parallel.compat import prepare_host
+    from parallel.config import ModelConfig, ParallelConfig
+    from parallel.context import local_batch
+    from parallel.groups import init_distributed, init_groups
+    from parallel.launch import launch_from_environment
+    from parallel.schedule import forward_backward
+    from parallel.zero import ZeroOptimizer
+
+    if not apart:  # many buckets, the last one ragged; and little that stays gathered
+        zero_module.BUCKET_ELEMENTS, zero_module.GATHERED_ELEMENTS = 3000, 5000
+    launch, device, layout = launch_from_environment(), prepare_host(), ParallelConfig(**parallel)
+    init_distributed(launch, device)
+    init_groups(layout)
+    built = build_stage(
+        ModelConfig(**MODEL), layout, seq_len=64, dtype=torch.bfloat16, seed=5,
+        deterministic=False, device=device,
+    )  # fmt: skip
+    zero = ZeroOptimizer(
+        built, layout, lr=0.0, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, clip_grad_norm=0.0
+    )
+    share = MICRO_BATCHES // launch.world_size
+    rows = range(launch.rank * share, (launch.rank + 1) * share)
+    batches = [local_batch(synthetic_batch(0, range(at, at + 1), True), device) for at in rows]
+    found: dict[str, Tensor] = {}
+    tokens = torch.tensor(1000.0, dtype=torch.float64)
+    for part in [[batch] for batch in batches] if apart else [batches]:
+        forward_backward(zero, part, tokens)
+        for name, gradient in zero.full_gradients().items():
+            found[name] = found.get(name, 0) + gradient.float()
+        zero.step(0.0)
+    return {name: (built.infos[name], gradient) for name, gradient in found.items()}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Tensor]:
+    return assemble(run_ranks(1, summed_gradients, {}, True))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [(1, {}), (2, {}), (2, {"zero_stage": 0}), (2, {"zero_stage": 2}), (2, {"zero_stage": 3})],
+    ids=str,
+)
+def test_sums_of_bf16_gradients_are_float32(
+    ranks: int, parallel: dict[str, Any], expected: dict[str, Tensor]
+) -> None:
+    found = assemble(run_ranks(ranks, summed_gradients, parallel, False))
+    errors = {name: (found[name] - g).norm() / g.norm() for name, g in expected.items()}
+    assert found.keys() == expected.keys()
+    assert max(errors.values()) < 1e-5, errors
