@@ -1,9 +1,11 @@
 """One thread a process, before torch is imported, and small prepared data for the whole session."""
 
+import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,6 +35,18 @@ def missing(reason: str) -> NoReturn:
     if os.environ.get("TRANSXSSM_CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _logger_passes_on() -> Iterator[None]:
+    """A run in this process takes the logger from the root's handlers; give it back.
+
+    pytest listens at a logger that passes nothing on, too: with both, it would hear all twice.
+    """
+    log = logging.getLogger("transxssm")
+    passes_on = log.propagate
+    yield
+    log.propagate = passes_on
 
 
 SEQ_LEN = 64

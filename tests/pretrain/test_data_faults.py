@@ -191,7 +191,7 @@ def test_a_fault_of_the_node_ends_the_run_whatever_may_be_skipped(
     data = {"skip_bad_shards": 3, "cache_dir": str(tmp_path / "file/cache")}
     config = write_config(tmp_path, shards, data=data, training=LONG)
     ends = run_command("pretrain", config, ranks=RANKS)
-    check_ends(ends, tmp_path / "run", "data.cache_dir", "Not a directory")
+    check_ends(ends, tmp_path / "run", "data.cache_dir", "remove what is in the way")
     assert "skipping" not in ends[0].output
 
 
