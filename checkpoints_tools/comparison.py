@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.export import stored_dtype
+from checkpoints_tools.model_folder import empty_model, read_config
 from checkpoints_tools.safetensors_files import SafetensorsFolder
-from checkpoints_tools.single_gpu import ModelError, TransXSSM, TransXSSMConfig
+from checkpoints_tools.single_gpu import ModelError
 from checkpoints_tools.source import EXPORT_DTYPES, Source, open_source
 
 EMBEDDING, HEAD = "model.word_embed.weight", "lm_head.weight"
@@ -270,15 +271,10 @@ class ExportedModel:
         self.folder, self.ids = folder, ids
         self.tensors = SafetensorsFolder(folder)
         try:
-            text = (folder / "config.json").read_text(encoding="utf-8")
-            self.config = TransXSSMConfig.from_json(text)
-        except (OSError, ModelError) as error:
-            raise CheckpointError(f"{folder}: {error}") from error
-        with torch.device("meta"):
-            self.model = TransXSSM(self.config)
-        shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
-        if shapes != {name: tensor.shape for name, tensor in self.tensors.tensors.items()}:
-            raise CheckpointError(f"{folder}: the tensors are not those of its config.json")
+            self.config = read_config(folder)
+            self.model = empty_model(self.config, self.tensors.shapes(), folder)
+        except ModelError as error:
+            raise CheckpointError(str(error)) from error
         self.model.eval()
         self.head = EMBEDDING if self.model.lm_head is None else HEAD
 

@@ -8,16 +8,14 @@ imported here: an export needs only the text.
 import ast
 import importlib.metadata
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer  # type: ignore[import-untyped]
-
 from checkpoints_tools.single_gpu import ModelError, TransXSSMConfig
+from checkpoints_tools.tokenizer_file import TOKENIZER, parse_tokenizer, read_tokenizer
 
 MODEL_SOURCE = Path(__file__).with_name("single_gpu.py")
 WRAPPER_SOURCE = Path(__file__).with_name("hugging_face_model.py")
@@ -27,7 +25,8 @@ CONFIG_CLASS, MODEL_CLASS = "TransXSSMPretrainedConfig", "TransXSSMForCausalLM"
 LEFT_OUT = {
     "HF_BOOKKEEPING",
     "FIELD_TYPES",
-    "TransXSSMConfig.from_json",
+    "MOST",
+    "TransXSSMConfig.from_values",
     "TransXSSMConfig.to_json",
     "TransXSSM",
 }
@@ -68,20 +67,18 @@ def write_tokenizer(folder: Path, config: TransXSSMConfig, tokenizer_json: Path)
 
     That is: nothing added at its ends, nothing cut, and what spells a special token is plain text.
     """
-    try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_json))
-    except Exception as error:  # the library raises bare Exception
-        raise ModelError(f"{tokenizer_json} is not a Hugging Face tokenizer: {error}.") from error
-    file = folder / "tokenizer.json"
+    content = read_tokenizer(tokenizer_json)
+    tokenizer = parse_tokenizer(content, tokenizer_json)
+    file = folder / TOKENIZER
     adds_tokens = tokenizer.num_special_tokens_to_add(is_pair=False) > 0
     if adds_tokens or tokenizer.truncation or tokenizer.padding:
-        values = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+        values = json.loads(content)  # sound: the library has read it
         values |= {"truncation": None, "padding": None}
         if adds_tokens:
             values["post_processor"] = None
         write_json(file, values)
-    elif file.resolve() != tokenizer_json.resolve():
-        shutil.copyfile(tokenizer_json, file)
+    else:
+        file.write_bytes(content)
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_position_embeddings,

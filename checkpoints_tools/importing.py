@@ -14,10 +14,13 @@ from pydantic import ValidationError
 
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.fresh import write_fresh_checkpoint
+from checkpoints_tools.model_folder import empty_model
+from checkpoints_tools.model_folder import read_config as read_model_config
 from checkpoints_tools.safetensors_files import SafetensorsFolder
 from checkpoints_tools.single_gpu import ModelError, TransXSSMConfig
-from checkpoints_tools.source import parameter_shapes, single_gpu_config
+from checkpoints_tools.source import single_gpu_config
 from checkpoints_tools.stored_writer import Blocks
+from checkpoints_tools.tokenizer_file import TOKENIZER, parse_tokenizer, read_tokenizer
 from parallel.config import ModelConfig
 
 # [model] fields by those of config.json, where the names differ
@@ -47,7 +50,15 @@ def import_model(
     model's vocabulary; by default the model's own. Raises CheckpointError when the folder is no
     whole model, when the two configurations differ, or when `out` cannot be written.
     """
-    described = read_config(model_dir)
+    described, weights = read_config(model_dir), SafetensorsFolder(model_dir)
+    try:
+        empty_model(described, weights.shapes(), model_dir)
+        own = read_tokenizer(model_dir / TOKENIZER)
+        if tokenizer is not None and tokenizer != own:
+            _check_vocabulary(model_dir / TOKENIZER, own, tokenizer)
+            own = tokenizer
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
     if "model" not in config:
         config = {"model": model_section(described, model_dir)} | config
     state = {
@@ -59,32 +70,21 @@ def import_model(
         "imported": {"folder": str(model_dir.resolve()), "dtype": described.dtype},
     }
     _refuse_differences(described, single_gpu_config(state, "fp32"), model_dir)
-    weights, shapes = SafetensorsFolder(model_dir), parameter_shapes(described)
-    _check_tensors(model_dir, weights, shapes)
-    own = _tokenizer(model_dir)
-    if tokenizer is not None and tokenizer != own:
-        _check_vocabulary(model_dir, own, tokenizer)
-        own = tokenizer
     state["tokenizer_hash"] = hashlib.sha256(own).hexdigest()
 
     def read(name: str) -> Blocks:
         for rows, block in weights.blocks(name):
             yield rows, block.to(torch.float32)
 
-    return write_fresh_checkpoint(out, state, shapes, read, own)
+    return write_fresh_checkpoint(out, state, weights.shapes(), read, own)
 
 
 def read_config(model_dir: Path) -> TransXSSMConfig:
     """config.json of an exported folder. Raises CheckpointError."""
     try:
-        return TransXSSMConfig.from_json((model_dir / "config.json").read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{model_dir} is not an exported model: config.json cannot be read ({error.strerror}); "
-            "name a folder that `transxssm checkpoint export` wrote"
-        ) from error
+        return read_model_config(model_dir)
     except ModelError as error:
-        raise CheckpointError(f"{model_dir}: {error}") from error
+        raise CheckpointError(str(error)) from error
 
 
 def model_section(described: TransXSSMConfig, model_dir: Path) -> dict[str, Any]:
@@ -119,45 +119,11 @@ def _refuse_differences(
         )
 
 
-def _check_tensors(
-    model_dir: Path, weights: SafetensorsFolder, shapes: dict[str, tuple[int, ...]]
-) -> None:
-    found = {name: tensor.shape for name, tensor in weights.tensors.items()}
-    problems = [f"{name} is missing" for name in shapes if name not in found]
-    problems += [f"{name} is not of the model" for name in found if name not in shapes]
-    problems += [
-        f"{name} is {list(found[name])}, not {list(shape)}"
-        for name, shape in shapes.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise CheckpointError(
-            f"{model_dir} does not hold the model of its config.json: "
-            f"{'; '.join(problems[:4])}{more}; export it again"
-        )
-
-
-def _tokenizer(model_dir: Path) -> bytes:
-    try:
-        return (model_dir / "tokenizer.json").read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"{model_dir / 'tokenizer.json'} cannot be read ({error.strerror}), and checkpoints "
-            "carry the tokenizer; copy the model's there"
-        ) from error
-
-
-def _check_vocabulary(model_dir: Path, own: bytes, of_data: bytes) -> None:
+def _check_vocabulary(path: Path, own: bytes, of_data: bytes) -> None:
     """Two files may write one tokenizer differently; ids must mean the same."""
-    from tokenizers import Tokenizer  # type: ignore[import-untyped]
-
-    try:
-        same = Tokenizer.from_buffer(own).get_vocab() == Tokenizer.from_buffer(of_data).get_vocab()
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{model_dir / 'tokenizer.json'} is no tokenizer: {error}") from error
-    if not same:
+    vocabularies = [parse_tokenizer(content, path).get_vocab() for content in (own, of_data)]
+    if vocabularies[0] != vocabularies[1]:
         raise CheckpointError(
-            f"{model_dir / 'tokenizer.json'} has another vocabulary than the tokenizer that the "
-            "data was prepared with; prepare the data with the model's tokenizer"
+            f"{path} has another vocabulary than the tokenizer that the data was prepared with; "
+            "prepare the data with the model's tokenizer"
         )

@@ -10,19 +10,29 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Annotated, Any
 
 import torch
+from pydantic import BeforeValidator, Field, TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.stored import give_memory_back, read_into, row_blocks
+from untrusted.errors import UntrustedError
+from untrusted.files import open_regular, read_regular
+from untrusted.names import check_file_name
+from untrusted.records import Count, parse_json
+from untrusted.text import printable
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # as the library has it
+MAX_INDEX = 1 << 26
+MAX_NAME = 256  # of a tensor
+REMEDY = "copy the folder again, whole"
 
 
 @dataclass(frozen=True)
@@ -122,17 +132,44 @@ def _write_file(
 # -- reading ---------------------------------------------------------------------------------------
 
 
+def _without_metadata(header: Any) -> Any:
+    """The header's entries of tensors; `__metadata__` holds free text, which nothing here reads."""
+    if not isinstance(header, dict):
+        return header
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+class _Entry(TypedDict):
+    dtype: str
+    shape: Annotated[list[Annotated[int, Field(ge=1, lt=2**53)]], Field(min_length=1, max_length=8)]
+    data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
+_HEADER = TypeAdapter(Annotated[dict[str, _Entry], BeforeValidator(_without_metadata)])
+_INDEX = TypeAdapter(_Index)
+
+
 @dataclass(frozen=True)
 class _Place:
     file: Path
     at: int
 
 
+def is_exported(folder: Path) -> bool:
+    """Return whether the folder has the names of an exported model's weights, whatever is there."""
+    return any(os.path.lexists(folder / name) for name in (WHOLE, INDEX))
+
+
 class SafetensorsFolder:
     """The tensors of model.safetensors, or of the files that its index names, by name.
 
-    Raises CheckpointError when a file is missing, damaged, or not what the index says; no tensor is
-    read yet.
+    Everything that reads an exported model's weights reads them here: files are regular ones that
+    lie in the folder itself, and every tensor is known with its place before a value is read.
+    Raises CheckpointError when a file is missing, damaged, or not what the index says.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -144,70 +181,116 @@ class SafetensorsFolder:
             weight_map = self._weight_map()
             for file in [WHOLE] if weight_map is None else sorted(set(weight_map.values())):
                 self._read_header(folder / file, weight_map)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except FileNotFoundError as error:
+            missing = Path(error.filename).name
+            raise CheckpointError(f"{folder} lacks {missing}; {REMEDY}") from error
+        except OSError as error:
             raise CheckpointError(
-                f"{folder}: the weights cannot be read ({error}); copy the folder again, whole"
+                f"{folder}: the weights cannot be read ({error}); {REMEDY}"
             ) from error
+        except UntrustedError as error:
+            raise CheckpointError(str(error)) from error
         if weight_map is not None and (absent := sorted(weight_map.keys() - self.tensors.keys())):
+            named = printable(", ".join(name[:MAX_NAME] for name in absent[:4]))
             raise CheckpointError(
                 f"{folder / INDEX} names {len(absent)} tensors that are not in their files "
-                f"({', '.join(absent[:4])}); copy the folder again, whole"
+                f"({named}); {REMEDY}"
             )
 
     def _weight_map(self) -> dict[str, str] | None:
         index = self.folder / INDEX
-        if not index.exists():
+        if not os.path.lexists(index):
             return None
-        if (self.folder / WHOLE).exists():
+        if os.path.lexists(self.folder / WHOLE):
             raise CheckpointError(f"{self.folder} has both {WHOLE} and {INDEX}; remove one")
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        for file in weight_map.values():
-            if Path(file).name != file:
-                raise CheckpointError(f"{index} names {file}, which is not a file beside it")
+        content = read_regular(index, MAX_INDEX)
+        weight_map = parse_json(content, _INDEX, str(index), REMEDY)["weight_map"]
+        for file in set(weight_map.values()):
+            check_file_name(file, str(index))
         return weight_map
 
     def _read_header(self, path: Path, weight_map: dict[str, str] | None) -> None:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if length > min(MAX_HEADER, size):
-                raise ValueError(f"{path.name} has no safetensors header")
-            header = json.loads(file.read(length))
+            if size < 8 or length > min(MAX_HEADER, size - 8):
+                raise CheckpointError(f"{path} has no safetensors header; {REMEDY}")
+            header = parse_json(file.read(length), _HEADER, f"the header of {path}", REMEDY)
         end = 0
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(
-                    f"{name} in {path.name} is {entry['dtype']}, not {', '.join(DTYPES)}"
-                )
-            tensor = Planned(name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
-            if name in self.tensors:
-                raise ValueError(f"{name} is stored twice, the second time in {path.name}")
-            if weight_map is not None and weight_map.get(name) != path.name:
-                raise ValueError(f"{INDEX} does not place {name} in {path.name}")
-            begin, stop = entry["data_offsets"]
-            if begin != end or stop - begin != tensor.num_bytes:
-                raise ValueError(f"the bytes of {name} in {path.name} are not those of its shape")
-            end = stop
-            self.tensors[name] = tensor
-            self._places[name] = _Place(path, 8 + length + begin)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if fault := self._add(name, entry, path, 8 + length, end, weight_map):
+                shown = printable(name)[:MAX_NAME]
+                raise CheckpointError(f"{path}: the tensor {shown} {fault}; {REMEDY}")
+            end = entry["data_offsets"][1]
         if 8 + length + end != size:
-            raise ValueError(
-                f"{path.name} has {size} bytes, its header speaks of {8 + length + end}"
+            raise CheckpointError(
+                f"{path} has {size} bytes, its header speaks of {8 + length + end}; {REMEDY}"
             )
 
-    def blocks(self, name: str) -> Iterator[tuple[range, Tensor]]:
-        """The rows of a tensor in order, in blocks of the dtype it is stored in."""
-        tensor, place = self.tensors[name], self._places[name]
+    def _add(
+        self,
+        name: str,
+        entry: _Entry,
+        path: Path,
+        at: int,
+        end: int,
+        weight_map: dict[str, str] | None,
+    ) -> str | None:
+        """Note a tensor whose values must begin `end` bytes after `at`; return what is wrong."""
+        if len(name) > MAX_NAME or name != printable(name):
+            return "has a name that no parameter has"
+        if entry["dtype"] not in DTYPES:
+            return f"is {printable(entry['dtype'])[:20]}, not {', '.join(DTYPES)}"
+        if name in self.tensors:
+            return "is stored twice"
+        if weight_map is not None and weight_map.get(name) != path.name:
+            return f"is not where {INDEX} places it"
+        tensor = Planned(name, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        begin, stop = entry["data_offsets"]
+        if begin != end or stop - begin != tensor.num_bytes:
+            return "has other bytes than those of its shape"
+        self.tensors[name] = tensor
+        self._places[name] = _Place(path, at + begin)
+        return None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor, by name."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def blocks(self, name: str, rows: range | None = None) -> Iterator[tuple[range, Tensor]]:
+        """Yield rows [all] of a tensor in order, in blocks of the dtype it is stored in.
+
+        Raises CheckpointError when they cannot be read.
+        """
+        tensor = self.tensors[name]
         row_bytes = prod(tensor.shape[1:]) * tensor.dtype.itemsize
-        with place.file.open("rb") as file:
-            file.seek(place.at)
-            for rows in row_blocks(tensor.shape[0], row_bytes):
-                block = torch.empty((len(rows), *tensor.shape[1:]), dtype=tensor.dtype)
-                try:
-                    read_into(file, block)
-                except EOFError as error:
-                    raise CheckpointError(
-                        f"{place.file}: {name}: {error}; copy it again"
-                    ) from error
-                yield rows, block
+        wanted = range(tensor.shape[0]) if rows is None else rows
+        first = wanted.start
+        with self._opened(name, first * row_bytes) as file:
+            for part in row_blocks(len(wanted), row_bytes):
+                block = torch.empty((len(part), *tensor.shape[1:]), dtype=tensor.dtype)
+                self._fill(file, name, block)
+                yield range(first + part.start, first + part.stop), block
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a whole tensor. Raises CheckpointError when it cannot be read."""
+        whole = torch.empty(self.tensors[name].shape, dtype=self.tensors[name].dtype)
+        with self._opened(name, 0) as file:
+            self._fill(file, name, whole)
+        return whole
+
+    def _opened(self, name: str, skipped: int) -> IO[bytes]:
+        place = self._places[name]
+        try:
+            file = open_regular(place.file)
+        except (OSError, UntrustedError) as error:
+            raise CheckpointError(f"{self.folder}: {name} cannot be read ({error})") from error
+        file.seek(place.at + skipped)
+        return file
+
+    def _fill(self, file: IO[bytes], name: str, block: Tensor) -> None:
+        try:
+            read_into(file, block)
+        except (EOFError, OSError) as error:
+            path = self._places[name].file
+            raise CheckpointError(f"{path}: {name}: {error}; copy it again") from error

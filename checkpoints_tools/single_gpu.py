@@ -49,10 +49,14 @@ FIELD_TYPES: dict[Any, tuple[type, ...]] = {
     float: (float, int),
     bool: (bool,),
     str: (str,),
+    int | None: (int, type(None)),
+    dict[str, Any] | None: (dict, type(None)),
 }
 # Kept in float32 whatever the model's dtype: rounding A or Δ compounds over the whole sequence.
 FLOAT32_PARAMETERS = ("A_log", "dt_bias", "D")
 FALLBACK_CHUNK = 64
+SMALLEST, LARGEST = 1e-37, 1e18  # of numbers that frequencies are computed from
+MOST = 1 << 53  # integers beyond are no sizes, and their products take long to print
 # softplus(NO_STEP + dt_bias) is 0 exactly: Δ of a padded token, which so leaves the state alone.
 NO_STEP = -1e4
 
@@ -95,13 +99,21 @@ class TransXSSMConfig:
         object.__setattr__(self, "state_dim", self.state_dim or self.head_dim)
         object.__setattr__(self, "ssd_groups", self.ssd_groups or self.num_attention_heads)
         if self.model_type != "transxssm":
-            raise ModelError(f"model_type={self.model_type!r} is not 'transxssm'.")
+            raise ModelError(f"model_type={self.model_type!r:.80} is not 'transxssm'.")
         if self.rope not in ("unified", "attention_only", "none"):
-            raise ModelError(f"rope={self.rope!r}: use unified, attention_only or none.")
+            raise ModelError(f"rope={self.rope!r:.80}: use unified, attention_only or none.")
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-        for name in (*sizes, "num_attention_heads", "attn_layer_period"):
+        for name in (*sizes, "num_attention_heads", "attn_layer_period", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name}={getattr(self, name)} is not positive.")
+        if not 1 < self.rope_theta <= LARGEST:  # NaN is not
+            raise ModelError(f"rope_theta={self.rope_theta} is not between 1 and {LARGEST:g}.")
+        if not 0 <= self.rms_norm_eps <= 1:
+            raise ModelError(f"rms_norm_eps={self.rms_norm_eps} is not between 0 and 1.")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            token = getattr(self, name)
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ModelError(f"{name}={token} is no token of vocab_size={self.vocab_size}.")
         for name in ("ssd_chunk_size", "ssd_conv_width", "attn_layer_offset"):
             if getattr(self, name) < 0:
                 raise ModelError(f"{name}={getattr(self, name)} is negative.")
@@ -115,7 +127,8 @@ class TransXSSMConfig:
                 raise ModelError(f"{name}={getattr(self, name)} is not a positive even number.")
         kind, keys = self.rope_scaling_type, set(self.rope_scaling or {}) - {"rope_type", "type"}
         if kind not in ROPE_SCALING:
-            raise ModelError(f"rope_scaling type {kind!r}: use one of {', '.join(ROPE_SCALING)}.")
+            types = ", ".join(ROPE_SCALING)
+            raise ModelError(f"rope_scaling type {kind!r:.80}: use one of {types}.")
         required, optional = ROPE_SCALING[kind]
         if missing := required - keys:
             raise ModelError(f"rope_scaling of type {kind!r} lacks {some_names(missing)}.")
@@ -123,6 +136,8 @@ class TransXSSMConfig:
             raise ModelError(
                 f"rope_scaling of type {kind!r} has unknown keys {some_names(unknown)}."
             )
+        for key in keys:
+            check_rope_value(key, (self.rope_scaling or {})[key], key in required)
 
     @property
     def rope_scaling_type(self) -> str:
@@ -135,14 +150,8 @@ class TransXSSMConfig:
         return layer % self.attn_layer_period == self.attn_layer_offset
 
     @classmethod
-    def from_json(cls, text: str) -> "TransXSSMConfig":
-        """Parse config.json; unknown and missing fields are errors."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ModelError(f"config.json is not valid JSON: {error}.") from error
-        if not isinstance(values, dict):
-            raise ModelError("config.json does not hold a JSON object.")
+    def from_values(cls, values: dict[str, Any]) -> "TransXSSMConfig":
+        """Take the values of config.json; unknown and missing fields are errors."""
         values = {name: value for name, value in values.items() if name not in HF_BOOKKEEPING}
         if unknown := set(values) - {field.name for field in fields(cls)}:
             raise ModelError(
@@ -154,9 +163,11 @@ class TransXSSMConfig:
             raise ModelError(f"config.json lacks {some_names(missing)}.")
         for field in fields(cls):
             kinds = FIELD_TYPES.get(field.type)
+            if type(number := values.get(field.name)) is int and abs(number) >= MOST:
+                raise ModelError(f"config.json: {field.name} is a number of {MOST} or more.")
             # type() and not isinstance: a JSON true is not a number here
             if kinds and field.name in values and type(values[field.name]) not in kinds:
-                value = json.dumps(values[field.name])
+                value = f"{json.dumps(values[field.name]):.80}"
                 raise ModelError(f"config.json: {field.name}={value} is not {kinds[0].__name__}.")
         return cls(**values)
 
@@ -164,9 +175,21 @@ class TransXSSMConfig:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
+def check_rope_value(key: str, value: Any, required: bool) -> None:
+    """Raise ModelError for a value of rope_scaling that the frequencies cannot be computed with."""
+    if key == "truncate":
+        sound = type(value) is bool
+    elif value is None or value == 0:  # as if it were not there
+        sound = not required and type(value) is not bool
+    else:
+        sound = type(value) in (int, float) and SMALLEST <= value <= LARGEST
+    if not sound:
+        raise ModelError(f"rope_scaling: {key}={value!r:.80} is not a value that it can have.")
+
+
 def some_names(names: set[str], limit: int = 8) -> str:
     """Names for an error message: sorted, and no longer than a paragraph."""
-    shown = ", ".join(sorted(names)[:limit])
+    shown = ", ".join(f"{name:.80}" for name in sorted(names)[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from checkpoints_tools.model_folder import load_model
 from checkpoints_tools.single_gpu import Cache, ModelError, TransXSSM
+from checkpoints_tools.tokenizer_file import TOKENIZER, parse_tokenizer, read_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 REPLACEMENT = "\ufffd"
@@ -204,15 +205,9 @@ def run(
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
-    path = Path(model_dir) / "tokenizer.json"
-    if not path.is_file():
-        raise ModelError(
-            f"{model_dir} has no tokenizer.json: copy the one the training data was prepared with."
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ModelError(f"{path} is not a Hugging Face tokenizer: {error}.") from error
+    """Return the tokenizer of a folder, as training data is prepared with it. Raises ModelError."""
+    path = Path(model_dir) / TOKENIZER
+    tokenizer = parse_tokenizer(read_tokenizer(path), path)
     # As in data_pipeline/tokenizer.py: a prompt becomes the tokens its text had in training.
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()

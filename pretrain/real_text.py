@@ -52,7 +52,8 @@ def _folders(state: dict[str, Any]) -> list[str]:
 
 
 def _of_python(state: dict[str, Any], tokenizer_json: Path, length: int) -> tuple[list[int], str]:
-    from tokenizers import Tokenizer  # type: ignore[import-untyped]
+    from checkpoints_tools.single_gpu import ModelError
+    from checkpoints_tools.tokenizer_file import parse_tokenizer, read_tokenizer
 
     folder = Path(sysconfig.get_paths()["stdlib"])
     texts = [
@@ -60,9 +61,9 @@ def _of_python(state: dict[str, Any], tokenizer_json: Path, length: int) -> tupl
     ]
     vocab_size = state["config"]["model"]["vocab_size"]
     try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_json))
-    except Exception as error:  # the library raises nothing narrower
-        raise DataError(f"{tokenizer_json} is not a Hugging Face tokenizer: {error}") from error
+        tokenizer = parse_tokenizer(read_tokenizer(tokenizer_json), tokenizer_json)
+    except ModelError as error:
+        raise DataError(str(error)) from error
     for path in texts:
         ids: list[int] = tokenizer.encode(path.read_text("utf-8"), add_special_tokens=False).ids
         ids = [i for i in ids if i < vocab_size][:length]

@@ -11,10 +11,13 @@ import torch.distributed as dist
 
 from checkpoints_tools import folder as folders
 from checkpoints_tools.errors import CheckpointError
-from checkpoints_tools.exported_weights import is_exported, load_exported_weights
+from checkpoints_tools.exported_weights import load_exported_weights
 from checkpoints_tools.importing import model_section, read_config
 from checkpoints_tools.manifest import damaged_files, listed, read_manifest
+from checkpoints_tools.safetensors_files import is_exported
 from checkpoints_tools.sharded import load_stored_weights
+from checkpoints_tools.single_gpu import ModelError
+from checkpoints_tools.tokenizer_file import TOKENIZER, read_tokenizer
 from data_pipeline.blend import Blend
 from parallel.groups import from_rank_0
 from parallel.zero import ZeroOptimizer
@@ -226,12 +229,9 @@ def _weights_source(source: Path, config: Config, data: Blend) -> tuple[bool, Pa
     if exported:
         model = model_section(read_config(folder), folder)
         try:
-            tokenizer = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder}/tokenizer.json cannot be read ({error.strerror}); copy there the one "
-                "that the model was exported with"
-            ) from error
+            tokenizer = hashlib.sha256(read_tokenizer(folder / TOKENIZER)).hexdigest()
+        except ModelError as error:
+            raise CheckpointError(str(error)) from error
     else:
         manifest = read_manifest(folder)
         model, tokenizer = manifest["config"]["model"], manifest["tokenizer_hash"]

@@ -11,9 +11,9 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
-from checkpoints_tools.exported_weights import is_exported
 from checkpoints_tools.folder import resolve
 from checkpoints_tools.manifest import read_manifest
+from checkpoints_tools.safetensors_files import is_exported
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.reading import documents
 from parallel.config import ModelConfig

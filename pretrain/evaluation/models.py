@@ -16,6 +16,7 @@ from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.manifest import damaged_files, listed
 from checkpoints_tools.model_folder import load_model
 from checkpoints_tools.single_gpu import ModelError
+from checkpoints_tools.tokenizer_file import TOKENIZER, read_tokenizer
 from data_pipeline.batch import Batch
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.launch import Launch
@@ -62,7 +63,7 @@ class ExportedModel:
         self.name = str(folder)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer = load_tokenizer(folder)
-        self.tokenizer_hash = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+        self.tokenizer_hash = hashlib.sha256(read_tokenizer(folder / TOKENIZER)).hexdigest()
         self.model = load_model(folder, self.device, DTYPES[dtype])
         config = self.model.config
         self.vocab_size = config.vocab_size

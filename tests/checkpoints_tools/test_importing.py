@@ -112,12 +112,12 @@ def odd_groups(model: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "found"),
     [
-        (unknown_tensor, "lm_head.weight is not of the model"),
-        (missing_tensor, "model.layers.0.ssd.A_log is missing"),
-        (other_shape, r"model.word_embed.weight is \[301, 32\], not \[300, 32\]"),
+        (unknown_tensor, "without a place in the model: lm_head.weight"),
+        (missing_tensor, "parameters without a tensor: model.layers.0.ssd.A_log"),
+        (other_shape, r"word_embed.weight has shape \[301, 32\], the model wants \[300, 32\]"),
         (cut_file, "model.safetensors has"),
         (no_weights, "model.safetensors"),
-        (no_tokenizer, "tokenizer.json cannot be read"),
+        (no_tokenizer, "has no tokenizer.json"),
         (no_config, "config.json cannot be read"),
         (odd_groups, "model.chunk_size=100 is not a power of two"),
     ],
