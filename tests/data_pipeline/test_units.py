@@ -53,7 +53,8 @@ def test_compressed_files_and_parquet_hold_the_same_documents(
     if small:
         monkeypatch.setattr("data_pipeline.compressed.INPUT_BYTES", 7)
         monkeypatch.setattr("data_pipeline.compressed.BUFFER_BYTES", 16)
-        monkeypatch.setattr("data_pipeline.reading.PARQUET_ROWS", 3)
+        monkeypatch.setattr("data_pipeline.parquet.BATCH_ROWS", 3)
+        monkeypatch.setattr("data_pipeline.parquet.HEADER_BYTES", 8)
     texts = [f"document {i} " + "wörd " * (i % 7) for i in range(50)] + ["", "end"]
     plain = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     (tmp_path / "a.jsonl").write_bytes(plain)
