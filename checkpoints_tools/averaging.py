@@ -8,8 +8,11 @@ import torch
 
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.fresh import write_fresh_checkpoint
+from checkpoints_tools.new_folder import refuse_existing
+from checkpoints_tools.single_gpu import ModelError
 from checkpoints_tools.source import Source, open_source
 from checkpoints_tools.stored_writer import Blocks
+from checkpoints_tools.tokenizer_file import TOKENIZER, read_tokenizer
 
 KEPT = ("config", "data_fingerprint", "tokenizer_hash", "eod_id", "pad_id")
 
@@ -22,6 +25,7 @@ def average_checkpoints(paths: Sequence[Path], out: Path, *, git_revision: str =
     """
     if len(paths) < 2:
         raise CheckpointError(f"an average needs two checkpoints or more, {len(paths)} are named")
+    refuse_existing(out)
     sources = [open_source(path, checksums=True) for path in paths]
     _check_same_model(sources)
     longest = max(sources, key=lambda source: source.manifest.get("tokens", 0))
@@ -41,7 +45,10 @@ def average_checkpoints(paths: Sequence[Path], out: Path, *, git_revision: str =
                 total += source.stored.rows(f"weight.{name}", rows)
             yield rows, (total / len(sources)).to(torch.float32)
 
-    tokenizer = (longest.step_dir / "tokenizer.json").read_bytes()
+    try:
+        tokenizer = read_tokenizer(longest.step_dir / TOKENIZER)
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
     return write_fresh_checkpoint(out, state, longest.shapes, read, tokenizer)
 
 

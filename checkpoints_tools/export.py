@@ -1,13 +1,10 @@
 """From a sharded checkpoint to a single-GPU folder: safetensors, config.json, tokenizer, card.
 
 One process, no GPU, neither DeepSpeed nor Megatron-core. Tensors pass through a block of rows at a
-time, so memory does not grow with the model. Everything is written to a new folder .OUT.* beside
-OUT, which is renamed when it is whole: a failure leaves nothing at OUT.
+time, so memory does not grow with the model. A failure leaves nothing at OUT.
 """
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
@@ -19,6 +16,7 @@ from checkpoints_tools import folder as folders
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.hugging_face import write_hugging_face_files
 from checkpoints_tools.model_card import model_card
+from checkpoints_tools.new_folder import new_folder, refuse_existing
 from checkpoints_tools.safetensors_files import Planned, plan_files, write_files
 from checkpoints_tools.single_gpu import FLOAT32_PARAMETERS, ModelError
 from checkpoints_tools.source import EXPORT_DTYPES, Source, open_source, single_gpu_config
@@ -45,36 +43,25 @@ def export_checkpoint(
     the model it says it is, when a value does not fit `dtype`, when `out` exists or cannot be
     written.
     """
-    if out.exists() or out.is_symlink():
-        raise CheckpointError(f"{out} exists; name a new folder for the exported model")
+    refuse_existing(out)
     source = open_source(step_dir, checksums=checksums)
     config = single_gpu_config(source.manifest, dtype)
     files = plan_files(planned_tensors(source.shapes, EXPORT_DTYPES[dtype]), max_shard_bytes)
     num_parameters = sum(prod(shape) for shape in source.shapes.values())
-    temporary: Path | None = None
+    num_bytes = sum(tensor.num_bytes for tensors in files.values() for tensor in tensors)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        temporary.chmod(0o755)
-        _check_room(temporary, out, files)
-        converted = Conversion(source)
-        write_files(temporary, files, converted.blocks)
-        converted.refuse_problems(dtype)
-        write_hugging_face_files(temporary, config, source.step_dir / "tokenizer.json")
-        card = model_card(source, config, num_parameters, sorted(files))
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        if check is not None:
-            check(temporary)
-        _sync(temporary)
-        temporary.rename(out)
-        folders.sync_folder(out.parent)
+        with new_folder(out, num_bytes) as content:
+            converted = Conversion(source)
+            write_files(content, files, converted.blocks)
+            converted.refuse_problems(dtype)
+            write_hugging_face_files(content, config, source.step_dir / "tokenizer.json")
+            card = model_card(source, config, num_parameters, sorted(files))
+            (content / "README.md").write_text(card, encoding="utf-8")
+            if check is not None:
+                check(content)
+            _sync(content)
     except ModelError as error:
         raise CheckpointError(f"{source.step_dir}: {error}") from error
-    except OSError as error:
-        raise CheckpointError(f"writing {out} failed: {error}; nothing is left there") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)  # gone, when it was renamed
     return num_parameters
 
 
@@ -137,17 +124,6 @@ class Conversion:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more
-
-
-def _check_room(temporary: Path, out: Path, files: dict[str, list[Planned]]) -> None:
-    """Refuse at once what the disk cannot hold."""
-    needed = sum(t.num_bytes for tensors in files.values() for t in tensors)
-    free = shutil.disk_usage(temporary).free
-    if free < needed:
-        raise CheckpointError(
-            f"writing {out} needs {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free "
-            "there; free space, or choose another folder"
-        )
 
 
 def _sync(folder: Path) -> None:

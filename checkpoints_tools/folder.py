@@ -14,6 +14,7 @@ from typing import Any
 
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.manifest import FORMAT_VERSION, MANIFEST, file_entry, manifest_text
+from untrusted.files import read_regular
 
 log = logging.getLogger("transxssm")
 
@@ -49,7 +50,7 @@ def resolve(path: Path) -> Path:
         )
     folder = path if committed_steps(path) else path / "checkpoints"
     with contextlib.suppress(OSError, ValueError):  # after a fallback newer ones may be damaged
-        named = (folder / LATEST).read_text().strip()
+        named = read_regular(folder / LATEST, 100).decode().strip()
         if named in {step_folder(folder, step).name for step in steps}:
             return folder / named
     return step_folder(folder, steps[-1])

@@ -144,6 +144,11 @@ class StoredTensors:
             file.seek(self._place(file, tensor, piece) + rows.start * row_bytes)
             read_into(file, found)
         except (OSError, EOFError, ValueError) as error:
+            if not self.step_dir.exists():
+                raise CheckpointError(
+                    f"{self.step_dir} was removed while it was being read, as a run removes its "
+                    "older checkpoints; name newer ones, or raise checkpoint.keep_last"
+                ) from error
             raise CheckpointError(
                 f"{self.step_dir / piece.file}: {tensor.name} cannot be read ({error}); "
                 "`transxssm checkpoint verify --deep` tells which files are damaged"

@@ -22,11 +22,10 @@ from pydantic import AfterValidator, TypeAdapter
 from typing_extensions import TypedDict
 
 from pretrain.config import TrainingConfig
-from pretrain.credentials import redacted
 from pretrain.records import WINDOWS as WINDOWS_KIND
 from untrusted.files import replace_file
 from untrusted.records import Finite, check_value, read_json
-from untrusted.secrets import redact_message
+from untrusted.secrets import redact_message, redact_values
 
 log = logging.getLogger("transxssm")
 
@@ -154,7 +153,7 @@ def record_event(run_dir: Path, name: str, **fields: Any) -> None:
 
     Where it cannot be written the run goes on without it.
     """
-    shown = redacted(fields, redact_message)
+    shown = redact_values(fields, redact_message)
     entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": name, **shown}
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK  # nor wait for a pipe's reader
     try:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from untrusted.errors import RecordError, UntrustedError
 from untrusted.records import parse_json
-from untrusted.secrets import HIDDEN, redact, remember
+from untrusted.secrets import HIDDEN, redact, redact_values, remember
 
 if TYPE_CHECKING:
     from pretrain.config import Config
@@ -28,12 +28,8 @@ Change = Callable[[str, str], str]
 
 def recorded(config: "Config") -> dict[str, Any]:
     """The whole tree as plain values, for a record."""
-    return redacted(config.model_dump(mode="json"))
-
-
-def redacted(tree: dict[str, Any], hide: Callable[[str], str] = redact) -> dict[str, Any]:
-    """A tree of plain values without credentials."""
-    return _changed(tree, lambda _, text: hide(text))
+    plain: dict[str, Any] = redact_values(config.model_dump(mode="json"))
+    return plain
 
 
 def dump_recorded(config: "Config") -> str:

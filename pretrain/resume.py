@@ -22,8 +22,9 @@ from data_pipeline.blend import Blend
 from parallel.groups import from_rank_0
 from parallel.zero import ZeroOptimizer
 from pretrain.config import Config
-from pretrain.credentials import recorded, redacted
+from pretrain.credentials import recorded
 from pretrain.lost_checkpoints import keep_record
+from untrusted.secrets import redact_values
 
 log = logging.getLogger("transxssm")
 
@@ -168,7 +169,7 @@ def _check_same_run(candidate: Path, config: Config, data: Blend) -> None:
             f"{ours[1]}; restore what was changed of them, or choose another logging.run_dir (and "
             "checkpoint.load_weights_only for its weights)"
         )
-    changed = differences(redacted(manifest["config"]), recorded(config))
+    changed = differences(redact_values(manifest["config"]), recorded(config))
     shown = {name: f"{name}: {old!r} there, {new!r} here" for name, (old, new) in changed.items()}
     dangers: dict[str, list[str]] = {"data": [], "tokenizer": [], "model": []}
     for name, line in shown.items():

@@ -1,7 +1,8 @@
 """Credentials removed from what is shown, logged or recorded."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 from urllib.parse import unquote
 
 HIDDEN = "***"
@@ -87,3 +88,14 @@ def redact_arguments(arguments: Iterable[str]) -> list[str]:
 def redact_variables(variables: Mapping[str, str]) -> dict[str, str]:
     """Return environment variables with the values of secret names hidden, the rest redacted."""
     return {n: HIDDEN if is_secret_name(n) else redact(v) for n, v in variables.items()}
+
+
+def redact_values(tree: Any, hide: Callable[[str], str] = redact) -> Any:
+    """Return a tree of plain values (as JSON has them) with every text in it redacted."""
+    if isinstance(tree, str):
+        return hide(tree)
+    if isinstance(tree, dict):
+        return {key: redact_values(value, hide) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [redact_values(value, hide) for value in tree]
+    return tree

@@ -2,9 +2,12 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.checkpoint_layouts import stored_tensors
-from checkpoints_tools import fresh
+from checkpoints_tools import averaging, fresh, source, stored
 from checkpoints_tools.averaging import average_checkpoints
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.export import export_checkpoint
 from checkpoints_tools.importing import import_model
-from checkpoints_tools.manifest import read_manifest
+from checkpoints_tools.manifest import MANIFEST, manifest_text, read_manifest
 from checkpoints_tools.verify import verify_checkpoint
 from tests.pretrain.command import paragraph, read_metrics, run_command, succeed
 
@@ -163,6 +166,30 @@ def test_failure_while_writing_leaves_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def killed_while_committing() -> None:
+    def commit(*_: Any) -> Path:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    fresh.folders.commit = commit
+
+
+def test_killed_commands_can_be_run_again(trained: Path, tmp_path: Path) -> None:
+    export_checkpoint(trained / "run", tmp_path / "model")
+    steps = [trained / f"run/checkpoints/step-0000000{n}" for n in (2, 4)]
+    for words in (
+        ["import", tmp_path / "model", tmp_path / "out/imported"],
+        ["average", *steps, "--out", tmp_path / "out/average"],
+    ):
+        (end,) = run_command("checkpoint", *words, before=killed_while_committing)
+        assert end.code == -signal.SIGKILL
+        succeed("checkpoint", *words)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["average", "imported"]
+    for name in ("average", "imported"):
+        step_dir = tmp_path / "out" / name / FIRST
+        assert verify_checkpoint(step_dir, deep=True) == (step_dir, [])
+
+
 # -- averages --------------------------------------------------------------------------------------
 
 
@@ -200,4 +227,39 @@ def test_average_of_different_models_is_refused(trained: Path, tmp_path: Path) -
         with pytest.raises(CheckpointError, match=found):
             average_checkpoints(paths, tmp_path / "average")
     shutil.rmtree(tmp_path / "model")
+    assert not (tmp_path / "average").exists()
+
+
+def test_average_leaves_out_credentials_of_older_records(steps: Path, tmp_path: Path) -> None:
+    """Manifests once had the URLs whole."""
+    step_dir = steps / "step-00000004"
+    manifest = read_manifest(step_dir)
+    manifest["config"]["data"]["validation"] = "s3://user:planted-secret@host/data"
+    (step_dir / MANIFEST).write_text(manifest_text(manifest))
+    average_checkpoints([step_dir, steps / "step-00000002"], tmp_path / "average")
+    written = (tmp_path / "average" / FIRST / MANIFEST).read_text()
+    assert "s3://***@host/data" in written
+    assert "planted-secret" not in written
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [(source, "read_manifest"), (source, "damaged_files"), (source, "StoredTensors"),
+     (stored, "open_regular"), (averaging, "read_tokenizer")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_average_of_a_checkpoint_that_is_removed_meanwhile(
+    place: ModuleType, name: str, steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run with checkpoint.keep_last does: it renames the folder, then removes it."""
+    whole = getattr(place, name)
+
+    def removed_first(*arguments: Any, **options: Any) -> Any:
+        shutil.rmtree(steps / "step-00000004", ignore_errors=True)
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(place, name, removed_first)
+    paths = [steps / "step-00000004", steps / "step-00000002"]
+    with pytest.raises(CheckpointError, match="step-00000004"):
+        average_checkpoints(paths, tmp_path / "average")
     assert not (tmp_path / "average").exists()
