@@ -14,7 +14,12 @@ MICRO_BATCHES = 16
 Gradients = dict[str, tuple[ParamInfo, Tensor]]
 
 
-def summed_gradients(parallel: dict[str, Any], apart: bool) -> Gradients:
+def summed_gradients(
+    parallel: dict[str, Any],
+    apart: bool,
+    model: dict[str, Any] = MODEL,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Gradients:
     """This rank's, over micro-batches of one row; `apart`: of each alone, summed here."""
     from parallel import zero as zero_module
     from parallel.build import build_stage
@@ -32,7 +37,7 @@ def summed_gradients(parallel: dict[str, Any], apart: bool) -> Gradients:
     init_distributed(launch, device)
     init_groups(layout)
     built = build_stage(
-        ModelConfig(**MODEL), layout, seq_len=64, dtype=torch.bfloat16, seed=5,
+        ModelConfig(**model), layout, seq_len=64, dtype=dtype, seed=5,
         deterministic=False, device=device,
     )  # fmt: skip
     zero = ZeroOptimizer(
@@ -68,3 +73,13 @@ def test_sums_of_bf16_gradients_are_float32(
     errors = {name: (found[name] - g).norm() / g.norm() for name, g in expected.items()}
     assert found.keys() == expected.keys()
     assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_an_odd_number_of_parameters_is_trained(zero_stage: int) -> None:
+    """DeepSpeed wants an even number of elements in a bucket, and ours has those of the model."""
+    odd = MODEL | {"num_layers": 2, "num_heads": 3, "num_kv_heads": 3, "ssd_groups": 3}
+    layout = {"zero_stage": zero_stage}
+    (found,) = run_ranks(1, summed_gradients, layout, True, odd, torch.float32)
+    assert sum(gradient.numel() for _, gradient in found.values()) % 2 == 1
+    assert all(gradient.any() for _, gradient in found.values())
