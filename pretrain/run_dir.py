@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
@@ -127,12 +128,17 @@ def _record_environment(path: Path, world_size: int) -> None:
             "world_size": world_size,
             "git_revision": git_revision(),
             "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
-            "packages": {
-                d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]
-            },
+            "packages": installed_packages(),
         }
     )
     replace_file(path, json.dumps(starts, indent=1).encode())
+
+
+@cache
+def installed_packages() -> dict[str, str]:
+    """Return the version of every installed package."""
+    described = (d.metadata for d in distributions())  # parsed anew at every access
+    return {found["Name"]: found["Version"] for found in described if found["Name"]}
 
 
 VERSIONS = ("transxssm", "torch", "triton", "deepspeed", "megatron-core", "numpy")
