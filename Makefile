@@ -57,8 +57,8 @@ demo: setup
 	@$(BIN)/python -m benchmarks.demo
 
 test: setup
-	@$(BIN)/python -m pytest
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted
+	@$(BIN)/python -m pytest -n 2
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
 
 gpu-check: setup
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

@@ -7,10 +7,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import train_tokenizer
@@ -47,6 +48,22 @@ def _logger_passes_on() -> Iterator[None]:
     passes_on = log.propagate
     yield
     log.propagate = passes_on
+
+
+class ByFile(LoadScopeScheduling):
+    """Under `pytest -n`, a worker takes whole files, and one takes all that share the cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "slurm" if nodeid.startswith("tests/slurm/") else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of Slurm come first: they wait more than they compute, and others fill that time."""
+    items.sort(key=lambda item: "slurm" not in item.path.parts)
 
 
 SEQ_LEN = 64
