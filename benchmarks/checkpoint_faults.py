@@ -243,19 +243,24 @@ def damage(step_dir: Path, how: str, choice: random.Random) -> str:
 
 
 class Campaign:
-    """Data, the uninterrupted curve of every layout, and a run of it that ended after its first
-    save; below one folder."""
+    """Data and, once a layout is wanted, its uninterrupted curve, and a run of it that ended after
+    its first save; below one folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         make_data(folder)
         self.curves: dict[str, list[dict[str, Any]]] = {}
-        for name, (ranks, options) in LAYOUTS.items():
-            whole = self.start(f"whole/{name}", None)
-            self.run(whole, ranks, options)
-            self.curves[name] = curve(whole)
-            begun = self.start(f"begun/{name}", None)
-            self.run(begun, ranks, options, before=stop_after_first_save)
+
+    def prepare(self, layout: str) -> None:
+        """Make a layout's curve, and begun/LAYOUT, unless they are there."""
+        if layout in self.curves:
+            return
+        ranks, options = LAYOUTS[layout]
+        whole = self.start(f"whole/{layout}", None)
+        self.run(whole, ranks, options)
+        self.curves[layout] = curve(whole)
+        begun = self.start(f"begun/{layout}", None)
+        self.run(begun, ranks, options, before=stop_after_first_save)
 
     def start(self, name: str, source: str | None) -> Path:
         """A run's folder, new or a copy of another's."""
@@ -283,6 +288,7 @@ def one_run(campaign: Campaign, number: int, kind: str) -> dict[str, Any]:
     options = [*options]
     if choice.random() < 0.125:
         options.append("--checkpoint.async_save=false")
+    campaign.prepare(layout)
     folder = campaign.start(f"runs/{number}", f"begun/{layout}")
     checkpoints = folder / "run/checkpoints"
     step, victim = choice.choice([4, 6]), choice.randrange(ranks)
