@@ -19,6 +19,7 @@ from untrusted.files import read_regular
 log = logging.getLogger("transxssm")
 
 LATEST = "latest"
+MAX_LATEST_BYTES = 4096
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -50,7 +51,7 @@ def resolve(path: Path) -> Path:
         )
     folder = path if committed_steps(path) else path / "checkpoints"
     with contextlib.suppress(OSError, ValueError):  # after a fallback newer ones may be damaged
-        named = read_regular(folder / LATEST, 100).decode().strip()
+        named = read_regular(folder / LATEST, MAX_LATEST_BYTES, follow_link=True).decode().strip()
         if named in {step_folder(folder, step).name for step in steps}:
             return folder / named
     return step_folder(folder, steps[-1])

@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import DataError
+from untrusted.files import read_regular
 
 STATE = ".transxssm-prepare"
 LOCK = f"{STATE}.lock"
 UNITS = "units"
 WAIT_SECONDS, WAIT_SECONDS_ALONE = 10.0, 1.0  # for a job that sets the folder up
+MAX_STATE_BYTES = 4096
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a network file system
 
 log = logging.getLogger("transxssm")
@@ -209,9 +211,12 @@ def _is_of(folder: Path, work: str) -> bool:
 
 
 def _state(folder: Path) -> str | None:
-    """Which work a folder is of, and whether it is merged; None where it says nothing."""
+    """Which work a folder is of, and whether it is merged; None where it says nothing.
+
+    Raises UnsafeFileError where another thing is in the file's place.
+    """
     try:
-        return (folder / STATE).read_text()
+        return read_regular(folder / STATE, MAX_STATE_BYTES).decode(errors="replace")
     except OSError:
         return None
 

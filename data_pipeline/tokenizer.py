@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # 
 
 from data_pipeline.errors import DataError
 from data_pipeline.reading import documents
+from untrusted.errors import UnsafeFileError
+from untrusted.files import read_regular
 
 END_OF_TEXT = "<|endoftext|>"
 # of GPT-2 and GPT-NeoX; Llama 3; Llama 2; Gemma
@@ -22,6 +24,7 @@ KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 PADDING = "<|padding|>"
 MIN_VOCAB_SIZE = 256 + 2
 CHUNK = 1 << 16
+MAX_BYTES = 1 << 28  # of a file; those of 256,000 tokens have some 35 MB
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,9 @@ def load_tokenizer(path: Path, end_of_text: str | None = None) -> TextTokenizer:
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        data = file.read_bytes()
+        data = read_regular(file, MAX_BYTES, follow_link=True)
+    except UnsafeFileError as error:
+        raise DataError(str(error)) from error
     except OSError as error:
         raise DataError(
             f"{file}: no tokenizer there ({error.strerror}). Train one with `transxssm tokenizer "

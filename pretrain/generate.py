@@ -17,6 +17,7 @@ from torch import Tensor
 from checkpoints_tools.model_folder import load_model
 from checkpoints_tools.single_gpu import Cache, ModelError, TransXSSM
 from checkpoints_tools.tokenizer_file import TOKENIZER, parse_tokenizer, read_tokenizer
+from untrusted.text import without_controls
 
 END_OF_TEXT = "<|endoftext|>"
 REPLACEMENT = "\ufffd"
@@ -182,7 +183,7 @@ def run(
     stream = TextStream(tokenizer)
 
     def show(token_id: int) -> None:
-        sys.stdout.write(stream.push(token_id))
+        sys.stdout.write(without_controls(stream.push(token_id)))
         sys.stdout.flush()
 
     token_ids, logprobs = generate(
@@ -201,7 +202,7 @@ def run(
         record = {"prompt_ids": prompt_ids, "token_ids": token_ids, "logprobs": logprobs}
         print(json.dumps({**record, "text": text}))
     else:
-        print(stream.flush())
+        print(without_controls(stream.flush()))
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:

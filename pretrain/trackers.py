@@ -5,12 +5,15 @@ Both packages come with `pip install 'transxssm[monitoring]'`.
 
 import hashlib
 import importlib.util
+import logging
 import math
 from pathlib import Path
 from typing import Any, Protocol
 
 from pretrain.config import Config, ConfigError
 from pretrain.credentials import recorded
+
+log = logging.getLogger("transxssm")
 
 PREFIX = "transxssm_"
 
@@ -42,11 +45,28 @@ def check_trackers(config: Config) -> None:
 def open_trackers(config: Config) -> list[Tracker]:
     """Those that the configuration names."""
     found: list[Tracker] = []
-    if config.logging.wandb_project:
-        found.append(WandbTracker(config))
+    if config.logging.wandb_project and (wandb := open_wandb(config)) is not None:
+        found.append(wandb)
     if config.logging.prometheus_file:
         found.append(PrometheusTracker(Path(config.logging.prometheus_file), config))
     return found
+
+
+def open_wandb(config: Config) -> "WandbTracker | None":
+    """The tracker, or None where its service does not answer. Raises ConfigError if it refuses."""
+    from wandb.errors import AuthenticationError, CommError, UsageError
+
+    try:
+        return WandbTracker(config)
+    except (UsageError, AuthenticationError) as error:
+        raise ConfigError(
+            f"logging.wandb_project={config.logging.wandb_project!r}: W&B refuses "
+            f"({' '.join(str(error).split())}); log in with `wandb login`, set WANDB_MODE=offline, "
+            "or leave the field empty"
+        ) from error
+    except CommError as error:
+        log.warning("W&B does not answer (%s): training goes on without it", error)
+        return None
 
 
 class WandbTracker:

@@ -14,6 +14,13 @@ MANIFEST = {
     "config": {"model": {}}, "tokens": 0, "samples": 0, "adam_step": 0, "world_size": 1,
     "data_fingerprint": "", "tokenizer_hash": "", "eod_id": 0, "pad_id": 1,
 }  # fmt: skip
+NO_LATEST: dict[str, Callable[[Path], None]] = {
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "pipe": lambda path: os.mkfifo(path),
+    "folder": lambda path: path.mkdir(),
+    "noise": lambda path: path.write_bytes(b"\xff\xfe") and None,
+    "large": lambda path: path.write_text("step-00000001" * 1000) and None,
+}
 CALLS = ("rename", "replace", "fsync", "unlink", "rmdir")
 
 
@@ -119,3 +126,14 @@ def test_a_file_is_summed_a_block_at_a_time(
     monkeypatch.setattr("checkpoints_tools.manifest.BLOCK", 100)
     assert file_entry(tmp_path / "part") == whole
     assert whole["bytes"] == 2560
+
+
+@pytest.mark.parametrize("make", NO_LATEST.values(), ids=NO_LATEST)
+def test_without_a_usable_latest_the_newest_step_is_taken(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, "x")
+    (tmp_path / "latest").unlink()
+    make(tmp_path / "latest")
+    assert folders.resolve(tmp_path) == tmp_path / "step-00000002"

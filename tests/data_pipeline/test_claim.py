@@ -4,6 +4,7 @@ import errno
 import fcntl
 import logging
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.prepare import prepare
 from tests.data_pipeline.conftest import SEQ_LEN
 from tests.data_pipeline.test_prepare import contents
+from untrusted.errors import UntrustedError
 
 OPTIONS: dict[str, Any] = {"unit_bytes": 1000, "validation_fraction": 0, "workers": 1}
 
@@ -217,3 +219,20 @@ def test_a_dataset_at_a_url_is_refused_and_untouched(
     next((out / "train").glob("shard.*")).unlink()
     with pytest.raises(DataError, match=r"is missing, though.*remove .*\.prepare-units"):
         prepare([texts], tokenizer_file, url, SEQ_LEN, **OPTIONS)
+
+
+def test_state_that_is_damaged_is_of_other_work(
+    texts: Path, tokenizer_file: Path, out: Path
+) -> None:
+    prepare([texts], tokenizer_file, out, SEQ_LEN, share=(1, 2), merge=False, **OPTIONS)
+    state = out.with_name("o.tmp") / claiming.STATE
+    state.write_bytes(b"\xb0\xff")
+    prepare([texts], tokenizer_file, out, SEQ_LEN, **OPTIONS)
+    assert contents(out) == fresh(texts, tokenizer_file, out)
+
+
+def test_state_that_is_no_file_is_refused(texts: Path, tokenizer_file: Path, out: Path) -> None:
+    out.with_name("o.tmp").mkdir()
+    os.mkfifo(out.with_name("o.tmp") / claiming.STATE)
+    with pytest.raises(UntrustedError, match="a pipe, not a file"):
+        prepare([texts], tokenizer_file, out, SEQ_LEN, **OPTIONS)

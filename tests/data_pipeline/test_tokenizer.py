@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,6 +60,12 @@ def test_inspect_takes_the_end_of_text_that_it_asks_for(tokenizer_file, tmp_path
     with pytest.raises(DataError, match=r"--end-of-text \(special tokens: <\|fin\|>"):
         inspect_tokenizer(tmp_path, "text")
     assert inspect_tokenizer(tmp_path, "text", "<|fin|>")["eod_id"] == 0
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match="a pipe, not a file"):
+        load_tokenizer(tmp_path)
 
 
 def test_bad_tokenizers_are_refused(tmp_path, corpus):

@@ -19,6 +19,7 @@ from tokenizers import (  # type: ignore[import-untyped]
 
 from checkpoints_tools.single_gpu import ModelError, TransXSSM, TransXSSMConfig
 from pretrain.generate import END_OF_TEXT, TextStream, choose, generate, run
+from untrusted.text import without_controls
 
 TEXT = "naïve café 東京 🙂🙃 plain words"
 
@@ -220,7 +221,7 @@ def test_json_and_streamed_text_agree(folder: Path, capsys: pytest.CaptureFixtur
     assert all(logprob <= 0 for logprob in record["logprobs"])
     assert record["text"] == tokenizer.decode(record["token_ids"])
     run(folder, "café", 24)
-    assert capsys.readouterr().out == record["text"] + "\n"
+    assert capsys.readouterr().out == without_controls(record["text"]) + "\n"
 
 
 def test_empty_prompt_starts_from_end_of_text(
@@ -248,3 +249,13 @@ def test_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="is not a Hugging Face tokenizer"):
         run(tmp_path, "x")
+
+
+def test_escapes_that_a_model_writes_do_not_reach_the_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(8):  # a model of bytes, whose text has controls among them
+        run(folder, "a", max_new_tokens=40, temperature=2.0, seed=seed)
+    text = capsys.readouterr().out
+    assert "\\x" in text
+    assert not any(ord(letter) < 32 and letter not in "\n\t" for letter in text)

@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 from pretrain import metrics
+from pretrain.config import ConfigError
 from pretrain.metrics import MetricsWriter
+from pretrain.trackers import open_trackers
 from tests.pretrain.command import at_step, paragraph, read_metrics, run_command, write_config
+from tests.tiny import tiny_config
 
 ENTRY = {"loss": 1.0, "grad_norm": 1.0, "lr": 1.0, "tokens_per_second": 1.0, "memory_bytes": 1}
 RUNNING: dict[str, Any] = {
@@ -111,6 +114,26 @@ def test_tracker_that_fails_is_left_out(
     writer.close()
     assert len(read_metrics(tmp_path / "run")) == 2
     assert caplog.text.count("FailingTracker cannot be written") == 1
+
+
+def test_wandb_that_refuses_and_wandb_that_is_away(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+    from wandb.errors import CommError, UsageError
+
+    monkeypatch.setattr(metrics.log, "propagate", True)
+    errors: list[Exception] = [UsageError("No API key configured."), CommError("timed out")]
+
+    def fail(**_: Any) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(wandb, "init", fail)
+    config = tiny_config(tmp_path, tmp_path / "run", logging={"wandb_project": "tests"})
+    with pytest.raises(ConfigError, match=r"wandb_project='tests'.*No API key.*wandb login"):
+        open_trackers(config)
+    assert open_trackers(config) == []
+    assert "W&B does not answer (timed out)" in caplog.text
 
 
 def test_full_standard_error_and_log(tmp_path: Path) -> None:

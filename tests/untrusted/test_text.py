@@ -11,7 +11,7 @@ from untrusted.secrets import (
     redact_message,
     redact_variables,
 )
-from untrusted.text import printable, printable_lines
+from untrusted.text import printable, printable_lines, without_controls
 
 
 @given(st.text())
@@ -25,6 +25,12 @@ def test_controls_are_spelled_out(text: str) -> None:
 def test_escapes_stay_readable() -> None:
     assert printable("a\x1b[31mb\n\u202e é") == "a\\x1b[31mb\\n\\u202e é"
     assert printable_lines("a\tb\n\x07") == "a\tb\n\\x07"
+
+
+def test_text_in_any_language_keeps_its_formats() -> None:
+    assert without_controls("a\r\x1b[31m\x9b\u202e\tb\n") == "a\\r\\x1b[31m\\x9b\\u202e\tb\n"
+    for text in ("می\u200cخواهم", "👩\u200d💻", "naïve\u00ad"):
+        assert without_controls(text) == text
 
 
 @pytest.mark.parametrize(
