@@ -24,6 +24,7 @@ from pretrain.checkpoint_cli import checkpoint_app
 from pretrain.console import LogFormatter, shown, whole_console
 from pretrain.evaluation import cli as evaluation_command
 from slurm import cli as job_commands
+from untrusted.secrets import remember
 
 app = typer.Typer(
     name="transxssm",
@@ -57,6 +58,8 @@ def main() -> None:
     """Entry point. Errors a user can mend are one paragraph; a bad configuration exits with 2."""
     started = time.time()
     _quiet_libraries()
+    for word in sys.argv:
+        remember(word.partition("=")[2] if word.startswith("-") else word, is_value=True)
     try:
         try:
             app()

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from untrusted.errors import RecordError, UntrustedError
 from untrusted.records import parse_json
-from untrusted.secrets import HIDDEN, redact, redact_values, remember
+from untrusted.secrets import HIDDEN, redact_value, redact_values, remember
 
 if TYPE_CHECKING:
     from pretrain.config import Config
@@ -42,7 +42,7 @@ def environment_of_job(config: "Config") -> dict[str, str]:
     found: dict[str, str] = {}
 
     def note(name: str, text: str) -> str:
-        if redact(text) != text:
+        if redact_value(text) != text:
             found[name] = text
         return text
 
@@ -65,8 +65,8 @@ def restored(tree: dict[str, Any]) -> dict[str, Any]:
 
     def put_back(name: str, text: str) -> str:
         url = urls.get(name, text)
-        text = url if HIDDEN in text and redact(url) == text else text
-        remember(text)
+        text = url if HIDDEN in text and redact_value(url) == text else text
+        remember(text, is_value=True)
         return text
 
     return _changed(tree, put_back)

@@ -6,11 +6,12 @@ from typing import Any
 from urllib.parse import unquote
 
 HIDDEN = "***"
-# up to the last "@" of the host part; after a colon that is no port, up to the last "@" of all,
-# since keys of object stores have slashes
-_USER = re.compile(
-    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)"
-    r'(?P<user>[^/\s?#"]*|[^/\s?#":@]*:(?!\d{1,5}(?:[/?#]|$))[^\s"]*)@'
+# up to the last "@" of the host part; after a colon up to the last "@" of all, since keys of object
+# stores have slashes: a port with an "@" in the path behind it is taken for one, too
+_SCHEME = r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)"
+_USER = re.compile(_SCHEME + r'(?P<user>[^/\s?#"]*|[^/\s?#":@]*:[^\s"]*)@')
+_USER_OF_VALUE = re.compile(  # of a text that is one URL: blanks and quotes do not end it
+    _SCHEME + r"(?P<user>[^/?#]*|[^/?#:@]*:.*)@", re.DOTALL
 )
 _WORDS = (
     r"(?:[A-Za-z0-9]*[-_.])*"
@@ -20,7 +21,7 @@ _WORDS = (
 )
 _SECRET_NAME = re.compile(_WORDS, re.IGNORECASE)
 _PARAMETER = re.compile(  # rather too many than too few
-    r"(?P<name>[?&;#][^=&;#\s\"]*(?:key|secret|token|pass|pwd|sig|cred|auth|jwt|sas)[^=&;#\s\"]*=)"
+    r"(?P<name>[?&;#][^=&;#\s\"]*(?:key|secret|token|pass|pwd|sig|cred|auth|access|jwt|sas|\bcode\b)[^=&;#\s\"]*=)"
     r'(?P<value>[^&\s"#]*)',
     re.IGNORECASE,
 )
@@ -42,12 +43,19 @@ def redact(text: str) -> str:
     return _PARAMETER.sub(rf"\g<name>{HIDDEN}", _USER.sub(rf"\g<scheme>{HIDDEN}@", text))
 
 
-def remember(text: str) -> None:
+def redact_value(value: str) -> str:
+    """Return the text of a field, which may be a URL with blanks or quotes, redacted."""
+    return redact(_USER_OF_VALUE.sub(rf"\g<scheme>{HIDDEN}@", value, 1))
+
+
+def remember(text: str, *, is_value: bool = False) -> None:
     """Note the credentials of the URLs in `text`, so that `redact_message` hides them alone, too.
 
-    Libraries report URLs in parts, and decoded.
+    Libraries report URLs in parts, and decoded. is_value: the text is that of a field, as in
+    `redact_value`.
     """
-    for match in _USER.finditer(text) if "://" in text else ():
+    users = _USER_OF_VALUE if is_value else _USER
+    for match in users.finditer(text) if "://" in text else ():
         user, colon, password = match["user"].partition(":")
         _note(password if colon else user, _LEAST if colon else _LEAST_OF_NAME)
     for match in _PARAMETER.finditer(text):
@@ -73,24 +81,26 @@ def redact_arguments(arguments: Iterable[str]) -> list[str]:
     words: list[str] = []
     hide = False
     for word in arguments:
-        name, equals, _ = word.partition("=")
-        is_option = word.startswith("-") and is_secret_name(name.rpartition(".")[2])
+        name, equals, value = word.partition("=")
+        is_secret = is_secret_name(name.rpartition(".")[2])
         if hide and not word.startswith("-"):
             words.append(HIDDEN)
-        elif is_option and equals:
+        elif is_secret and equals:
             words.append(f"{name}={HIDDEN}")
+        elif "://" in name:
+            words.append(redact_value(word))
         else:
-            words.append(redact(word))
-        hide = is_option and not equals
+            words.append(name + equals + redact_value(value))
+        hide = is_secret and not equals and word.startswith("-")
     return words
 
 
 def redact_variables(variables: Mapping[str, str]) -> dict[str, str]:
     """Return environment variables with the values of secret names hidden, the rest redacted."""
-    return {n: HIDDEN if is_secret_name(n) else redact(v) for n, v in variables.items()}
+    return {n: HIDDEN if is_secret_name(n) else redact_value(v) for n, v in variables.items()}
 
 
-def redact_values(tree: Any, hide: Callable[[str], str] = redact) -> Any:
+def redact_values(tree: Any, hide: Callable[[str], str] = redact_value) -> Any:
     """Return a tree of plain values (as JSON has them) with every text in it redacted."""
     if isinstance(tree, str):
         return hide(tree)

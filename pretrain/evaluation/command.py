@@ -29,7 +29,7 @@ from pretrain.evaluation.models import (
 from pretrain.evaluation.probes import Cell, needle, recall
 from pretrain.evaluation.rows import score_dataset, score_rows, text_rows
 from pretrain.evaluation.scores import Scores, by_bins
-from untrusted.secrets import redact
+from untrusted.secrets import redact_value
 
 HAYSTACK_TOKENS = 1 << 20
 
@@ -117,7 +117,7 @@ def evaluate(model: Model, asked: Asked) -> Found:
     texts = {name: _text_ids(model, name, asked) for name in asked.text}
     for folder, dataset in sets.items():
         table = score_dataset(model, dataset, asked.limit)
-        name = redact(folder)
+        name = redact_value(folder)
         found.results[name] = _shown(Scores.of(table)) | {"by_position": _by_position(table)}
         found.bins[name] = by_bins(table)
     for name, (ids, size) in texts.items():

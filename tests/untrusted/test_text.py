@@ -9,7 +9,10 @@ from untrusted.secrets import (
     redact,
     redact_arguments,
     redact_message,
+    redact_value,
+    redact_values,
     redact_variables,
+    remember,
 )
 from untrusted.text import printable, printable_lines, without_controls
 
@@ -43,7 +46,11 @@ def test_text_in_any_language_keeps_its_formats() -> None:
         ("http://h/x?y=1&sig=hunter2#f", "http://h/x?y=1&sig=***#f"),
         ("http://h/x?access_key=hunter2 and more", "http://h/x?access_key=*** and more"),
         ("a file http://h/x@y/z", "a file http://h/x@y/z"),
-        ("http://h:8080/x@y", "http://h:8080/x@y"),
+        ("http://h:8080/x and y", "http://h:8080/x and y"),
+        ("s3://AKIA:7/hunter2@bucket/x", "s3://***@bucket/x"),  # no port
+        ("https://u:8080?hunter2@h/x", "https://***@h/x"),
+        ("http://h/x?code=hunter2&access=hunter2", "http://h/x?code=***&access=***"),
+        ("http://h/x?encoded=1", "http://h/x?encoded=1"),
         ("s3://AKIA:hunter/2+@bucket/x", "s3://***@bucket/x"),
         ("sftp://u:hunter2?#@h:22/x and ftp://a:hunter2@b", "sftp://***@h:22/x and ftp://***@b"),
         ("simplecache::s3://k:hunter2@b", "simplecache::s3://***@b"),
@@ -55,6 +62,20 @@ def test_text_in_any_language_keeps_its_formats() -> None:
 )
 def test_credentials_in_urls_are_hidden(text: str, hidden: str) -> None:
     assert redact(text) == hidden
+
+
+@pytest.mark.parametrize("secret", ["hunter2", 'h"unter2', "h unter2", "7/hunter2", "h\nunter2"])
+def test_a_field_ends_where_its_text_does(secret: str) -> None:
+    url, hidden = f"s3://AKIA:{secret}@bucket/x y", "s3://***@bucket/x y"
+    assert redact_value(url) == hidden
+    assert redact_values({"data": [{"train": url}], "n": 1}) == {
+        "data": [{"train": hidden}],
+        "n": 1,
+    }
+    assert redact_arguments([url, f"--data.train={url}"]) == [hidden, f"--data.train={hidden}"]
+    assert redact_variables({"URL": url}) == {"URL": hidden}
+    remember(url, is_value=True)
+    assert secret not in redact_message(f"no answer for AKIA with {secret}.")
 
 
 def test_credentials_alone_are_hidden_from_messages() -> None:
@@ -101,8 +122,10 @@ def test_command_lines_and_variables() -> None:
         "https://u:hunter2@h",
         "--tokenizer",
         "t",
+        "AWS_SECRET_ACCESS_KEY=hunter2",
     ]
     assert redact_arguments(words) == [
         "x", "--a.api_key", "***", "--token=***", "https://***@h", "--tokenizer", "t",
+        "AWS_SECRET_ACCESS_KEY=***",
     ]  # fmt: skip
     assert redact_variables({"SLURM_JWT": "hunter2", "A": "b"}) == {"SLURM_JWT": "***", "A": "b"}
