@@ -155,7 +155,8 @@ def record_event(run_dir: Path, name: str, **fields: Any) -> None:
     """
     shown = redact_values(fields, redact_message)
     entry = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": name, **shown}
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK  # nor wait for a pipe's reader
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    flags |= os.O_NONBLOCK  # nor does it wait for a pipe's reader
     try:
         with os.fdopen(os.open(run_dir / EVENTS, flags, 0o666), "w") as file:
             file.write(json.dumps(entry) + "\n")

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from pretrain.console import print_json, whole_console
+from pretrain.console import print_json, say, whole_console
 
 checkpoint_app = typer.Typer(
     help="Look into, check, compare, average, export and import checkpoints.", no_args_is_help=True
@@ -118,7 +118,7 @@ def checkpoint_verify(
         raise CheckpointError(f"{step_dir} is damaged ({files}); use another checkpoint")
     if not json_output:
         what = "every byte is" if deep else "sizes and metadata are"
-        print(f"{step_dir}: {what} as saved{'' if deep else '; --deep reads all of it'}")
+        say(f"{step_dir}: {what} as saved{'' if deep else '; --deep reads all of it'}")
 
 
 @checkpoint_app.command("diff")
@@ -193,7 +193,7 @@ def checkpoint_export(
         check=check if verify else None,
     )
     report["parameters"] = parameters
-    print(json.dumps(report) if json_output else f"{out}: {parameters:,} parameters, {dtype}")
+    print_json(report) if json_output else say(f"{out}: {parameters:,} parameters, {dtype}")
 
 
 def _compared(
@@ -277,7 +277,7 @@ def checkpoint_average(
 
 
 def _print_made(step_dir: Path, what: str, as_json: bool) -> None:
-    print(json.dumps({"folder": str(step_dir)}) if as_json else f"{step_dir}: {what}")
+    print_json({"folder": str(step_dir)}) if as_json else say(f"{step_dir}: {what}")
 
 
 def _text(value: Any) -> str:

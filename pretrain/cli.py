@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from parallel import bounds
 from pretrain import stop
 from pretrain.checkpoint_cli import checkpoint_app
-from pretrain.console import LogFormatter, shown, whole_console
+from pretrain.console import LogFormatter, say, shown, whole_console
 from pretrain.evaluation import cli as evaluation_command
 from slurm import cli as job_commands
 from untrusted.secrets import remember
@@ -282,7 +282,7 @@ def bad_nodes(context: typer.Context, config: Path) -> None:
     from pretrain.config import load_config
     from slurm.named_nodes import named_nodes
 
-    print(",".join(named_nodes(Path(load_config(config, context.args).logging.run_dir))))
+    say(",".join(named_nodes(Path(load_config(config, context.args).logging.run_dir))))
 
 
 @app.command(context_settings=WITH_OVERRIDES)
@@ -408,8 +408,8 @@ def prepare(
         )
     for split, meta in metas.items():
         filled = meta.tokens / (meta.tokens + meta.padding)
-        print(
-            f"{shown(str(out))}/{split}: {meta.samples:,} sequences, {meta.tokens:,} tokens from "
+        say(
+            f"{out}/{split}: {meta.samples:,} sequences, {meta.tokens:,} tokens from "
             f"{meta.documents:,} documents ({meta.cut_documents:,} cut), {filled:.2%} filled, "
             f"unigram entropy {meta.unigram_entropy:.4f} nats"
         )
@@ -433,7 +433,7 @@ def tokenizer_train(
     """Train a byte-level BPE on text."""
     from data_pipeline.tokenizer import train_tokenizer
 
-    print(train_tokenizer([Path(i) for i in inputs], out, vocab_size, text_field))
+    say(str(train_tokenizer([Path(i) for i in inputs], out, vocab_size, text_field)))
 
 
 @tokenizer_app.command("inspect")
@@ -520,7 +520,7 @@ def report(
     """Write one HTML page of a run: curves across restarts, where time goes, events."""
     from pretrain.report import write_report
 
-    print(write_report(run, out or run / "report.html"))
+    say(str(write_report(run, out or run / "report.html")))
 
 
 @kernels_app.command("audit")

@@ -30,6 +30,11 @@ def literal(label: str) -> str:
     return printable(redact_message(label)).replace("$", r"\$")
 
 
+def say(text: str) -> None:
+    """Print a line by way of `shown`."""
+    print(shown(text))
+
+
 def print_json(value: Any) -> None:
     """Print one JSON value by way of `shown`."""
     print(shown(json.dumps(value)))

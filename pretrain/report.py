@@ -34,6 +34,7 @@ log = logging.getLogger("transxssm")
 
 SECONDS = 1e9  # the longest that a phase takes
 LARGEST = 1e100  # beyond which nothing is drawn
+MAX_CURVES, MAX_MARKS = 40, 200  # of a picture
 MAX_POINTS = 1500  # of a curve; more steps are averaged
 PHASES = {
     "time_forward_backward": "forward and backward",
@@ -128,7 +129,7 @@ def picture(
     draw(axis)
     if log and any((np.asarray(line.get_ydata(), np.float64) > 0).any() for line in axis.lines):
         axis.set_yscale("log")
-    for event in record.events:
+    for event in record.events[-MAX_MARKS:]:
         if not (step := event.get("step")):
             continue
         if event["event"] == "start":
@@ -151,11 +152,13 @@ def lines(record: Record, names: Sequence[str], prefix: str = "") -> Callable[[A
     """Draws metrics, each under its name without the prefix."""
 
     def draw(axis: Any) -> None:
-        for name in names:
+        for name in names[:MAX_CURVES]:
             steps, values = record.curve(name)
             mark = "o" if len(steps) < 40 else ""
             label = literal(name.removeprefix(prefix).replace("_", " "))
             axis.plot(steps, values, lw=1.2, marker=mark, ms=3, label=label)
+        if len(names) > MAX_CURVES:
+            axis.plot([], [], " ", label=f"and {len(names) - MAX_CURVES:,} more")
         axis.ticklabel_format(useOffset=False)
 
     return draw
@@ -197,7 +200,7 @@ def position_names(record: Record) -> list[str]:
 
 def by_position(record: Record) -> Callable[[Any], None]:
     """The first, a middle and the last evaluation."""
-    names = position_names(record)
+    names = position_names(record)[:MAX_CURVES]
     evaluated = [line for line in record.steps if names[0] in line]
     chosen = {0, len(evaluated) // 2, len(evaluated) - 1}
 

@@ -166,20 +166,19 @@ def seconds_left(job_id: str) -> float | None:
 
     Raises OSError or subprocess.SubprocessError when squeue does not answer.
     """
-    import subprocess
+    from untrusted.commands import run_bounded
 
     words = ["squeue", "--noheader", "--jobs", job_id, "--format", "%L"]
-    done = subprocess.run(
-        words, capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=True
-    )
+    done = run_bounded(words, timeout=30)
+    done.check_returncode()
     return parse_time(done.stdout)
 
 
 def parse_time(text: str) -> float | None:
-    """Seconds of Slurm's [days-][[hours:]minutes:]seconds; None for words (UNLIMITED, NOT_SET)."""
+    """Seconds of Slurm's [days-][[hours:]minutes:]seconds; None for anything else (UNLIMITED)."""
     import re
 
-    found = re.fullmatch(r"(-?)(?:(\d+)-)?((?:\d+:){0,2}\d+)", text.strip())
+    found = re.fullmatch(r"(-?)(?:([0-9]{1,9})-)?((?:[0-9]{1,9}:){0,2}[0-9]{1,9})", text.strip())
     if found is None:
         return None
     sign, days, clock = found.groups()

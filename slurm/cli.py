@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from parallel import bounds
-from pretrain.console import print_json, shown, whole_console
+from pretrain.console import print_json, say, shown, whole_console
 from untrusted.text import printable, printable_lines
 
 if TYPE_CHECKING:
@@ -98,9 +98,9 @@ def submit(
         print(job_script(request, cluster, run_dir), end="")
         return
     job_id = run(loaded, request, cluster)
-    print(f"job {job_id}: {run_dir / 'job.sbatch'}")
+    say(f"job {job_id}: {run_dir / 'job.sbatch'}")
     for word in ("status", "logs -f", "cancel"):
-        print(f"  transxssm {word} {shlex.quote(loaded.logging.run_dir)}")
+        say(f"  transxssm {word} {shlex.quote(loaded.logging.run_dir)}")
 
 
 def runs(
@@ -236,7 +236,7 @@ def cancel(run: Run) -> None:
     if not found:
         raise ConfigError(f"{run}: no job of it waits or runs")
     slurm("scancel", *found)
-    print(f"cancelled {', '.join(found)}")
+    say(f"cancelled {', '.join(found)}")
 
 
 def _duration(seconds: float | None) -> str:

@@ -1,6 +1,5 @@
 """Slurm's commands, and which jobs a run had: RUN/jobs.jsonl."""
 
-import contextlib
 import json
 import os
 import re
@@ -15,7 +14,8 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from untrusted.files import open_regular
+from untrusted.commands import run_bounded
+from untrusted.files import check_place
 from untrusted.records import read_json_lines
 from untrusted.text import printable
 
@@ -49,15 +49,14 @@ def slurm(*words: str, environment: Mapping[str, str] | None = None) -> str:
             "submitted with --dry-run"
         )
     try:
-        done = subprocess.run(
-            words, capture_output=True, encoding="utf-8", errors="replace",
-            env=environment, stdin=subprocess.DEVNULL, timeout=ANSWER_SECONDS,
-        )  # fmt: skip
+        done = run_bounded(words, timeout=ANSWER_SECONDS, environment=environment)
     except subprocess.TimeoutExpired as error:
         raise SlurmError(
             f"{words[0]} gave no answer for {ANSWER_SECONDS:g} s; see with `sinfo` whether Slurm "
             "is up, and with `squeue --me` which jobs there are, before you try again"
         ) from error
+    except subprocess.SubprocessError as error:
+        raise SlurmError(f"{error}; mend the command that PATH finds") from error
     except OSError as error:
         raise SlurmError(f"{words[0]} cannot be run ({error.strerror}); mend PATH") from error
     if done.returncode:
@@ -91,8 +90,8 @@ class JobLog:
 
     def check_writable(self) -> None:
         """Raises OSError or UntrustedError where `add` would fail, before there is a job."""
-        with contextlib.suppress(FileNotFoundError):
-            open_regular(self.path, follow_link=True).close()
+        check_place(self.path)
+        if self.path.exists():
             self.path.open("ab").close()
 
     def add(self, job_id: str) -> None:

@@ -34,6 +34,7 @@ from pretrain import stop
 from pretrain.config import Config
 from pretrain.console import shown
 from pretrain.run_dir import git_revision, package_versions
+from untrusted.files import replace_file
 from untrusted.text import printable
 
 BAD_NODES = 86
@@ -129,7 +130,7 @@ def _told(mine: Any) -> Any:
 def _write(run_dir: Path, reports: list[Report], found: dict[str, list[str]]) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     content = {"bad_nodes": found, "ranks": [asdict(report) for report in reports]}
-    (run_dir / "preflight.json").write_text(json.dumps(content, indent=1))
+    replace_file(run_dir / "preflight.json", json.dumps(content, indent=1).encode())
 
 
 # -- what rank 0 makes of it -----------------------------------------------------------------------
@@ -259,7 +260,8 @@ def _disk(launch: Launch, run_dir: Path) -> dict[str, float]:
     path, content = run_dir / f".preflight-{launch.rank}", os.urandom(DISK_BYTES)
     begin = time.perf_counter()
     try:
-        with path.open("wb") as file:
+        path.unlink(missing_ok=True)
+        with path.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -57,16 +57,17 @@ def read_regular(path: Path, max_bytes: int, *, follow_link: bool = False) -> by
 
 
 def check_place(path: Path) -> None:
-    """Raise UnsafeFileError where anything but a regular file is at `path`, or behind a link there.
+    """Raise UnsafeFileError where anything but a regular file is at `path`.
 
-    To be called before a file is opened for writing: a pipe would wait for its reader.
+    To be called before a file is opened for writing: a pipe would wait for its reader, and what a
+    link names may be another's.
     """
     try:
-        mode = path.stat().st_mode
+        mode = path.lstat().st_mode
     except OSError:  # nothing is there, or opening it will tell
         return
     if not stat.S_ISREG(mode):
-        kind = KINDS.get(stat.S_IFMT(mode), "no regular file")
+        kind = "a link" if stat.S_ISLNK(mode) else KINDS.get(stat.S_IFMT(mode), "no regular file")
         raise UnsafeFileError(f"{path} is {kind}, not a file; remove it.")
 
 

@@ -17,6 +17,7 @@ import torch
 import triton
 
 from kernels.target import Target
+from untrusted.files import replace_file
 
 VARIABLE = "TRANSXSSM_TILES"
 
@@ -128,9 +129,8 @@ def write_tiles(path: Path, tiles: dict[str, Tile]) -> None:
         name: {field.name: getattr(choice, field.name) for field in fields(choice)}
         for name, choice in sorted(tiles.items())
     }
-    written = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    written.write_text(json.dumps({"triton": triton.__version__, "tiles": plain}, indent=1) + "\n")
-    written.replace(path)
+    text = json.dumps({"triton": triton.__version__, "tiles": plain}, indent=1) + "\n"
+    replace_file(path, text.encode())
 
 
 def _fault(choice: Tile, name: str) -> str | None:

@@ -1,7 +1,6 @@
 """`transxssm evaluate`: what is asked of a model, printed, and written with pictures."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from data_pipeline.reading import documents
 from parallel.config import ModelConfig
 from parallel.launch import Launch
 from pretrain.config import ConfigError
-from pretrain.console import whole_console
+from pretrain.console import print_json, shown, whole_console
 from pretrain.evaluation.models import (
     ExportedModel,
     Model,
@@ -29,6 +28,7 @@ from pretrain.evaluation.models import (
 from pretrain.evaluation.probes import Cell, needle, recall
 from pretrain.evaluation.rows import score_dataset, score_rows, text_rows
 from pretrain.evaluation.scores import Scores, by_bins
+from untrusted.files import replace_file
 from untrusted.secrets import redact_value
 
 HAYSTACK_TOKENS = 1 << 20
@@ -219,9 +219,7 @@ def write(found: Found, model: Model, out: Path) -> None:
     for name, cells in found.cells.items():
         heat_map(cells, rows[name], f"{name}, by {model.name}", out / f"{name}.png")
     text = json.dumps({"model": model.name, "results": found.results}, indent=1) + "\n"
-    temporary = out / "results.json.tmp"
-    temporary.write_text(text)
-    os.replace(temporary, out / "results.json")
+    replace_file(out / "results.json", text.encode())
 
 
 def show(found: Found) -> None:
@@ -275,9 +273,9 @@ def run(
     if launch.rank == 0:
         if out is not None:
             write(found, model, out)
-            print(f"written to {out}", file=sys.stderr)
+            print(shown(f"written to {out}"), file=sys.stderr)
         if json_output:
-            print(json.dumps(found.results))
+            print_json(found.results)
         else:
             show(found)
     if isinstance(model, ShardedModel):

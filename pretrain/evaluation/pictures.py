@@ -1,5 +1,6 @@
 """Pictures of an evaluation, as PNG."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 from pretrain.console import literal
 from pretrain.evaluation.probes import Cell
 from pretrain.evaluation.scores import Scores
+from untrusted.files import replace_file
 
 INK = "#22405c"
 
@@ -67,5 +69,7 @@ def loss_by_position(scores: dict[tuple[int, int], Scores], title: str, path: Pa
 
 def _save(figure: plt.Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130)
     plt.close(figure)
+    replace_file(path, content.getvalue())

@@ -9,13 +9,16 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 from matplotlib.cbook import is_math_text
 from PIL import Image
+from typer.testing import CliRunner
 
+from pretrain.cli import app
 from pretrain.config import ConfigError, dump_config
 from pretrain.console import literal
-from pretrain.report import MAX_POINTS, read_record, write_report
+from pretrain.report import MAX_CURVES, MAX_MARKS, MAX_POINTS, read_record, write_report
 from tests.conftest import missing
 from tests.tiny import tiny_config
 from untrusted.text import printable
@@ -109,6 +112,35 @@ def test_names_from_outside_are_text(run_dir: Path) -> None:
     for name in NAMES:  # as matplotlib reads labels
         assert not is_math_text(literal(name))
         assert literal(name).replace(r"\$", "$") == printable(name)
+
+
+def test_many_names_and_events_are_drawn_in_part(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = {f"{prefix}{n}": 2.0 for n in range(100) for prefix in ("loss_", "grad_norm_")}
+    lines = [{"step": step, "loss": 2.0} | many for step in (1, 2)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    event = json.dumps({"event": "start", "step": 1, "said": ""}) + "\n"
+    (run_dir / "events.jsonl").write_text(event * 1000)
+    drawn: list[int] = []
+    close = plt.close
+
+    def count(figure: Any) -> None:
+        drawn.append(len(figure.axes[0].lines))
+        close(figure)
+
+    monkeypatch.setattr(plt, "close", count)
+    write_report(run_dir, run_dir / "report.html")
+    assert sorted(drawn)[-2:] == [MAX_CURVES + 1 + MAX_MARKS] * 2
+    assert min(drawn) > MAX_MARKS
+
+
+def test_where_the_page_is_is_told_without_escapes(run_dir: Path) -> None:
+    out = run_dir / os.fsdecode(b"\x1b[31m\xff.html")
+    done = CliRunner().invoke(app, ["report", str(run_dir), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert out.exists()
+    assert "\\x1b[31m\\udcff.html" in done.output
 
 
 def test_curves_are_thinned_and_gaps_left_out(run_dir: Path) -> None:

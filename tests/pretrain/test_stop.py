@@ -119,6 +119,7 @@ def test_signal_before_there_is_anything_to_save(tiny_data: Path, tmp_path: Path
     [
         ("5:03\n", 303.0), ("59", 59.0), ("1:00:00", 3600.0), ("2-01:00:30", 176430.0),
         ("UNLIMITED", None), ("NOT_SET", None), ("INVALID", None), ("", None), ("-0:07", -7.0),
+        ("1" * 400, None), ("1" * 5000, None), ("٣:٠٠", None), ("1-" + "9" * 400, None),
     ],
 )  # fmt: skip
 def test_times_of_squeue(text: str, seconds: float | None) -> None:
