@@ -52,3 +52,32 @@ def test_fragments_of_all_ranks_rebuild_the_tensor(
                 assert (rebuilt[window] == 0).all()
                 rebuilt[window] = part.data
     assert torch.equal(rebuilt, whole)
+
+
+@given(
+    st.integers(1, 3), st.lists(st.integers(1, 3), min_size=1, max_size=3), st.integers(1, 2),
+    st.data(),
+)  # fmt: skip
+def test_parts_of_several_ranges_go_to_their_places(
+    tensor: int, kinds: list[int], width: int, data: st.DataObject
+) -> None:
+    """As of a convolution: of each kind of channels a rank has a share; fragments cut at random."""
+    shape, local_shape = (sum(kinds) * tensor, width), (sum(kinds), width)
+    whole, rebuilt = torch.arange(1.0, prod(shape) + 1).view(shape), torch.zeros(shape)
+    for rank in range(tensor):
+        ranges, held, local, start = [], [], 0, 0
+        for share in kinds:
+            ranges.append(RowRange(local, start + rank * share, share))
+            held.append(whole[start + rank * share :][:share])
+            local, start = local + share, start + tensor * share
+        info = ParamInfo("w", shape, local_shape, 0, tuple(ranges), tensor > 1, False)
+        flat = torch.cat(held).flatten()
+        cut = data.draw(st.integers(0, flat.numel()))
+        for begin, end in ((0, cut), (cut, flat.numel())):
+            for part in global_parts(info, begin, flat[begin:end]):
+                window = tuple(
+                    slice(o, o + s) for o, s in zip(part.offsets, part.data.shape, strict=True)
+                )
+                assert (rebuilt[window] == 0).all()
+                rebuilt[window] = part.data
+    assert torch.equal(rebuilt, whole)

@@ -212,6 +212,17 @@ def test_average_is_the_mean_of_the_weights(trained: Path, tmp_path: Path) -> No
     assert str(steps[0]) in (tmp_path / "model/README.md").read_text()
 
 
+def test_average_has_the_configuration_of_the_longest(trained: Path, tmp_path: Path) -> None:
+    first, last = (trained / f"run/checkpoints/step-0000000{n}" for n in (2, 4))
+    copy = Path(shutil.copytree(first, tmp_path / first.name))
+    manifest = read_manifest(copy)
+    manifest["config"]["training"]["seed"] += 1
+    (copy / MANIFEST).write_text(manifest_text(manifest))
+    for order in ([copy, last], [last, copy]):
+        step_dir = average_checkpoints(order, tmp_path / f"average of {order[0].name}")
+        assert read_manifest(step_dir)["config"] == read_manifest(last)["config"]
+
+
 def test_average_of_different_models_is_refused(trained: Path, tmp_path: Path) -> None:
     step_dir = trained / "run/checkpoints/step-00000004"
     export_checkpoint(step_dir, tmp_path / "model")

@@ -1,13 +1,17 @@
 """Files of pieces are safetensors; their index is checked; old metadata is read without code."""
 
+import io
+import os
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import xxhash
 from safetensors.torch import load_file
 
+from checkpoints_tools import pieces_file as module
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.manifest import file_entry
 from checkpoints_tools.old_format import read_old_index, values_in_archive
@@ -16,6 +20,7 @@ from checkpoints_tools.pieces_file import (
     header_of,
     pieces_file,
     stored_tensors,
+    write_block,
     write_pieces,
 )
 from checkpoints_tools.tensor_index import INDEX, index_text, read_index
@@ -101,3 +106,33 @@ def test_bytes_in_place_of_a_tensor_are_refused(tmp_path: Path) -> None:
     dcp.save({"t": WHOLE, "b": {"not": "a tensor"}}, checkpoint_id=tmp_path, no_dist=True)
     with pytest.raises(CheckpointError, match="is no tensor"):
         read_old_index(tmp_path)
+
+
+def test_a_file_is_on_disk_when_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, and a block at a time."""
+    synced: dict[int, int] = {}
+
+    def fsync(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        synced[found.st_ino] = found.st_size
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(module, "BLOCK", 7)
+    piece = PlannedPiece("weight.a", (4, 5), WHOLE.dtype, (0, 0), (4, 5))
+    path = tmp_path / pieces_file(0)
+    entry = write_pieces(path, header_of([piece]), [WHOLE])
+    assert synced == {path.stat().st_ino: entry["bytes"]}
+    assert torch.equal(load_file(path)["weight.a[0:4,0:5]"], WHOLE)
+
+
+def test_a_write_that_takes_a_part_is_gone_on_with() -> None:
+    class Hesitant(io.BytesIO):
+        def write(self, content: object) -> int:
+            return super().write(bytes(content)[:3])  # type: ignore[call-overload]
+
+    file, digest, content = Hesitant(), xxhash.xxh64(), bytes(range(100))
+    assert write_block(file, content, digest) == 100
+    assert file.getvalue() == content
+    assert digest.hexdigest() == xxhash.xxh64_hexdigest(content)

@@ -201,3 +201,21 @@ def test_what_was_changed_after_it_was_written_is_found(tiny_data: Path, tmp_pat
     assert found.keys() == {first.name, second.name}
     if first.stat().st_size == second.stat().st_size:
         assert f"it is {second.name}" in found[first.name]
+
+
+def random_numbers_before_and_after(config: Config) -> bool:
+    """Whether the numbers after a save are drawn again once it is loaded."""
+    from checkpoints_tools.sharded import load_checkpoint
+
+    trainer = trainer_of(config)
+    torch.manual_seed(7)
+    trainer.save()
+    trainer.saver.drain()
+    drawn = torch.rand(5)
+    load_checkpoint(config.checkpoint_dir / STEP, trainer.zero)
+    trainer.read.close()
+    return torch.equal(torch.rand(5), drawn)
+
+
+def test_random_numbers_go_on_where_they_were(tiny_data: Path, tmp_path: Path) -> None:
+    assert run_ranks(1, random_numbers_before_and_after, tiny_config(tiny_data, tmp_path)) == [True]

@@ -259,6 +259,19 @@ def test_diff_of_two_steps(steps: Path) -> None:
     assert "fields and 0 of" in end.output
 
 
+def test_diff_does_not_depend_on_blocks(steps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> dict[str, dict[str, Any]]:
+        tensors = difference.diff_checkpoints(steps / "step-00000002", steps / NEWEST)["tensors"]
+        return {entry.pop("name"): entry for entry in tensors}
+
+    whole = found()
+    monkeypatch.setattr("checkpoints_tools.stored.BLOCK_BYTES", 300)
+    parts = found()
+    assert parts.keys() == whole.keys()
+    for name, entry in whole.items():
+        assert parts[name] == pytest.approx(entry, rel=1e-12), name
+
+
 def test_diff_finds_fields_and_shapes(steps: Path, trained: Path) -> None:
     whole = told("diff", trained / "run", steps)
     assert (whole["fields"], whole["tensors"]) == ({}, [])

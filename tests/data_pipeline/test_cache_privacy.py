@@ -106,6 +106,17 @@ def test_data_that_others_planted_is_not_believed(node: Path, tmp_path: Path, bu
     assert samples(PackedDataset(url)) == expected
 
 
+def test_a_marker_of_another_user_is_not_believed(tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("needs root, to be somebody else")
+    cache = NodeCache(tmp_path / "cache", 1 << 20)
+    cache.mark("a shard")
+    assert cache.is_marked("a shard")
+    (marker,) = (tmp_path / "cache/sound").iterdir()
+    os.chown(marker, 12345, 12345)
+    assert not cache.is_marked("a shard")
+
+
 def _fill(url: str) -> None:
     samples(PackedDataset(url))
 

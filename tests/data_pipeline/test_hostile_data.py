@@ -356,9 +356,9 @@ def spoiled(split: Path, name: str, kind: str, spoil: Callable[[bytearray], None
     changed(split, lambda i: i["shards"][0][kind].update(bytes=len(content), hashes=digest))
 
 
-@pytest.mark.parametrize("format", ["mds", "webdataset"])
+@pytest.mark.parametrize(("format", "token"), [("mds", 300), ("webdataset", 65_000)])
 def test_a_token_beyond_the_vocabulary_is_named(
-    format: str, prepared: Path, prepared_tars: Path, tmp_path: Path, cache: Cache
+    format: str, token: int, prepared: Path, prepared_tars: Path, tmp_path: Path, cache: Cache
 ) -> None:
     made = prepared if format == "mds" else prepared_tars
     split = Path(shutil.copytree(made, tmp_path / "copy")) / "train"
@@ -367,12 +367,12 @@ def test_a_token_beyond_the_vocabulary_is_named(
 
     def spoil(content: bytearray) -> None:
         at = content.index(wanted.tobytes())
-        content[at + 6 : at + 8] = np.uint16(65_000).tobytes()
+        content[at + 6 : at + 8] = np.uint16(token).tobytes()
 
     spoiled(split, f"shard.000000.{suffix}", "raw_data", spoil)
     dataset = PackedDataset(split, cache=cache)
     assert dataset[1].tokens.size == SEQ_LEN + 1
-    message = rf"shard\.000000\.{suffix}: sample 2 .*token 65000 of a vocabulary of 300"
+    message = rf"shard\.000000\.{suffix}: sample 2 .*token {token} of a vocabulary of 300"
     with pytest.raises(BadShardError, match=message):
         _ = dataset[2]
     with pytest.raises(DataError, match=message):

@@ -9,6 +9,7 @@ import torch
 
 from data_pipeline.batch import Batch
 from data_pipeline.blend import Blend
+from data_pipeline.collate import collate
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
@@ -189,6 +190,15 @@ def test_damaged_shard_is_named_by_every_way_of_reading(damaged, damage, message
     with pytest.raises(DataError, match=match):  # and again, rather than hang
         reading.next_step()
     reading.close()
+
+
+def test_a_skipped_shard_is_padding_without_a_loss(prepared):
+    dataset = PackedDataset(prepared / "train")
+    dataset.skip(0)
+    first, of_the_next = dataset[0], dataset[dataset.shards[0].samples]
+    assert (first.tokens == dataset.meta.pad_id).all()
+    assert not collate([first]).loss_mask.any()
+    assert collate([of_the_next]).loss_mask.any()
 
 
 def test_shard_that_changes_after_its_check_is_named(damaged):

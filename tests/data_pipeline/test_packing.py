@@ -96,3 +96,10 @@ def test_best_fit_buffer_is_bounded(monkeypatch):
     packer = make_packer("best_fit", 9, EOD, PAD)
     given_out = sum(len(packer.add([7] * 5)) for _ in range(1000))
     assert given_out > 800  # one document of 6 a sample; at most 1,000 tokens held back
+
+
+def test_best_fit_leaves_the_least_room():
+    """What fits exactly goes there, not where there is more room."""
+    packer = make_packer("best_fit", 9, EOD, PAD)
+    samples = pack(packer, [[2] * 4, [3] * 2, [4] * 6])  # pieces of 5, 3 and 7 tokens
+    assert [sample.doc_lens.tolist() for sample in samples] == [[7, 3], [5, 5]]

@@ -12,6 +12,7 @@ from data_pipeline import claim, reading, unit
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
 from data_pipeline.inspection import inspect_dataset, verify_dataset
+from data_pipeline.meta import token_dtype
 from data_pipeline.prepare import Progress, prepare
 from data_pipeline.reading import documents
 from data_pipeline.tokenizer import load_tokenizer
@@ -89,7 +90,7 @@ def test_counts_and_entropy_are_those_of_the_labels(prepared):
 def test_a_long_text_stays_one_document(tokenizer_file, tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "PART_BYTES", 64)
     (tmp_path / "in").mkdir()
-    texts = [f"{number} the state of a scan\n" * 20 for number in range(20)]
+    texts = ["".join(f"{n} the state of scan {line}\n" for line in range(20)) for n in range(20)]
     for number, text in enumerate(texts):
         (tmp_path / "in" / f"{number:02}.txt").write_text(text)
     metas = prepare(
@@ -98,6 +99,12 @@ def test_a_long_text_stays_one_document(tokenizer_file, tmp_path, monkeypatch):
     found = [split_texts(tmp_path / "o" / split) for split in ("train", "validation")]
     assert sorted(found[0] + found[1]) == sorted(texts)
     assert [meta.documents for meta in metas.values()] == [len(split) for split in found]
+
+
+def test_the_smaller_type_that_holds_every_id():
+    assert [token_dtype(size).name for size in (300, 65_536, 65_537)] == [
+        "uint16", "uint16", "uint32",
+    ]  # fmt: skip
 
 
 def test_large_vocabulary_is_stored_in_32_bits(corpus, tokenizer_file, tmp_path):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kernels.norm import fused
 from kernels.norm.norm import rms_norm
-from tests.kernels.norm_cases import OPERATIONS, inputs
+from tests.kernels.norm_cases import EPS, OPERATIONS, inputs
 from tests.kernels.operation_cases import (
     DTYPES,
     assert_matches,
@@ -22,6 +22,20 @@ names = pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("shape", [(33, 1, 96), (3, 1000), (1, 4096)], ids=str)
 def test_matches_naive(name, shape, dtype):
     assert_matches(*OPERATIONS[name][:2], inputs(name, shape, dtype))
+
+
+@names
+def test_small_rows_feel_eps(name):
+    """Their mean square is as large as eps."""
+    *given, weight = inputs(name, (7, 40))
+    assert_matches(*OPERATIONS[name][:2], [*(t * EPS**0.5 for t in given), weight])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_are_those_of_what_is_returned(dtype):
+    new_h, u = OPERATIONS["both"][0](*inputs("both", (9, 40), dtype))
+    weight = inputs("both", (9, 40), dtype)[-1]
+    assert torch.equal(u, rms_norm(new_h, weight, EPS))
 
 
 @names

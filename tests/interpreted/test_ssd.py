@@ -14,7 +14,7 @@ from kernels.ssd.ssd import ssd
 from kernels.ssd.tuning import fastest, run_scan
 from kernels.ssd.tuning import make_inputs as make_tuned
 from kernels.target import Target
-from tests.kernels.scan_cases import assert_close, make_inputs, run
+from tests.kernels.scan_cases import assert_close, make_inputs, relative_error, run
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -139,6 +139,14 @@ def test_extreme_decays(decay, steps, shape):
     assert_close(run(ssd, inputs), run(ssd_naive, inputs), 1e-4)
 
 
+def test_tiny_steps_are_their_exponential(shape):
+    inputs = make_inputs(1, 40, heads=1, documents=[17])
+    inputs |= {"D": None, "initial_state": None, "dt": inputs["dt"] / 10 - 40}
+    found, expected = run(ssd, inputs), run(ssd_naive, inputs)
+    for name, value in expected.items():
+        assert relative_error(found[name], value) <= 1e-4, name
+
+
 @settings(
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -215,7 +223,11 @@ def test_strict_mode_reads_values(name, value, says):
         ssd(**inputs)
 
 
-def test_strict_mode_refuses_what_triton_cannot_serve():
-    inputs = make_inputs(1, 8, head_dim=24)
-    with pytest.raises(ValueError, match=r"ssd: head_dim=24 is not .* \(strict mode"):
+@pytest.mark.parametrize(
+    "size", [{"head_dim": 24}, {"head_dim": 8}, {"state_dim": 8}, {"state_dim": 256}], ids=str
+)
+def test_strict_mode_refuses_what_triton_cannot_serve(size):
+    inputs = make_inputs(1, 8, **size)
+    ((name, value),) = size.items()
+    with pytest.raises(ValueError, match=rf"ssd: {name}={value} is not .* \(strict mode"):
         ssd(**inputs)

@@ -86,11 +86,11 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     """Relative errors within `tolerance`.
 
     d_A_log and d_dt_bias are sums over all tokens of terms of both signs, which may all but cancel:
-    they are measured against the norm of d_dt, where that is larger. d_A_log is within 5 times
+    they are measured against the norm of d_dt, where that is larger. d_A_log is within 10 times
     `tolerance` of its own norm as well.
     """
     errors = {name: relative_error(found[name], expected[name]) for name in expected}
-    assert errors.get("d_A_log", 0.0) <= 5 * tolerance, errors
+    assert errors.get("d_A_log", 0.0) <= 10 * tolerance, errors
     for name in ("d_A_log", "d_dt_bias"):
         if name in expected:
             sums, terms = expected[name].double().norm(), expected["d_dt"].double().norm()

@@ -30,6 +30,20 @@ def test_any_block_of_rows(name, block, monkeypatch):
 
 
 @names
+def test_small_rows_feel_eps(name):
+    """Their mean square is as large as eps."""
+    *given, weight = inputs(name, (7, 40))
+    assert_matches(*OPERATIONS[name][:2], [*(t * EPS**0.5 for t in given), weight])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_are_those_of_what_is_returned(dtype):
+    new_h, u = OPERATIONS["both"][0](*inputs("both", (9, 40), dtype))
+    weight = inputs("both", (9, 40), dtype)[-1]
+    assert torch.equal(u, rms_norm(new_h, weight, EPS))
+
+
+@names
 @settings(max_examples=20, deadline=None)
 @given(shape=st.lists(st.integers(1, 9), min_size=0, max_size=3), channels=st.integers(8, 80))
 def test_any_shape(name, shape, channels):

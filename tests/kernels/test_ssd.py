@@ -106,6 +106,16 @@ def test_several_blocks_match_one(monkeypatch):
     assert_close(run(ssd, inputs, 16), whole, 1e-6)
 
 
+@pytest.mark.parametrize(("groups", "together"), [(4, 2), (4, 1), (2, 2)])
+def test_several_parts_of_a_row_match_one(groups, together, monkeypatch):
+    """Heads that are not walked together."""
+    inputs = make_inputs(2, 50, groups=groups, documents=[40])
+    whole = run(ssd, inputs, 16)
+    monkeypatch.setattr("kernels.ssd.blocks._BLOCK_BYTES", together * 4 * 16 * 16)
+    assert heads_at_once(inputs["x"], 16, groups, 16) == together
+    assert_close(run(ssd, inputs, 16), whole, 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("dt_bias", [-1, 2], ids=["dt-0.5", "dt-3"])
 @pytest.mark.parametrize("A", [-0.01, -1.0, -50.0])
@@ -123,6 +133,15 @@ def test_extreme_steps_stay_finite(shift, dtype):
     inputs["dt_bias"] = inputs["dt_bias"] + shift
     for name, value in run(ssd, inputs).items():
         assert value.isfinite().all(), name
+
+
+def test_tiny_steps_are_their_exponential():
+    """A softplus below float32's resolution is exp, and so small is what is written."""
+    inputs = make_inputs(1, 40, heads=2, documents=[17])
+    inputs |= {"D": None, "initial_state": None, "dt": inputs["dt"] / 10 - 40}
+    found, expected = run(ssd, inputs, 16), run(ssd_naive, inputs)
+    for name, value in expected.items():
+        assert relative_error(found[name], value) <= 10 * FLOAT32, name
 
 
 def test_gradcheck_float64():

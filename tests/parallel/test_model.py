@@ -24,7 +24,7 @@ VARIANTS: list[dict[str, Any]] = [
 def build(
     fields: dict[str, Any], parallel: dict[str, Any] | None = None
 ) -> tuple[Any, ModelConfig]:
-    """This rank's stage with float32 weights, made less uniform than at initialisation."""
+    """This rank's stage with float32 weights."""
     from parallel.build import build_stage
     from parallel.compat import prepare_host
     from parallel.config import ParallelConfig
@@ -49,6 +49,11 @@ def packed(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def stage_and_oracle_logits(fields: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     stage, model = build(fields)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in stage.parameters():  # norms and residual weights are 1 at initialisation
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     lengths = [23, 1, 40]
     positions, cu_seqlens = packed(lengths)
     ids = torch.randint(0, 300, (1, 64), generator=torch.Generator().manual_seed(0))
@@ -89,3 +94,29 @@ def test_second_document_ignores_first(parallel: dict[str, Any]) -> None:
         assert torch.equal(base, changed)
         seen = torch.isfinite(base)  # vocabulary padding is -inf
         assert (base - alone)[seen].norm() < 1e-5 * alone[seen].norm()
+
+
+def mixers_run(parallel: dict[str, Any]) -> tuple[int, int]:
+    """Scans and attentions of a forward and a backward."""
+    from parallel import mixers
+
+    calls = [0, 0]
+
+    def counted(at: int, function: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls[at] += 1
+            return function(*arguments, **named)
+
+        return call
+
+    mixers.ssd = counted(0, mixers.ssd)
+    mixers.attention = counted(1, mixers.attention)
+    stage, _ = build({}, parallel)
+    ids = torch.randint(0, 300, (1, 64), generator=torch.Generator().manual_seed(0))
+    stage.hidden(ids, *packed([23, 41])).sum().backward()
+    return calls[0], calls[1]
+
+
+@pytest.mark.parametrize(("recompute", "times"), [("none", 1), ("selective", 2), ("full", 2)])
+def test_mixers_run_again_where_they_are_recomputed(recompute: str, times: int) -> None:
+    assert run_ranks(1, mixers_run, {"recompute": recompute}) == [(2 * times, 2 * times)]

@@ -38,8 +38,11 @@ def tables(parallel: dict[str, Any]) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("parallel", [{"pipeline": 2, "virtual_pipeline": 2}, {"pipeline": 2}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "parallel",
+    [{"pipeline": 2, "virtual_pipeline": 2}, {"pipeline": 2}, {"tensor": 2}],
+    ids=str,
+)
 def test_evaluation_counts_every_batch_once(parallel: dict[str, Any]) -> None:
     alone = run_ranks(1, tables, {})[0]
     counted = sum(

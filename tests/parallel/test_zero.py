@@ -83,3 +83,38 @@ def test_an_odd_number_of_parameters_is_trained(zero_stage: int) -> None:
     (found,) = run_ranks(1, summed_gradients, layout, True, odd, torch.float32)
     assert sum(gradient.numel() for _, gradient in found.values()) % 2 == 1
     assert all(gradient.any() for _, gradient in found.values())
+
+
+def step_with_infinite_gradient(dtype: torch.dtype) -> tuple[bool, bool]:
+    """Whether the update was applied, and whether any weight has changed."""
+    from parallel.build import build_stage
+    from parallel.compat import prepare_host
+    from parallel.config import ModelConfig, ParallelConfig
+    from parallel.context import local_batch
+    from parallel.groups import init_distributed, init_groups
+    from parallel.launch import launch_from_environment
+    from parallel.schedule import forward_backward
+    from parallel.zero import ZeroOptimizer
+
+    device, layout = prepare_host(), ParallelConfig()
+    init_distributed(launch_from_environment(), device)
+    init_groups(layout)
+    built = build_stage(
+        ModelConfig(**MODEL), layout, seq_len=64, dtype=dtype, seed=5, deterministic=False,
+        device=device,
+    )  # fmt: skip
+    zero = ZeroOptimizer(
+        built, layout, lr=0.0, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, clip_grad_norm=1.0
+    )
+    batch = local_batch(synthetic_batch(0, range(1), True), device)
+    # by so few tokens that gradients overflow
+    forward_backward(zero, [batch], torch.tensor(1e-300, dtype=torch.float64))
+    before = zero.full_parameters()
+    applied = zero.step(1e-2).applied  # the caller refuses nothing
+    after = zero.full_parameters()
+    return applied, any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_that_is_not_finite_changes_nothing(dtype: torch.dtype) -> None:
+    assert run_ranks(1, step_with_infinite_gradient, dtype) == [(False, False)]

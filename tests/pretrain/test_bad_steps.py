@@ -99,18 +99,28 @@ def test_update_of_a_bad_step_leaves_the_state_as_it_is(
     assert events(tmp_path / "run") == ["update skipped"]
 
 
+def poison_and_die(steps: list[int], after: int) -> None:
+    """The run has steps without a number, and dies after a later save."""
+    poison(steps, math.nan, 0)
+    die_after_save(after)
+
+
 def test_spike_is_left_out_and_nothing_else(tiny_data: Path, tmp_path: Path) -> None:
     """Also when the good steps before it were made by a run that died."""
     training = {"steps": 16, "spike_window": 8, "eval_every": 0}
     config = write_config(tmp_path, tiny_data, training=training)
-    (end,) = run_command("pretrain", config, before=partial(die_after_save, 10))
+    (end,) = run_command("pretrain", config, before=partial(poison_and_die, [5], 10))
     assert end.code == -signal.SIGKILL, end.output
     (end,) = run_command("pretrain", config, before=partial(poison, [12], 50.0, 0))
     assert end.code == 0, end.output
     lines = read_metrics(tmp_path / "run")
-    assert [line["skipped_updates"] for line in lines] == [0] * 11 + [1] * 5
+    assert [line["skipped_updates"] for line in lines] == [0] * 4 + [1] * 7 + [2] * 5
     assert lines[11]["loss"] > 100
     assert "usually" in (tmp_path / "run/events.jsonl").read_text()
+    manifest = json.loads((tmp_path / "run/checkpoints/step-00000016/manifest.json").read_text())
+    assert manifest["adam_step"] == 14
+    saved = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
+    assert saved == ["step-00000010", "step-00000014", "step-00000016"]  # none of a bad step
 
 
 def test_run_goes_back_and_passes_over_what_was_bad(tiny_data: Path, tmp_path: Path) -> None:
@@ -197,6 +207,13 @@ def test_limit_is_so_many_robust_deviations_above_the_median(losses: list[float]
             )
             assert (fault is not None) == is_bad, (name, factor)
             assert fault is None or fault.startswith(name)
+
+
+def test_a_good_step_ends_a_row_of_bad_ones() -> None:
+    judge = Judge(TrainingConfig())
+    judge.bad.append((3, 24, "loss nan"))
+    judge.good(1.0, 1.0)
+    assert not judge.bad
 
 
 def test_windows_that_touch_are_passed_over_at_once() -> None:

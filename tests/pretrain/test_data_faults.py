@@ -128,14 +128,14 @@ def test_other_data_is_refused_unless_told_otherwise(
 def test_bad_shards_are_passed_over_by_all_ranks_up_to_the_cap(
     shards: Path, tmp_path: Path
 ) -> None:
-    layout = "model"
+    layout = ["--parallel.tensor=2"]  # of two replicas of two ranks
     data = Path(shutil.copytree(shards, tmp_path / "data"))
     names = ["shard.000003.mds", "shard.000005.mds", "shard.000008.mds"]
     for name in names[:2]:
         flip(data / "train" / name)
     sections: dict[str, Any] = {"training": LONG | {"steps": 30}}
     allowed = write_config(tmp_path, data, data={"skip_bad_shards": 2}, **sections)
-    ends = run_command("pretrain", allowed, *LAYOUTS[layout], ranks=RANKS)
+    ends = run_command("pretrain", allowed, *layout, ranks=RANKS)
     assert {end.code for end in ends} == {0}, ends[0].output
     assert ends[0].output.count("skipping bad shard") == 2
     metrics = read_metrics(tmp_path / "run")
@@ -147,7 +147,7 @@ def test_bad_shards_are_passed_over_by_all_ranks_up_to_the_cap(
     flip(data / "train" / names[2])  # the third is one too many, also after a resume
     more = {"training": LONG}
     again = write_config(tmp_path, data, data={"skip_bad_shards": 2}, **more)
-    ends = run_command("pretrain", again, *LAYOUTS[layout], ranks=RANKS)
+    ends = run_command("pretrain", again, *layout, ranks=RANKS)
     check_ends(ends, tmp_path / "run", names[2], "as many as data.skip_bad_shards=2 allows")
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from benchmarks.checkpoint_layouts import stored_tensors
+from benchmarks.ranks import run_ranks
 from checkpoints_tools.export import export_checkpoint
+from checkpoints_tools.manifest import read_manifest
 from pretrain.resume import differences
 from tests.pretrain.command import paragraph, read_metrics, run_command, succeed, write_config
 
@@ -54,6 +56,7 @@ def test_harmless_changes_are_told_and_go_on(ended: Path, tmp_path: Path, tiny_d
         ("--model.rope_theta=500.0", "allow_model_change"),
         ("--model.rms_norm_eps=1e-5", "allow_model_change"),
         ("--data.seed=7", "allow_data_change"),
+        ("--data.shuffle_window=8192", "allow_data_change"),
     ],
 )
 def test_dangerous_changes_need_their_flag(
@@ -69,6 +72,34 @@ def test_dangerous_changes_need_their_flag(
     (told,) = run_command("pretrain", ended / "config.toml", *options, f"--checkpoint.{flag}=true")
     assert told.code == 0, told.output
     assert "WARNING" in (tmp_path / "run/logs/rank-0.log").read_text()
+
+
+def faults(step_dirs: list[Path]) -> list[str | None]:
+    """What two ranks find together."""
+    from parallel.compat import prepare_host
+    from parallel.groups import init_distributed
+    from parallel.launch import launch_from_environment
+    from pretrain.resume import _fault
+
+    init_distributed(launch_from_environment(), prepare_host())
+    return [_fault(step_dir) for step_dir in step_dirs]
+
+
+def test_ranks_share_the_files_out_and_leave_out_none(ended: Path, tmp_path: Path) -> None:
+    sound = ended / STEP_2
+    names = sorted(read_manifest(sound)["files"])
+    copies = []
+    for name in names:
+        copy = Path(shutil.copytree(sound, tmp_path / name / sound.name))
+        content = bytearray((copy / name).read_bytes())
+        content[-1] ^= 1
+        (copy / name).write_bytes(content)
+        copies.append(copy)
+    for found in run_ranks(2, faults, [*copies, sound]):
+        assert found.pop() is None
+        for name, fault in zip(names, found, strict=True):
+            assert fault is not None
+            assert f"/{name} has checksum" in fault
 
 
 def test_no_flag_fits_a_tensor_of_another_shape(ended: Path, tmp_path: Path) -> None:

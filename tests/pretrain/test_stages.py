@@ -83,6 +83,8 @@ def test_the_number_of_tokens_decides_when_a_run_of_stages_ends(
     assert config.total_steps == 5
     assert config.total_tokens == 3 * BATCH * SHORT + 2 * 12 * LONG
     assert config.phase_at(4).samples_at(5) == 3 * BATCH + 2 * 12
+    assert config.phase_at(2).tokens_at(3) == 3 * BATCH * SHORT
+    assert config.phase_at(3).tokens_at(4) == 3 * BATCH * SHORT + 12 * LONG
 
 
 @pytest.mark.parametrize(
@@ -118,13 +120,15 @@ def test_validation_sets_have_names(data: dict[str, Any], tiny_data: Path, tmp_p
     prepare(write_text(tmp_path / "text", 500), tiny_data / "tokenizer.json", short, SHORT,
             validation_fraction=0)  # fmt: skip
     sets = {"held_out": str(tiny_data / "validation"), "short": str(short / "train")}
-    limit, steps = 16, 2
+    limit = 16
     path = write_config(
         tmp_path, tiny_data, data={"validation": sets}, logging={"tensorboard": True},
-        training={"steps": steps, "eval_every": steps, "eval_batches": limit // 4},
+        training={"steps": 3, "eval_every": 2, "eval_batches": limit // 4},
     )  # fmt: skip
     succeed("pretrain", path)
-    last = read_metrics(tmp_path / "run")[-1]
+    lines = read_metrics(tmp_path / "run")
+    last = lines[-1]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [2, 3]
     # of every set so many samples, and no more than it has; a token of any counts as much
     tokens, nats = 0, 0.0
     for name, folder in sets.items():

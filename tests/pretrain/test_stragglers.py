@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.ranks import run_ranks
 from parallel.launch import host_name
 from pretrain.stragglers import slow_ranks
 from tests.pretrain.command import read_metrics, run_command, write_config
@@ -62,3 +63,26 @@ def test_what_is_slow() -> None:
     assert slow_ranks([*ranks, ("node2", 0.0, 2.0)])[-1].startswith(
         "rank 4 on node2: computing 2.0"
     )
+
+
+def slow_at_first(seconds: list[float]) -> list[list[str]]:
+    """What is told over two windows of two steps, of a rank that takes so long in each."""
+    import os
+
+    from parallel.compat import prepare_host
+    from parallel.groups import init_distributed
+    from parallel.launch import launch_from_environment
+    from pretrain.stragglers import Stragglers
+
+    init_distributed(launch_from_environment(), prepare_host())
+    ranks = Stragglers(2)
+    own = seconds if os.environ["RANK"] == "1" else [0.1] * len(seconds)
+    return [ranks.add(value, 0.1) for value in own]
+
+
+def test_every_window_counts_by_itself() -> None:
+    told, others = run_ranks(2, slow_at_first, [0.4, 0.6, 0.1, 0.1])
+    assert not any(others)
+    assert [len(said) for said in told] == [0, 1, 0, 0]
+    assert "rank 1" in told[1][0]
+    assert "reading 0.500 s a step" in told[1][0]

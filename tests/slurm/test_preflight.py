@@ -71,7 +71,9 @@ def test_what_is_compared() -> None:
     assert bad_nodes(reports, 1.5) == {}
     late = Report(8, "late", same, clock=60.0, faults=["GPU 0: gone"])
     slow = Report(9, "slow", {}, speeds={"GB/s": 6.0})
-    assert bad_nodes([*reports, late, slow], 1.5) == {
+    early = Report(10, "early", same, clock=-60.0)
+    assert bad_nodes([*reports, late, slow, early], 1.5) == {
+        "early": ["its clock is -60 s off"],
         "late": ["GPU 0: gone", "its clock is +60 s off"],
         "slow": ["rank 9: GB/s 6, usually 10"],
     }

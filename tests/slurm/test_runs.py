@@ -9,10 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from pretrain.cli import app
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, load_config
 from slurm import jobs
+from slurm.cluster import ClusterConfig
 from slurm.jobs import JobLog, active_jobs
 from slurm.runs import run_status
+from slurm.script import Request
+from slurm.submit import submit
 from tests.pretrain.command import write_config
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
@@ -174,8 +177,9 @@ def test_no_escape_reaches_the_terminal(runs: Path) -> None:
     assert result.stdout == "a\tb \\x1b]0;owned\\x07\\x1b[2J\\x9b31m\\u202e\nc \u00e9\ufffd\n"
 
 
+@pytest.mark.parametrize("order", [1, -1])
 def test_the_running_job_of_an_array_stands_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    order: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     widths = (64, 32, 256, 32, 32, 128)
     rows = [
@@ -185,7 +189,7 @@ def test_the_running_job_of_an_array_stands_for_it(
     ]
     text = "".join(
         "".join(value.ljust(width) for value, width in zip(row, widths, strict=True)) + "\n"
-        for row in rows
+        for row in rows[::order]
     )
     (tmp_path / "answer").write_text(text)
     squeue = tmp_path / "squeue"
@@ -195,6 +199,12 @@ def test_the_running_job_of_an_array_stands_for_it(
     found = active_jobs()
     assert found.keys() == {"40", "41"}
     assert (found["41"]["state"], found["41"]["nodes"]) == ("RUNNING", "node[1-2]")
+
+
+def test_a_line_that_was_cut_off_does_not_spoil_the_next(tmp_path: Path) -> None:
+    (tmp_path / "jobs.jsonl").write_text(JOB + '{"job_id": "13", "subm')
+    JobLog(tmp_path).add("14")
+    assert JobLog(tmp_path).job_ids == ["12", "14"]
 
 
 def test_the_rate_is_that_of_the_recent_steps(tiny_data: Path, tmp_path: Path) -> None:
@@ -210,6 +220,28 @@ def test_the_rate_is_that_of_the_recent_steps(tiny_data: Path, tmp_path: Path) -
     ]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = run_status(run_dir, {})
+    assert not found.damaged
     assert found.tokens_per_second == pytest.approx(30.5)
     assert found.seconds_left == pytest.approx(2000 * 256 / 30.5)
     assert found.recent_losses == [float(n) for n in range(961, 1001)]
+
+
+def test_a_log_is_shown_whole_in_blocks_that_cut_characters(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slurm.cli.LOG_BLOCK", 5)
+    text = "a line\r\nzwölf Boxkämpfer 🙂\n" * 3
+    (runs / "good/logs/rank-0.log").write_bytes(text.encode())
+    result = CliRunner().invoke(app, ["logs", str(runs / "good"), "--rank", "0"])
+    assert result.stdout == text.replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "REQUEUED"])
+def test_a_run_that_has_a_job_is_not_submitted_again(
+    state: str, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slurm.submit.active_jobs", lambda: {"12": {"state": state}})
+    config = load_config(runs / "good/config.toml")
+    with pytest.raises(ConfigError, match=f"is that of job 12, which is {state.lower()}"):
+        submit(config, Request("1", 1), ClusterConfig())
+    assert submit(config, Request("1", 1, after="12"), ClusterConfig()) == "14"

@@ -373,6 +373,8 @@ def test_jobs_of_an_array_come_one_after_the_other_and_are_not_requeued(tmp_path
     ]
     assert exported(script)["TRANSXSSM_MAX_REQUEUES"] == "0"
     alone = job_script(Request("2", 8), ClusterConfig(), tmp_path / "run")
+    percent = job_script(Request("2", 8), ClusterConfig(), tmp_path / "50%j")
+    assert f"#SBATCH --output={tmp_path}/50%%j/job-%j.log\n" in percent
     assert "TRANSXSSM_MAX_REQUEUES" not in exported(alone)
     assert "--array" not in alone
 

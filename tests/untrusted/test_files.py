@@ -1,12 +1,13 @@
 """Only regular files are opened, and nothing blocks; private folders are the user's own."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from untrusted.errors import UnsafeFileError
-from untrusted.files import open_regular, read_regular
+from untrusted.files import open_regular, read_regular, replace_file
 from untrusted.private import private_folder
 
 
@@ -63,3 +64,19 @@ def test_a_folder_that_is_not_ours_is_left_alone(fault: str, tmp_path: Path) -> 
     last = private_folder(path)
     assert last.name.startswith("cache.")
     assert last.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_file_that_cannot_be_replaced_stays_and_nothing_is_left_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(path, b"after")
+    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "before"

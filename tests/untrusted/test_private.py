@@ -27,6 +27,11 @@ def writable(path: Path) -> None:
     path.chmod(0o1777)
 
 
+def writable_by_its_group(path: Path) -> None:
+    path.mkdir()
+    path.chmod(0o770)
+
+
 def of_another(path: Path) -> None:
     if os.geteuid():
         pytest.skip("needs root")
@@ -40,7 +45,9 @@ def with_a_link(path: Path) -> None:
     (path / "parts").symlink_to("../elsewhere")
 
 
-@pytest.mark.parametrize("planted", [plain, link, dangling, writable, of_another, with_a_link])
+@pytest.mark.parametrize(
+    "planted", [plain, link, dangling, writable, writable_by_its_group, of_another, with_a_link]
+)
 def test_what_others_made_is_not_used(planted, tmp_path, caplog) -> None:
     path = tmp_path / "known"
     planted(path)

@@ -88,3 +88,11 @@ def test_bad_lines_are_left_out_and_named(tmp_path: Path) -> None:
         True, True, True, True,
     ]  # fmt: skip
     assert "a folder" in read_json_lines(tmp_path, STARTS).faults[0]
+
+
+def test_a_page_that_a_crash_left_empty_does_not_spoil_the_line_after_it(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b"\0" * 4096 + f"{GOOD}\n".encode())
+    found = read_json_lines(path, STARTS)
+    assert len(found.entries) == 1
+    assert not found.faults

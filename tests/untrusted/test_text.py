@@ -129,3 +129,12 @@ def test_command_lines_and_variables() -> None:
         "AWS_SECRET_ACCESS_KEY=***",
     ]  # fmt: skip
     assert redact_variables({"SLURM_JWT": "hunter2", "A": "b"}) == {"SLURM_JWT": "***", "A": "b"}
+
+
+def test_a_token_in_place_of_a_user_is_hidden_alone_too() -> None:
+    token = "ghp_0123456789abcdef"
+    assert redact_message(f"cannot read https://{token}@host/x") == "cannot read https://***@host/x"
+    assert redact_message(f"{token} is no user") == "*** is no user"
+    assert (
+        redact_message("https://someone@host/x, someone said") == "https://***@host/x, someone said"
+    )
