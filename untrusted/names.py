@@ -18,8 +18,9 @@ def check_name(name: object, source: str) -> str:
     """
     fault = _fault(name)
     if fault is not None:
+        shown = repr(name[:300]) if isinstance(name, str) else f"of type {type(name).__name__}"
         raise UnsafeNameError(
-            f"{printable(source)}: the file name {printable(repr(name))[:300]} {fault}; names must "
+            f"{printable(source)}: the file name {printable(shown)[:300]} {fault}; names must "
             "be relative and stay in their folder. Do not use this file; get a new copy from a "
             "source that you trust."
         )
