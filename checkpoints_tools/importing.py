@@ -59,6 +59,12 @@ def import_model(
             own = tokenizer
     except ModelError as error:
         raise CheckpointError(str(error)) from error
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(described, name) is None:
+            raise CheckpointError(
+                f"{model_dir}/config.json has no {name}, which a run's data ends and fills "
+                "sequences with; set it"
+            )
     if "model" not in config:
         config = {"model": model_section(described, model_dir)} | config
     state = {

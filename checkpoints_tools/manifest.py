@@ -14,6 +14,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from checkpoints_tools.errors import CheckpointError
+from parallel import bounds
+from parallel.config import ModelConfig
 from untrusted.errors import UnsafeFileError, UnsafeNameError
 from untrusted.files import open_regular, read_regular
 from untrusted.names import check_file_name
@@ -62,6 +64,17 @@ class _SpikeState(TypedDict):
     bad: list[Annotated[list[Any], Field(min_length=3, max_length=3)]]
 
 
+Ranks = Annotated[int, Field(ge=1, le=bounds.RANKS)]
+
+
+class _Layout(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    tensor: Ranks
+    pipeline: Ranks
+    context: Ranks
+
+
 class _Config(TypedDict):
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -84,10 +97,14 @@ class _Manifest(TypedDict, total=False):
     world_size: Required[Count]
     data_fingerprint: Required[str]
     tokenizer_hash: Required[str]
-    eod_id: Required[int]
-    pad_id: Required[int]
-    layout: dict[str, Any]
+    eod_id: Required[Count]
+    pad_id: Required[Count]
+    layout: _Layout
     versions: dict[str, str]
+    saved_at: str
+    git_revision: str
+    imported: dict[str, Any]
+    averaged: list[dict[str, Any]]
     judge: _SpikeState
     unwritten_metrics: dict[str, Any] | None
     skipped_updates: Count
@@ -120,17 +137,25 @@ def read_manifest(step_dir: Path) -> dict[str, Any]:
         )
     try:
         _MANIFEST.validate_python(manifest, strict=True)
+        model = model_of(manifest)
         for name in manifest["files"]:
             check_file_name(name, str(path))
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(map(str, fault["loc"]))
+        section = "config.model." if error.title == ModelConfig.__name__ else ""
+        place = section + ".".join(map(str, fault["loc"]))
         raise CheckpointError(
-            f"{path} describes no checkpoint: {printable(place)}: {fault['msg']}; use another "
-            f"checkpoint than {step_dir.name}"
+            f"{path} describes no checkpoint: {printable(place.rstrip('.'))}: {fault['msg']}; use "
+            f"another checkpoint than {step_dir.name}"
         ) from error
     except UnsafeNameError as error:
         raise CheckpointError(str(error)) from error
+    for name in ("eod_id", "pad_id"):
+        if manifest[name] >= model.vocab_size:
+            raise CheckpointError(
+                f"{path} describes no checkpoint: {name}: {manifest[name]} is no token of a "
+                f"vocabulary of {model.vocab_size}; use another checkpoint than {step_dir.name}"
+            )
     if step_dir.name != (named := f"step-{manifest['step']:08d}"):
         raise CheckpointError(
             f"{path} is of {named}, but lies in {step_dir.name}: the folder was renamed, or its "
@@ -153,6 +178,17 @@ def read_manifest(step_dir: Path) -> dict[str, Any]:
     if faults:
         raise CheckpointError(f"{listed(faults)}; use another checkpoint than {step_dir.name}")
     return manifest
+
+
+def model_of(manifest: dict[str, Any]) -> ModelConfig:
+    """Return the [model] section of a manifest, as far as this version knows its fields.
+
+    Raises pydantic's ValidationError, but not for the manifest that `read_manifest` returns.
+    """
+    section = manifest["config"]["model"]
+    return ModelConfig(
+        **{name: section[name] for name in ModelConfig.model_fields if name in section}
+    )
 
 
 def _read(step_dir: Path) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from untrusted.files import read_regular
 from untrusted.names import check_file_name
 
 METADATA = ".metadata"
-# torch writes 145 bytes a piece, so these are 230,000: the 291 weights of a 7B model and their moments,
-# all split over 256 ranks (ZeRO 3). Reading so many takes 20 s and 0.5 GiB
+# torch writes 145 bytes a piece, so these are 230,000: the 291 weights of a 7B model and their
+# moments, all split over 256 ranks (ZeRO 3). Reading so many takes 20 s and 0.4 GiB
 MAX_METADATA_BYTES = 1 << 25
 MAX_DIMENSIONS = 8
 DCP = "torch.distributed.checkpoint"

@@ -11,11 +11,10 @@ from rich.table import Table
 from torch import Tensor
 
 from checkpoints_tools.folder import resolve
-from checkpoints_tools.manifest import read_manifest
+from checkpoints_tools.manifest import model_of, read_manifest
 from checkpoints_tools.safetensors_files import is_exported
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.reading import documents
-from parallel.config import ModelConfig
 from parallel.launch import Launch
 from pretrain.config import ConfigError
 from pretrain.console import print_json, shown, whole_console
@@ -90,8 +89,8 @@ def open_model(
         return ExportedModel(path, dtype=dtype, max_length=max_length)
     step_dir = resolve(path)
     manifest = read_manifest(step_dir)
-    config = ModelConfig.model_validate(manifest["config"]["model"])
-    layout = evaluation_layout(config, manifest["layout"], asked, launch.world_size)
+    config = model_of(manifest)
+    layout = evaluation_layout(config, manifest.get("layout", {}), asked, launch.world_size)
     return ShardedModel(
         step_dir, manifest, launch, config, layout, dtype=dtype, max_length=max_length
     )

@@ -184,9 +184,9 @@ def _check_files(step_dir: Path, manifest: dict[str, Any]) -> None:
 def evaluation_layout(
     model: ModelConfig, saved: dict[str, Any], asked: dict[str, int], world_size: int
 ) -> ParallelConfig:
-    """What was asked of tensor, pipeline and context; else the checkpoint's own where it fits the
-    ranks, else data parallelism alone. Raises ConfigError."""
-    own = {name: int(saved[name]) for name in ("tensor", "pipeline", "context")}
+    """What was asked of tensor, pipeline and context; else the checkpoint's own (`saved`) where it
+    fits the ranks, else data parallelism alone. Raises ConfigError."""
+    own = {name: int(saved.get(name, 1)) for name in ("tensor", "pipeline", "context")}
     if not asked and world_size % math.prod(own.values()):
         own = dict.fromkeys(own, 1)
     sizes = dict.fromkeys(own, 1) | asked if asked else own

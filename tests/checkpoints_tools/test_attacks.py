@@ -17,7 +17,13 @@ from checkpoints_tools.difference import diff_checkpoints
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.export import export_checkpoint
 from checkpoints_tools.inspection import inspect_checkpoint
-from checkpoints_tools.manifest import MANIFEST, file_entry, manifest_text, read_manifest
+from checkpoints_tools.manifest import (
+    MANIFEST,
+    file_entry,
+    manifest_text,
+    model_of,
+    read_manifest,
+)
 from checkpoints_tools.tensor_index import INDEX
 from checkpoints_tools.verify import verify_checkpoint
 from pretrain.config import Config
@@ -118,7 +124,10 @@ def test_links_in_place_of_files_are_not_followed(name: str, target: str, tmp_pa
     [
         ("step", "3"), ("step", -3), ("tokens", None), ("config", []), ("config", {}),
         ("files", {"tokenizer.json": {"bytes": "1", "xxh64": ""}}), ("samples", 10**30),
-        ("judge", {"losses": "x"}), ("skipped_windows", [[1]]), ("eod_id", [1]),
+        ("judge", {"losses": "x"}), ("skipped_windows", [[1]]), ("eod_id", [1]), ("eod_id", -5),
+        ("eod_id", 10**9), ("pad_id", 10**9), ("saved_at", 5), ("git_revision", ["x"]),
+        ("layout", {"tensor": "x"}), ("layout", {"context": 0}), ("layout", None),
+        ("averaged", 1), ("imported", []),
     ],
 )  # fmt: skip
 def test_wrong_types_in_a_manifest_are_one_sentence(field: str, value: Any, tmp_path: Path) -> None:
@@ -126,6 +135,37 @@ def test_wrong_types_in_a_manifest_are_one_sentence(field: str, value: Any, tmp_
     sign(step_dir, lambda m: m.update({field: value}))
     with pytest.raises(CheckpointError, match=rf"describes no checkpoint: {field}"):
         read_manifest(step_dir)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_layers", 10**7), ("num_layers", 2**60), ("num_layers", 10**30), ("vocab_size", 1.5),
+        ("num_heads", "4"), ("num_kv_heads", 3), ("rope", []), ("rope_theta", float("nan")),
+        ("rope_scaling", [1]), ("rope_scaling", {"rope_type": {}}), ("tie_word_embeddings", None),
+        ("attn_layer_period", 0), ("head_dim", True), ("max_position_embeddings", -1),
+    ],
+)  # fmt: skip
+def test_a_manifest_s_model_is_one_that_can_be_configured(
+    field: str, value: Any, tmp_path: Path
+) -> None:
+    step_dir = old_checkpoint(tmp_path)
+    sign(step_dir, lambda m: m["config"]["model"].update({field: value}))
+    for read in (read_manifest, inspect_checkpoint, lambda d: export_checkpoint(d, tmp_path / "o")):
+        with pytest.raises(
+            CheckpointError, match=rf"no checkpoint: config\.model.*{field}"
+        ) as caught:
+            read(step_dir)
+        assert str(caught.value).isprintable()
+
+
+def test_models_of_other_versions_are_read(tmp_path: Path) -> None:
+    """A field that this version does not know is passed over; one that it knows has a default."""
+    step_dir = old_checkpoint(tmp_path)
+    sign(step_dir, lambda m: m["config"]["model"].update(retired=[1]))
+    assert inspect_checkpoint(step_dir)["step"] == 3
+    sign(step_dir, lambda m: m["config"]["model"].pop("init_std"))
+    assert model_of(read_manifest(step_dir)).init_std == 0.02
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\0\xff", b"[" * 100_000, b'{"a": 1}'])

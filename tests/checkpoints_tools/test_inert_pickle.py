@@ -99,6 +99,6 @@ def test_what_is_nested_without_end_is_never_printed(
     metadata = dcp.FileSystemReader(tmp_path).read_metadata()
     change(metadata)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match="of type list|a list is in place") as caught:
+    with pytest.raises(CheckpointError, match=r"of type list|a list is in place") as caught:
         read_old_index(tmp_path)
     assert len(str(caught.value)) < 500
