@@ -14,7 +14,7 @@ import torch
 
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.inert_pickle import Record, load
-from checkpoints_tools.tensor_index import REMEDY, Piece, StoredTensor, check_cover
+from checkpoints_tools.tensor_index import REMEDY, Piece, StoredTensor, check_covers
 from untrusted.errors import UntrustedError
 from untrusted.files import read_regular
 from untrusted.names import check_file_name
@@ -68,7 +68,9 @@ def read_old_index(step_dir: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"it holds a {type(metadata).__name__}")
         places = _places(metadata)
         entries = metadata["state_dict_metadata"].items()
-        return {name: _tensor(name, entry, places, path) for name, entry in entries}
+        tensors = {name: _tensor(name, entry, places, path) for name, entry in entries}
+        check_covers(tensors.values())
+        return tensors
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}; {REMEDY}") from error
     except UntrustedError as error:
@@ -107,7 +109,6 @@ def _tensor(name: Any, entry: Any, places: dict[Any, Record], path: Path) -> Sto
     tensor = StoredTensor(name, _integers(entry["size"]), dtype, tuple(pieces))
     if not tensor.shape:
         raise CheckpointError(f"{name} has no dimensions")
-    check_cover(tensor.name, tensor.shape, tensor.pieces)
     return tensor
 
 

@@ -37,7 +37,7 @@ from checkpoints_tools.pieces_file import (
     write_pieces,
 )
 from checkpoints_tools.sharded import tensors_to_save
-from checkpoints_tools.tensor_index import INDEX, check_cover, index_text
+from checkpoints_tools.tensor_index import INDEX, check_covers, index_text
 from parallel.groups import from_rank_0, host_group
 from parallel.zero import ZeroOptimizer
 
@@ -173,8 +173,7 @@ class CheckpointSaver:
             def described() -> None:
                 nonlocal index
                 found = stored_tensors(everyones)
-                for tensor in found:
-                    check_cover(tensor.name, tensor.shape, tensor.pieces)
+                check_covers(found)
                 index = index_text(found).encode()
 
             everyones = self._gathered((file, pieces))

@@ -1,5 +1,6 @@
 """Tensors read from checkpoints and written to them a block of rows at a time."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,11 @@ import pytest
 import torch
 
 from benchmarks.checkpoint_layouts import stored_tensors
-from checkpoints_tools import stored
+from checkpoints_tools import stored, tensor_index
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.stored import StoredTensors
 from checkpoints_tools.stored_writer import write_untrained_state
-from checkpoints_tools.tensor_index import Piece, check_cover
+from checkpoints_tools.tensor_index import Piece, StoredTensor, check_cover, check_covers
 
 
 @pytest.mark.parametrize("block_bytes", [150, 4096, 1 << 25])
@@ -48,6 +49,22 @@ def test_library_loads_what_is_written(tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.equal(StoredTensors(tmp_path).rows("weight.a", range(3, 20)), weights["a"][3:20])
 
 
+def test_a_cover_is_checked_in_time_with_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = tuple(piece((0, n), (4400, 1)) for n in range(4400))  # ten million pairs
+    begin = time.process_time()
+    assert check_cover("t", (4400, 4400), columns) == 4400
+    assert time.process_time() - begin < 5
+    tensor = StoredTensor("t", (4400, 4400), torch.float32, columns)
+    monkeypatch.setattr(tensor_index, "MAX_CELLS", 3 * 4400)
+    check_covers([tensor] * 3)
+    with pytest.raises(CheckpointError, match="cut as no run cuts them"):
+        check_covers([tensor] * 4)
+
+
+def test_a_tensor_without_values_has_none_to_cover() -> None:
+    assert check_cover("t", (0, 3), (piece((0, 0), (0, 3)),)) == 0
+
+
 def piece(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Piece:
     return Piece(offsets, sizes, "f", 0)
 
@@ -61,6 +78,9 @@ def piece(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Piece:
         ([((0, 0), (3, 3)), ((2, 0), (2, 3))], "overlap"),
         ([((0, 0), (4, 2)), ((1, 1), (3, 2)), ((0, 2), (1, 1))], "overlap"),
         ([((0, 0), (4, 3)), ((4, 0), (1, 3))], "outside"),
+        ([((0, 0), (4, 3)), ((1, 0), (1, 0))], "without values"),
+        ([((0, 0), (4, 3)), ((0, 0), (4, 3))], "overlap"),
+        ([((0, 0), (2, 3)), ((0, 0), (2, 3))], "overlap"),
     ],
 )
 def test_pieces_cover_a_tensor_once(pieces: list[Any], found: str | None) -> None:
