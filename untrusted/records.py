@@ -26,6 +26,10 @@ T = TypeVar("T")
 
 MAX_BYTES = 1 << 28
 MAX_LINE_BYTES = 1 << 20
+# A text larger than SMALL_BYTES has a list or object for so many bytes at most: an empty one takes
+# 64 bytes of memory, and two of the text
+SMALL_BYTES = 1 << 24
+BYTES_PER_CONTAINER = 6
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -36,10 +40,22 @@ def parse_json(content: bytes | str, kind: TypeAdapter[T], source: str, remedy: 
     source and remedy: what is read, and what to do if it cannot be. Raises RecordError.
     """
     try:
+        _check_containers(content)
         value = from_json(content, allow_inf_nan=False)
     except (ValueError, RecursionError) as error:
         raise _damaged(source, f"not JSON: {error}", remedy) from error
     return check_value(value, kind, source, remedy)
+
+
+def _check_containers(content: bytes | str) -> None:
+    if len(content) <= SMALL_BYTES:
+        return
+    if isinstance(content, bytes):
+        found = content.count(b"[") + content.count(b"{")
+    else:
+        found = content.count("[") + content.count("{")
+    if found * BYTES_PER_CONTAINER > len(content):
+        raise ValueError("it has more lists and objects than any file of its size")
 
 
 def check_value(value: object, kind: TypeAdapter[T], source: str, remedy: str) -> T:

@@ -19,12 +19,14 @@ from checkpoints_tools.export import export_checkpoint
 from checkpoints_tools.inspection import inspect_checkpoint
 from checkpoints_tools.manifest import (
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     file_entry,
     manifest_text,
     model_of,
     read_manifest,
 )
-from checkpoints_tools.tensor_index import INDEX
+from checkpoints_tools.old_format import MAX_METADATA_BYTES, METADATA
+from checkpoints_tools.tensor_index import INDEX, MAX_INDEX_BYTES
 from checkpoints_tools.verify import verify_checkpoint
 from pretrain.config import Config
 from tests.checkpoints_tools.test_old_format import ARCHIVE
@@ -166,6 +168,21 @@ def test_models_of_other_versions_are_read(tmp_path: Path) -> None:
     assert inspect_checkpoint(step_dir)["step"] == 3
     sign(step_dir, lambda m: m["config"]["model"].pop("init_std"))
     assert model_of(read_manifest(step_dir)).init_std == 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [(MANIFEST, MAX_MANIFEST_BYTES), (INDEX, MAX_INDEX_BYTES), (METADATA, MAX_METADATA_BYTES)],
+)
+def test_files_larger_than_any_run_s_are_not_parsed(name: str, most: int, tmp_path: Path) -> None:
+    assert most <= 1 << 28
+    step_dir = old_checkpoint(tmp_path)
+    with (step_dir / name).open("r+b" if name != INDEX else "wb") as file:
+        file.truncate(most + 1)
+    if name != MANIFEST:
+        sign(step_dir)
+    with pytest.raises(CheckpointError, match=rf"{name} is larger than"):
+        inspect_checkpoint(step_dir)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\0\xff", b"[" * 100_000, b'{"a": 1}'])

@@ -1,5 +1,6 @@
 """JSON of any shape is read whole or refused with one sentence."""
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,17 @@ def test_damaged_json_is_one_sentence(text: str, reason: str) -> None:
     assert reason in message
     assert message.isprintable()
     assert len(message) < 400
+
+
+@pytest.mark.parametrize("empty", ["{}", "[]"])
+def test_more_lists_and_objects_than_a_file_has_are_not_made(empty: str) -> None:
+    text = f'{{"x":[{",".join([empty] * 6_000_000)}]}}'
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for content in (text, text.encode()):
+        with pytest.raises(RecordError, match="more lists and objects"):
+            parse_json(content, STARTS, "x", "y")
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory  # KiB
+    assert grown < 200 << 10
 
 
 def test_sound_json_is_read() -> None:
