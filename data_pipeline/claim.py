@@ -6,7 +6,9 @@
     .transxssm-prepare.lock   flock: shared by jobs that do units, exclusive to one that merges them
                               or takes the folder over from other work
 
-So whoever has the lock may go on with what is there: the ones before are done, or dead.
+So whoever has the lock may go on with what is there: the ones before are done, or dead. Others may
+have put something in the place of these folders, where they can write: so each has to be a folder
+of this user before what is in it is removed or trusted.
 """
 
 import errno
@@ -14,20 +16,24 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import DataError
+from untrusted.errors import UnsafeFileError
 from untrusted.files import read_regular
+from untrusted.private import check_ours
 
 STATE = ".transxssm-prepare"
 LOCK = f"{STATE}.lock"
 UNITS = "units"
 WAIT_SECONDS, WAIT_SECONDS_ALONE = 10.0, 1.0  # for a job that sets the folder up
 MAX_STATE_BYTES = 4096
+FOLDER_MODE = 0o775  # less the umask's bits: not for everybody to write, whatever that is
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a network file system
 
 log = logging.getLogger("transxssm")
@@ -47,8 +53,9 @@ class Workplace:
         return self.folder / UNITS
 
     def done(self, keys: Collection[str]) -> set[str]:
-        """Those of the units that are done."""
-        return {key for key in keys if (self.units / key).exists()}
+        """Return those of the units that are done. Raises UnsafeFileError for what is no unit of
+        this user."""
+        return {key for key in keys if _is_there(self.units / key)}
 
     @property
     def merged(self) -> bool:
@@ -62,6 +69,7 @@ class Workplace:
         """Become OUT. May be cut off at any point and repeated."""
         for path in self.folder.iterdir():
             if path.name.startswith(UNITS):
+                check_ours(path)
                 shutil.rmtree(path)
             elif path.name.startswith(f"{STATE}.") and path.name != LOCK:
                 path.unlink()  # of a process killed while it wrote its state
@@ -74,7 +82,7 @@ class Workplace:
 
 def is_finished(out: Path, work: str) -> bool:
     """Whether OUT is that work's, whose process was killed at its very end [see tidy]."""
-    return _state(out) == f"{work} merged"
+    return _state(out) == f"{work} merged" and _is_there(out)
 
 
 def tidy(out: Path) -> None:
@@ -99,7 +107,8 @@ def claim(out: Path, work: str, keys: Collection[str], *, alone: bool) -> Iterat
     that are among `keys`.
 
     alone: with nobody else, else together with others that do the same work.
-    Raises DataError if OUT exists, OUT.tmp is not from `prepare`, or others are at work there.
+    Raises DataError if OUT exists, OUT.tmp is not from `prepare`, or others are at work there;
+    UnsafeFileError for links and what is of other users.
     """
     refuse_existing(out)  # a root, beside which there is nothing, is one
     folder = out.with_name(out.name + ".tmp")
@@ -122,16 +131,20 @@ def _enter(
         refuse_existing(out)
         entered = _lock(folder, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         if entered is not None:
-            if alone and not _is_of(folder, work):
-                _take_over(folder, work, keys)
-            if _is_of(folder, work):
-                return entered
-            os.close(entered[0])
+            with ExitStack() as stack:
+                stack.callback(os.close, entered[0])
+                if alone and not _is_of(folder, work):
+                    _take_over(folder, work, keys)
+                if _is_of(folder, work):
+                    _make(folder / UNITS)
+                    stack.pop_all()
+                    return entered
             for_a_moment = _lock(folder, fcntl.LOCK_EX)
             if for_a_moment is not None:
-                if not _is_of(folder, work):
-                    _take_over(folder, work, keys)
-                os.close(for_a_moment[0])
+                with ExitStack() as stack:
+                    stack.callback(os.close, for_a_moment[0])
+                    if not _is_of(folder, work):
+                        _take_over(folder, work, keys)
                 continue
         if time.monotonic() > give_up:
             raise DataError(
@@ -145,10 +158,10 @@ def _enter(
 def _lock(folder: Path, mode: int) -> tuple[int, bool] | None:
     """[see _enter] None if others have it, or have removed the folder just now."""
     try:
-        if _state(folder) is None and folder.exists() and any(map(_is_strange, folder.iterdir())):
+        _make(folder)
+        if _state(folder) is None and any(map(_is_strange, folder.iterdir())):
             raise DataError(f"{folder} is in the way and not from `prepare`; move it elsewhere.")
-        folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = _open_lock(folder / LOCK)
     except FileNotFoundError:
         return None
     locks = True
@@ -169,24 +182,60 @@ def _lock(folder: Path, mode: int) -> tuple[int, bool] | None:
             error.strerror,
         )
     with suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(file), os.stat(folder / LOCK)):
+        if os.path.samestat(os.fstat(file), os.lstat(folder / LOCK)):
             return file, locks
     os.close(file)
     return None
 
 
+def _make(folder: Path) -> None:
+    """Make a folder unless it is there. Raises UnsafeFileError for what is not of this user."""
+    try:
+        folder.mkdir(FOLDER_MODE, parents=True)
+    except FileExistsError:
+        check_ours(folder)
+
+
+def _open_lock(path: Path) -> int:
+    """Raises UnsafeFileError for a link or what else is no file, OSError."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UnsafeFileError(f"{path} is a link, not a file; remove it.") from error
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise UnsafeFileError(f"{path} is a pipe or device, not a file; remove it.")
+    return file
+
+
 def _take_over(folder: Path, work: str, keys: Collection[str]) -> None:
-    """Remove what is of other work. What vanishes from its place is no more in part than before."""
+    """Remove what is of other work. What vanishes from its place is no more in part than before.
+
+    Raises UnsafeFileError, having removed nothing, for a link and what is of another user.
+    """
     units = folder / UNITS
     merged = [path for path in folder.iterdir() if _is_strange(path) and path != units]
+    gone = [path for path in units.iterdir() if path.name not in keys] if _is_there(units) else []
+    for path in merged + gone:
+        if path.is_symlink() or path.is_dir():
+            check_ours(path)
     if merged and units.exists():  # units have been emptied, or some of them
         _discard(units)
-    for path in merged:
+        gone = []
+    for path in merged + gone:
         _discard(path)
-    for path in list(units.iterdir()) if units.exists() else ():
-        if path.name not in keys:
-            _discard(path)
     _set_state(folder, work)
+
+
+def _is_there(folder: Path) -> bool:
+    """Return whether there is a folder. Raises UnsafeFileError for what is not of this user."""
+    try:
+        check_ours(folder)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _discard(path: Path) -> None:
@@ -223,5 +272,7 @@ def _state(folder: Path) -> str | None:
 
 def _set_state(folder: Path, state: str) -> None:
     mine = folder / f"{STATE}.{os.getpid()}"
-    mine.write_text(state)
+    mine.unlink(missing_ok=True)
+    with mine.open("x") as file:  # not through a link
+        file.write(state)
     os.replace(mine, folder / STATE)

@@ -95,13 +95,20 @@ class PackedDataset:
                 f"model.vocab_size is {vocab_size}; set it to {self.meta.vocab_size} or more."
             )
 
-    def tokenizer(self) -> bytes:
-        """The tokenizer.json that `prepare` put beside the splits. Raises DataError."""
+    @property
+    def tokenizer_name(self) -> str:
+        """Path or URL of the tokenizer.json that `prepare` put beside the splits."""
+        return self._beside().name("tokenizer.json")
+
+    def _beside(self) -> Storage:
         parent, _, _ = self.folder.rpartition("/")
-        storage = Storage(parent or ".", self._storage.cache)
-        name = storage.name("tokenizer.json")
+        return Storage(parent or ".", self._storage.cache)
+
+    def tokenizer(self) -> bytes:
+        """Return the tokenizer.json that `prepare` put beside the splits. Raises DataError."""
+        name = self.tokenizer_name
         try:
-            content = storage.read("tokenizer.json")
+            content = self._beside().read("tokenizer.json")
         except OSError as error:
             raise DataError(
                 f"{name}: cannot be read ({error.strerror}), and checkpoints carry the tokenizer; "

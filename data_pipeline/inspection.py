@@ -1,6 +1,5 @@
 """Looking into prepared data: what `transxssm data inspect` and `data verify` do."""
 
-import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
@@ -17,6 +15,7 @@ from data_pipeline.meta import META
 from data_pipeline.packing import Sample
 from data_pipeline.remote import is_remote, list_paths
 from data_pipeline.storage import Cache
+from data_pipeline.tokenizer import parse_tokenizer, vocab_size_of
 
 EXCERPT_TOKENS = 64
 SHOWN = 3  # samples
@@ -47,11 +46,14 @@ def _inspect(dataset: PackedDataset) -> dict[str, Any]:
         "token_dtype": dataset.dtype.name,
         **{f"{name}_doc_lens": sample.doc_lens.tolist() for name, sample in samples.items()},
     }
-    with contextlib.suppress(DataError):  # shards may be moved without it
-        tokenizer = Tokenizer.from_str(dataset.tokenizer().decode())
-        for name, sample in samples.items():
-            excerpt = sample.tokens[:EXCERPT_TOKENS].tolist()
-            found[f"{name}_text"] = tokenizer.decode(excerpt, skip_special_tokens=False)
+    try:
+        content = dataset.tokenizer()
+    except DataError:  # shards may be moved without it
+        return found
+    tokenizer = parse_tokenizer(content, dataset.tokenizer_name)
+    for name, sample in samples.items():
+        excerpt = sample.tokens[:EXCERPT_TOKENS].tolist()
+        found[f"{name}_text"] = tokenizer.decode(excerpt, skip_special_tokens=False)
     return found
 
 
@@ -73,8 +75,8 @@ def verify_dataset(folder: Path | str) -> None:
 
 def _verify(dataset: PackedDataset) -> None:
     meta = dataset.meta
-    tokenizer = Tokenizer.from_str(dataset.tokenizer().decode())
-    counted = _counts(dataset) | {"vocab_size": max(tokenizer.get_vocab().values()) + 1}
+    tokenizer = parse_tokenizer(dataset.tokenizer(), dataset.tokenizer_name)
+    counted = _counts(dataset) | {"vocab_size": vocab_size_of(tokenizer)}
     for field, value in counted.items():
         said = getattr(meta, field)
         if not np.isclose(value, said, rtol=1e-9, atol=0):

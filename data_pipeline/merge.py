@@ -4,11 +4,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.claim import FOLDER_MODE
 from data_pipeline.errors import DataError
 from data_pipeline.mds import INDEX
 from data_pipeline.meta import FORMAT_VERSION, DatasetMeta, fingerprint
@@ -16,6 +18,8 @@ from data_pipeline.shard_index import ShardEntry
 from data_pipeline.shard_names import rename_shard, stored_files
 from data_pipeline.tokenizer import TextTokenizer
 from data_pipeline.unit import Counts, Options, load_index
+from untrusted.files import replace_file
+from untrusted.private import check_ours
 
 
 class EmptySplitError(DataError):
@@ -85,8 +89,13 @@ def describe_split(
 
 
 def move_shards(sources: Iterable[Path], target: Path) -> bytes:
-    """Number the units' shards through and move them to `target`; its index.json."""
-    target.mkdir(exist_ok=True)
+    """Number the units' shards through and move them to `target`; its index.json.
+
+    Raises DataError for damaged units, UnsafeFileError for a `target` that is not of this user.
+    """
+    with suppress(FileExistsError):
+        target.mkdir(FOLDER_MODE)
+    check_ours(target)
     shards: list[ShardEntry] = []
     for source in sources:
         for shard in load_index(source):
@@ -100,7 +109,7 @@ def move_shards(sources: Iterable[Path], target: Path) -> bytes:
                     )
             shards.append(shard)
     index = index_of(shards)
-    (target / INDEX).write_bytes(index)
+    replace_file(target / INDEX, index)
     return index
 
 

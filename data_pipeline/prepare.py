@@ -47,9 +47,9 @@ from data_pipeline.reading import empty_corpus
 from data_pipeline.remote import is_remote
 from data_pipeline.remote_units import RemoteUnits
 from data_pipeline.shard_index import ShardEntry
-from data_pipeline.tokenizer import TextTokenizer, load_tokenizer
+from data_pipeline.tokenizer import TextTokenizer, load_tokenizer, read_tokenizer
 from data_pipeline.unit import Compression, Done, Options, load_counts, load_labels, write_unit
-from untrusted.files import read_regular
+from untrusted.files import read_regular, replace_file
 from untrusted.records import MAX_BYTES
 
 SHARD_BYTES = 1 << 26
@@ -136,7 +136,8 @@ def prepare(
         try:
             refuse_existing(out)  # another start may have ended meanwhile
             if not place.merged:
-                left = [key for key in mine if not (place.units / key).exists()]
+                done = place.done(mine)
+                left = [key for key in mine if key not in done]
                 _work(
                     UnitWork(place.units), plan, mine, left, tokenizer, options, workers, progress
                 )
@@ -328,8 +329,8 @@ def _merge(place: Workplace, keys: list[str], tokenizer: TextTokenizer, options:
     for split in options.splits:
         index = move_shards([place.units / key / split for key in keys], place.folder / split)
         meta = describe_split(totals, split, index, tokenizer, options)
-        (place.folder / split / META).write_text(meta)
-    shutil.copyfile(tokenizer.file, place.folder / "tokenizer.json")
+        replace_file(place.folder / split / META, meta.encode())
+    replace_file(place.folder / "tokenizer.json", read_tokenizer(tokenizer.file))
     place.set_merged()
 
 
@@ -375,7 +376,7 @@ def _merge_remotely(
             (folder / split / INDEX).write_bytes(index)
             (folder / split / META).write_text(meta)
             metas[split] = parse_meta(meta.encode(), f"{remote.url}/{split}/{META}")
-        shutil.copyfile(tokenizer.file, folder / "tokenizer.json")
+        (folder / "tokenizer.json").write_bytes(read_tokenizer(tokenizer.file))
         remote.refuse_finished()  # what another start has finished meanwhile
         remote.finish(folder, options.splits)
     return metas

@@ -5,7 +5,6 @@ token 1 is padding.
 """
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # 
 
 from data_pipeline.errors import DataError
 from data_pipeline.reading import documents
+from parallel import bounds
 from untrusted.errors import UnsafeFileError
-from untrusted.files import read_regular
+from untrusted.files import read_regular, replace_file
+from untrusted.text import printable
 
 END_OF_TEXT = "<|endoftext|>"
 # of GPT-2 and GPT-NeoX; Llama 3; Llama 2; Gemma
@@ -74,9 +75,7 @@ def train_tokenizer(
 
     file = out if out.suffix == ".json" else out / "tokenizer.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    tokenizer.save(str(temporary))
-    os.replace(temporary, file)
+    replace_file(file, tokenizer.to_str(pretty=True).encode())
     return file
 
 
@@ -95,19 +94,8 @@ def load_tokenizer(path: Path, end_of_text: str | None = None) -> TextTokenizer:
     Raises DataError when it is missing, unreadable or lacks the end-of-text token.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
-    try:
-        data = read_regular(file, MAX_BYTES, follow_link=True)
-    except UnsafeFileError as error:
-        raise DataError(str(error)) from error
-    except OSError as error:
-        raise DataError(
-            f"{file}: no tokenizer there ({error.strerror}). Train one with `transxssm tokenizer "
-            "train`, or name a Hugging Face tokenizer.json."
-        ) from error
-    try:
-        tokenizer = Tokenizer.from_buffer(data)
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{file}: not a Hugging Face tokenizer.json ({error}).") from error
+    data = read_tokenizer(file)
+    tokenizer = parse_tokenizer(data, str(file))
     tokenizer.encode_special_tokens = True  # text that spells a special token stays text
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -126,11 +114,49 @@ def load_tokenizer(path: Path, end_of_text: str | None = None) -> TextTokenizer:
         tokenizer=tokenizer,
         file=file,
         hash=hashlib.sha256(data).hexdigest(),
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,  # ids may have gaps
+        vocab_size=vocab_size_of(tokenizer),
         end_of_text=end,
         eod_id=eod_id,
         pad_id=eod_id if pad_id is None else pad_id,
     )
+
+
+def read_tokenizer(file: Path) -> bytes:
+    """Return the content of a tokenizer.json. Raises DataError."""
+    try:
+        return read_regular(file, MAX_BYTES, follow_link=True)
+    except UnsafeFileError as error:
+        raise DataError(str(error)) from error
+    except OSError as error:
+        raise DataError(
+            f"{file}: no tokenizer there ({error.strerror}). Train one with `transxssm tokenizer "
+            "train`, or name a Hugging Face tokenizer.json."
+        ) from error
+
+
+def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json, whose `name` messages say.
+
+    Raises DataError for what is none, and for token ids beyond the largest vocabulary.
+    """
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises bare Exception
+        reason = printable(str(error))[:300]
+        raise DataError(f"{name}: not a Hugging Face tokenizer.json ({reason}).") from error
+    vocab_size = vocab_size_of(tokenizer)
+    if not 1 <= vocab_size <= bounds.VOCABULARY:
+        raise DataError(
+            f"{name}: its largest token id is {vocab_size - 1:,}; a vocabulary has at least one "
+            f"token and at most {bounds.VOCABULARY:,}. Restore the file, or number its tokens from "
+            "0 on."
+        )
+    return tokenizer
+
+
+def vocab_size_of(tokenizer: Tokenizer) -> int:
+    """Return the largest token id and 1 more: ids may have gaps. 0 without tokens."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def inspect_tokenizer(path: Path, text: str, end_of_text: str | None = None) -> dict[str, Any]:

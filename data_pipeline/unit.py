@@ -145,6 +145,8 @@ def load_index(folder: Path) -> list[ShardEntry]:
     """Return the shards of one split of a unit, none if no document fell into it. Raises
     DataError."""
     file = folder / INDEX
+    if folder.is_symlink():
+        raise DataError(f"{folder} is a link, not a folder; remove it and prepare again.")
     if not file.exists():
         return []
     try:

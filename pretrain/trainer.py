@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 from checkpoints_tools.saving import CheckpointSaver
 from checkpoints_tools.sharded import load_checkpoint
 from data_pipeline.blend import Blend
 from data_pipeline.dataset import PackedDataset
+from data_pipeline.tokenizer import parse_tokenizer
 from kernels.dispatch import chosen
 from parallel.context import local_batch
 from parallel.flops import training_flops_per_token
@@ -73,7 +73,8 @@ class Trainer:
         """progress: told what begins now."""
         self.config, self.data, self.validation = config, data, validation
         self.device, self.run_dir = device, Path(config.logging.run_dir)
-        tokenizer = Tokenizer.from_buffer(data.sources[0].tokenizer())
+        source = data.sources[0]
+        tokenizer = parse_tokenizer(source.tokenizer(), source.tokenizer_name)
         self.token_bytes = token_bytes(tokenizer, config.model.vocab_size).to(device)
         self.progress = progress
         self.step = self.saved_step = 0

@@ -1,4 +1,4 @@
-"""Folders with predictable names where other users of the node can write, as below TMPDIR."""
+"""Folders with predictable names where other users can write, as below TMPDIR or in a project."""
 
 import contextlib
 import errno
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from untrusted.errors import UnsafeFileError
+from untrusted.files import KINDS
 
 log = logging.getLogger("transxssm")
 
@@ -81,3 +82,36 @@ def open_private(folder: Path | str, parent: int | None = None) -> int:
         os.close(descriptor)
         raise UnsafeFileError(f"{folder} {fault}")
     return descriptor
+
+
+def check_ours(folder: Path) -> None:
+    """Raise UnsafeFileError for anything but a folder of this user, which its group may write to.
+
+    To be called before what is in the folder is removed, moved or trusted. Raises OSError, as
+    FileNotFoundError where there is nothing.
+    """
+    status = folder.lstat()
+    mode = status.st_mode
+    if not stat.S_ISDIR(mode):
+        kind = "a link" if stat.S_ISLNK(mode) else KINDS.get(stat.S_IFMT(mode), "a file")
+        fault, remedy = f"is {kind}, not a folder", "move it elsewhere"
+    elif status.st_uid not in (os.geteuid(), _owner_of_new_files(folder, status.st_uid)):
+        fault, remedy = f"belongs to the user {status.st_uid}", "name another, or move it elsewhere"
+    elif mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        fault = f"can be written by every user (mode {stat.S_IMODE(mode):04o})"
+        remedy = "look what is in it and take that right away (`chmod o-w`), or remove it"
+    else:
+        return
+    raise UnsafeFileError(f"{folder} {fault}, and what is in it is not trusted; {remedy}.")
+
+
+def _owner_of_new_files(folder: Path, owner: int) -> int | None:
+    """Return whom this user's files belong to in a folder: on a network file system that may be
+    another user. None where that cannot be found out."""
+    if owner == os.geteuid():
+        return owner
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_uid
+    except OSError:
+        return None

@@ -236,3 +236,103 @@ def test_state_that_is_no_file_is_refused(texts: Path, tokenizer_file: Path, out
     os.mkfifo(out.with_name("o.tmp") / claiming.STATE)
     with pytest.raises(UntrustedError, match="a pipe, not a file"):
         prepare([texts], tokenizer_file, out, SEQ_LEN, **OPTIONS)
+
+
+# -- what others put in the way ------------------------------------------------------------------
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """A folder of the user's, which is nobody's to remove."""
+    (tmp_path / "victim" / "sub").mkdir(parents=True)
+    for name in ("thesis.txt", "sub/x", "sub/index.json"):
+        (tmp_path / "victim" / name).write_text("keep")
+    return tmp_path / "victim"
+
+
+IN_USE = [
+    "o.tmp", "o.tmp/units", "o.tmp/units/KEY", "o.tmp/units/KEY/train", "o.tmp/train",
+    "o.tmp/.transxssm-prepare.lock", "o.tmp/units.old",
+]  # fmt: skip
+TO_REMOVE = ["o.tmp/units/0", "o.tmp/units/0.old", "o.tmp/validation", "o.tmp/other"]
+
+
+@pytest.mark.parametrize(
+    ("state", "planted"),
+    [("same", name) for name in IN_USE]
+    + [("other", name) for name in IN_USE + TO_REMOVE if not name.endswith("KEY/train")],
+)
+def test_links_in_the_way_are_refused_and_not_followed(
+    state: str, planted: str, victim: Path, texts: Path, tokenizer_file: Path, out: Path
+) -> None:
+    prepare([texts], tokenizer_file, out, SEQ_LEN, share=(1, 2), merge=False, **OPTIONS)
+    temporary = out.with_name("o.tmp")
+    if state == "other":
+        (temporary / claiming.STATE).write_text("other")
+    key = min(path.name for path in (temporary / "units").iterdir())
+    path = out.parent / planted.replace("KEY", key)
+    if path.exists():
+        path.rename(out.parent / "before")
+    path.symlink_to(victim / "thesis.txt" if planted.endswith("lock") else victim)
+    before = contents(victim)
+
+    def both_shares() -> None:
+        prepare([texts], tokenizer_file, out, SEQ_LEN, share=(2, 2), merge=False, **OPTIONS)
+        prepare([texts], tokenizer_file, out, SEQ_LEN, **OPTIONS)
+
+    with pytest.raises((DataError, UntrustedError), match=f"{path} is a link, not a f"):
+        both_shares()
+    assert contents(victim) == before
+
+
+@pytest.mark.parametrize("planted", ["o.tmp", "o.tmp/units", "o.tmp/units/KEY"])
+@pytest.mark.parametrize("fault", ["foreign", "open"])
+def test_folders_of_others_are_refused(
+    planted: str, fault: str, texts: Path, tokenizer_file: Path, out: Path
+) -> None:
+    prepare([texts], tokenizer_file, out, SEQ_LEN, share=(1, 2), merge=False, **OPTIONS)
+    temporary = out.with_name("o.tmp")
+    key = min(path.name for path in (temporary / "units").iterdir())
+    path = out.parent / planted.replace("KEY", key)
+    if fault == "foreign":
+        if os.geteuid():
+            pytest.skip("needs root")
+        os.chown(path, 4242, 4242)
+    else:
+        path.chmod(0o777)
+    before = contents(temporary)
+    message = "belongs to the user 4242" if fault == "foreign" else "written by every user"
+    with pytest.raises(UntrustedError, match=rf"{path.name} .*{message}"):
+        prepare([texts], tokenizer_file, out, SEQ_LEN, **OPTIONS)
+    assert contents(temporary) == before
+
+
+def test_a_project_may_share_folders_but_not_with_everybody(
+    texts: Path, tokenizer_file: Path, out: Path
+) -> None:
+    umask = os.umask(0)
+    try:
+        for number in (1, 2):
+            prepare(
+                [texts], tokenizer_file, out, SEQ_LEN, share=(number, 2), merge=False, **OPTIONS
+            )
+        folders = (out.with_name("o.tmp"), out.with_name("o.tmp") / "units")
+        assert {path.stat().st_mode & 0o777 for path in folders} == {0o775}
+    finally:
+        os.umask(umask)
+    prepare([texts], tokenizer_file, out, SEQ_LEN, **OPTIONS)
+
+
+def test_files_in_the_way_are_replaced_and_not_written_through(
+    victim: Path, texts: Path, tokenizer_file: Path, out: Path
+) -> None:
+    prepare([texts], tokenizer_file, out, SEQ_LEN, share=(1, 2), merge=False, **OPTIONS)
+    before = contents(victim)
+    temporary = out.with_name("o.tmp")
+    (temporary / "train").mkdir()
+    for name in ("tokenizer.json", "train/index.json", "train/meta.json"):
+        (temporary / name).symlink_to(victim / "thesis.txt")
+    (temporary / f"{claiming.STATE}.{os.getpid()}").symlink_to(victim / "thesis.txt")
+    prepare([texts], tokenizer_file, out, SEQ_LEN, share=(2, 2), **OPTIONS)
+    assert contents(victim) == before
+    assert contents(out) == fresh(texts, tokenizer_file, out)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from untrusted.private import private_folder
+from untrusted.errors import UnsafeFileError
+from untrusted.private import check_ours, private_folder
 
 
 def plain(path: Path) -> None:
@@ -73,3 +74,27 @@ def test_a_folder_that_others_could_read_is_closed(tmp_path: Path) -> None:
     (tmp_path / "known").mkdir(mode=0o755)
     assert private_folder(tmp_path / "known") == tmp_path / "known"
     assert stat.S_IMODE((tmp_path / "known").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("planted", [plain, link, dangling, of_another])
+def test_only_folders_of_this_user_are_ours(planted, tmp_path: Path) -> None:
+    path = tmp_path / "known"
+    with pytest.raises(FileNotFoundError):
+        check_ours(path)
+    planted(path)
+    with pytest.raises(UnsafeFileError, match=f"{path} (is a|belongs to the user)"):
+        check_ours(path)
+
+
+def test_a_group_may_write_to_a_folder_of_ours_but_not_everybody(tmp_path: Path) -> None:
+    for mode in (0o700, 0o775, 0o2770, 0o1777):
+        tmp_path.chmod(mode)
+        check_ours(tmp_path)
+    tmp_path.chmod(0o777)
+    with pytest.raises(UnsafeFileError, match=r"every user \(mode 0777\).*chmod o-w"):
+        check_ours(tmp_path)
+
+
+def test_a_file_system_that_gives_files_another_owner_is_no_fault(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    check_ours(tmp_path)
