@@ -41,6 +41,10 @@ def demo_corpus(out_dir: Path) -> DemoCorpus:
         raise DataError(f"{out_dir} exists and is not an empty folder; remove it or name another.")
     temporary = out_dir.with_name(out_dir.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(0o755, parents=True)  # this user's own, or nothing is written
+    except OSError as error:
+        raise DataError(f"{temporary}: cannot be made ({error.strerror}); remove it.") from error
     files = num_bytes = 0
     try:
         for name, data in _sources():

@@ -170,3 +170,11 @@ def test_large_files_are_told_apart_by_blocks_from_head_to_tail(tmp_path: Path) 
     path.write_bytes(b"a" * (size + 1))
     ((piece,),) = units([path], 1 << 30)
     assert len(seen | {piece.content}) == 1 + SAMPLED_BLOCKS + 1 + SAMPLED_BLOCKS - 1 + 1
+
+
+def test_demo_corpus_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "demo.tmp").symlink_to("victim")
+    with pytest.raises(DataError, match=r"demo\.tmp: cannot be made \(File exists\); remove it"):
+        demo_corpus(tmp_path / "demo")
+    assert not list((tmp_path / "victim").iterdir())

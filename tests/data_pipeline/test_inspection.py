@@ -1,5 +1,6 @@
 """`data verify` and `data inspect` trust nothing, and what is not there is no sound data."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
 from data_pipeline.inspection import inspect_dataset, verify_dataset
+from data_pipeline.meta import fingerprint
 from tests.data_pipeline.test_storage import flip
 
 PLACES: dict[str, Callable[[Path], str]] = {"folder": str, "URL": lambda path: f"file://{path}"}
@@ -95,3 +97,17 @@ def test_nothing_is_left_behind(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     verify_dataset(f"file://{shutil.copytree(prepared, tmp_path / 'data')}")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize("content", [b"{}", b"\xff\xfe\x00", b'{"model": "\x1b[31m"}'], ids=str)
+def test_a_tokenizer_that_cannot_be_read_is_named(content: bytes, damaged: Path) -> None:
+    (damaged / "tokenizer.json").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    for split in ("train", "validation"):
+        file, index = damaged / split / "meta.json", (damaged / split / "index.json").read_bytes()
+        changed = {"tokenizer_hash": digest, "fingerprint": fingerprint(index, digest)}
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    for look in (verify_dataset, inspect_dataset):
+        with pytest.raises(DataError, match=r"damaged/tokenizer\.json: not a Hugging Face") as e:
+            look(damaged)
+        assert str(e.value).isprintable()

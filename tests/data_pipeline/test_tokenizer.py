@@ -1,3 +1,4 @@
+import json
 import os
 
 import pytest
@@ -76,3 +77,20 @@ def test_bad_tokenizers_are_refused(tmp_path, corpus):
         load_tokenizer(tmp_path)
     with pytest.raises(DataError, match="at least 258"):
         train_tokenizer([corpus], tmp_path, 200)
+
+
+def test_a_link_in_the_way_is_replaced_and_not_written_through(corpus, tmp_path):
+    (tmp_path / "keys").write_text("keep")
+    for name in ("t.json", "t.json.tmp", ".t.json.tmp"):
+        (tmp_path / name).symlink_to("keys")
+    file = train_tokenizer([corpus], tmp_path / "t.json", 300)
+    assert not file.is_symlink()
+    assert (tmp_path / "keys").read_text() == "keep"
+
+
+def test_ids_that_no_vocabulary_has_are_refused(tokenizer_file, tmp_path):
+    content = json.loads(tokenizer_file.read_text())
+    content["model"]["vocab"]["BIG"] = 4294967290
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"tokenizer\.json: its largest token id is 4,294,967,290;"):
+        load_tokenizer(tmp_path)
