@@ -17,9 +17,11 @@ import torch
 import triton
 
 from kernels.target import Target
-from untrusted.files import replace_file
+from untrusted.errors import UnsafeFileError
+from untrusted.files import read_regular, replace_file
 
 VARIABLE = "TRANSXSSM_TILES"
+MAX_BYTES = 1 << 20  # of its file, which has some 200 a tile
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,14 @@ def read_tiles(path: Path) -> dict[str, Tile]:
     """Raises ValueError where the file is not one of tiles or was made by another Triton."""
     again = "make it anew: transxssm kernels tune --output FILE"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_regular(path, MAX_BYTES, follow_link=True))
         version, tiles = content["triton"], content["tiles"]
         found = {name: Tile(**tile) for name, tile in tiles.items()}
     except OSError as error:
         raise ValueError(f"{VARIABLE}: cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except UnsafeFileError as error:
+        raise ValueError(f"{VARIABLE}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{VARIABLE}: {path} is not a file of tiles ({error}); {again}") from error
     if version != triton.__version__:
         raise ValueError(
@@ -129,8 +133,8 @@ def write_tiles(path: Path, tiles: dict[str, Tile]) -> None:
         name: {field.name: getattr(choice, field.name) for field in fields(choice)}
         for name, choice in sorted(tiles.items())
     }
-    text = json.dumps({"triton": triton.__version__, "tiles": plain}, indent=1) + "\n"
-    replace_file(path, text.encode())
+    content = json.dumps({"triton": triton.__version__, "tiles": plain}, indent=1) + "\n"
+    replace_file(path, content.encode())
 
 
 def _fault(choice: Tile, name: str) -> str | None:

@@ -1,6 +1,7 @@
 """Tiles from a file, and the search that fills it, with times and results made up."""
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -125,3 +126,25 @@ def test_without_a_gpu_nothing_is_written(tmp_path, capsys, monkeypatch):
     assert stopped.value.code == 2
     assert "there is no GPU here to time kernels on" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_file_of_tiles_is_refused_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "tiles.json"
+    monkeypatch.setenv("TRANSXSSM_TILES", str(path))
+    tiles.read_tiles.cache_clear()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"TRANSXSSM_TILES: .* is a pipe, not a file"):
+        tiles.tuned_tiles()
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"TRANSXSSM_TILES: .* is a device, not a file"):
+        tiles.tuned_tiles()
+    path.unlink()
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="not a file of tiles"):
+        tiles.tuned_tiles()
+    path.unlink()
+    (tmp_path / "keys").write_text("keep")
+    path.symlink_to("keys")
+    write_tiles(path, {KEY: OTHER})
+    assert (tmp_path / "keys").read_text() == "keep"
