@@ -114,7 +114,7 @@ def _row_groups(name: str, path: Path, size: int, unit_bytes: int, content: str)
 
     try:
         groups = pyarrow.parquet.read_metadata(path).num_row_groups
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a Parquet file ({error}).") from error
     together = max(1, unit_bytes * groups // max(size, 1))
     pieces = []

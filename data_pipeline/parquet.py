@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.thrift import binary, integer, items, list_of, skip, struct, struct_of
 
 BATCH_ROWS, BATCH_BYTES = 256, 1 << 26
 MAX_PAGE_BYTES = 1 << 29  # usual are 1 MiB; pyarrow puts 1024 rows, however long, into one
 HEADER_BYTES, MAX_HEADER_BYTES = 1 << 10, 1 << 24
-MAX_DEPTH = 16  # of a header's structures
+FOOTER_TAIL = 8  # bytes at the end of a file: the footer's length, and what says that it is Parquet
 BUFFER_BYTES = 1 << 20
 
 
@@ -36,17 +37,23 @@ def text_rows(
         ) as file:
             _check_column(file, column, path)
             groups = range(file.num_row_groups) if groups is None else groups
-            row = sum(file.metadata.row_group(i).num_rows for i in range(groups.start))
-            for group in groups:
-                largest = _largest_page(content, path, column, file.metadata.row_group(group))
+            if groups.stop > file.num_row_groups:
+                raise _FooterError("it has fewer row groups than when it was first read")
+            leaves = [n for n in range(len(file.schema)) if file.schema.column(n).path == column]
+            row, chunks = 0, _chunks(content, column, leaves)
+            for group, (num_rows, chunk) in zip(range(groups.stop), chunks, strict=False):
+                if group not in groups:
+                    row += num_rows
+                    continue
+                largest = _largest_page(content, path, column, chunk)
                 rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
                 for batch in file.iter_batches(rows, [group], [column]):
                     for number, value in enumerate(batch.column(0), row):
                         if value.is_valid:
                             yield number, value.as_buffer()
                     row += batch.num_rows
-    except (pyarrow.ArrowException, _HeaderError) as error:
-        raise damaged(path, error) from error
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise damaged(path, error) from error  # of names that are no UTF-8, among others
 
 
 def damaged(path: Path, error: Exception) -> DataError:
@@ -71,23 +78,72 @@ def _check_column(file: Any, column: str, path: Path) -> None:
         raise DataError(f"{path}: column {column!r} is {kind}, not a string.")
 
 
-# -- pages ---------------------------------------------------------------------------------------
+# -- read here: pyarrow ends the process over some damage ------------------------------------------
 
 
-class _HeaderError(ValueError):
-    """What stands in front of a page cannot be read."""
+class _FooterError(ValueError):
+    """What a file or a page says of itself is damaged."""
 
 
-def _largest_page(content: IO[bytes], path: Path, column: str, group: Any) -> int:
-    """Bytes of the largest page of a column in a row group, decompressed. Raises DataError."""
-    chunk = next(
-        chunk
-        for chunk in map(group.column, range(group.num_columns))
-        if chunk.path_in_schema == column
+# of Parquet's ColumnMetaData: path, bytes, first data page, dictionary
+PATH, NUM_BYTES, DATA, DICTIONARY = 3, 7, 9, 11
+CHUNK = {PATH: list_of(binary), NUM_BYTES: integer, DATA: integer, DICTIONARY: integer}
+COLUMN = struct_of({3: struct_of(CHUNK)})
+COLUMNS, NUM_ROWS = 1, 3  # of RowGroup
+GROUPS = 4  # of FileMetaData
+
+
+def _chunks(
+    content: IO[bytes], column: str, leaves: Sequence[int]
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Rows of each row group, and the bytes [begin, end) of the file that have its column.
+
+    leaves: the numbers that the column may have. Raises _FooterError, ThriftError.
+    """
+    try:
+        yield from _described(_footer(content), column, leaves)
+    except IndexError:
+        raise _FooterError("the footer is cut off") from None
+
+
+def _footer(content: IO[bytes]) -> bytes:
+    """What describes the file, at its end. pyarrow has found it to be in the file."""
+    size = os.fstat(content.fileno()).st_size
+    length = int.from_bytes(os.pread(content.fileno(), 4, size - FOOTER_TAIL), "little")
+    return os.pread(content.fileno(), length, size - FOOTER_TAIL - length)
+
+
+def _described(
+    footer: bytes, column: str, leaves: Sequence[int]
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """[see _chunks] Row groups are read one by one: there may be very many."""
+    at = 0
+    found, _ = struct(
+        footer, 0, {GROUPS: lambda data, at, kind: ((at, kind), skip(data, at, kind))}
     )
-    starts = (chunk.dictionary_page_offset or chunk.data_page_offset, chunk.data_page_offset)
-    at, largest = min(starts), 0
-    end = min(at + chunk.total_compressed_size, os.fstat(content.fileno()).st_size)
+    if GROUPS not in found:
+        raise _FooterError("the footer has no row groups")
+    count, kind, at = items(footer, *found[GROUPS])
+    read = struct_of({COLUMNS: list_of(COLUMN, leaves), NUM_ROWS: integer})
+    for number in range(count):
+        group, at = read(footer, at, kind)
+        columns = group.get(COLUMNS, [])
+        chunks = [columns[leaf].get(3, {}) for leaf in leaves if leaf < len(columns)]
+        chunks = [chunk for chunk in chunks if chunk.get(PATH) == [column.encode()]]
+        if len(chunks) != 1 or not {NUM_BYTES, DATA} <= chunks[0].keys() or NUM_ROWS not in group:
+            raise _FooterError(f"row group {number} does not say where column {column!r} is")
+        (chunk,) = chunks
+        begin = min(chunk.get(DICTIONARY) or chunk[DATA], chunk[DATA])
+        yield group[NUM_ROWS], (begin, begin + chunk[NUM_BYTES])
+
+
+def _largest_page(content: IO[bytes], path: Path, column: str, chunk: tuple[int, int]) -> int:
+    """Bytes of the largest page in bytes [begin, end) of the file, decompressed. Raises
+    DataError, _FooterError, ThriftError."""
+    at, end = chunk
+    if at < 0:
+        raise _FooterError(f"column {column!r} begins before the file")
+    end, largest = min(end, os.fstat(content.fileno()).st_size), 0
     while at < end:
         size, packed_size, header_size = _page_at(content.fileno(), at)
         largest = max(largest, size)
@@ -110,88 +166,13 @@ def _page_at(file: int, at: int) -> tuple[int, int, int]:
             return _page_header(data)
         except IndexError:
             if len(data) < length or length >= MAX_HEADER_BYTES:
-                raise _HeaderError("the header of a page is cut off") from None
+                raise _FooterError("the header of a page is cut off") from None
             length *= 4
 
 
 def _page_header(data: bytes) -> tuple[int, int, int]:
-    """[see _page_at] Of Thrift's compact protocol: field 2 and 3 of the structure. Raises
-    IndexError where it goes on after `data`, _HeaderError for what is no such structure."""
-    sizes = {2: -1, 3: -1}
-    at, field = 0, 0
-    while data[at]:
-        kind, field, at = _field(data, at, field)
-        if field in sizes and kind == I32:
-            sizes[field], at = _integer(data, at)
-        else:
-            at = _after(data, at, kind, 0)
-    if min(sizes.values()) < 0:
-        raise _HeaderError("the header of a page lacks sizes")
-    return sizes[2], sizes[3], at + 1
-
-
-TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
-
-
-def _field(data: bytes, at: int, last: int) -> tuple[int, int, int]:
-    """Kind and number of the field at a byte, and the byte after them."""
-    step, kind = data[at] >> 4, data[at] & 15
-    if step:
-        return kind, last + step, at + 1
-    number, at = _integer(data, at + 1)
-    return kind, number, at
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        value |= (data[at] & 127) << shift
-        at, shift = at + 1, shift + 7
-        if data[at - 1] < 128:
-            return value, at
-        if shift > 63:
-            raise _HeaderError("a number in the header of a page is too long")
-
-
-def _integer(data: bytes, at: int) -> tuple[int, int]:
-    value, at = _varint(data, at)
-    return (value >> 1) ^ -(value & 1), at
-
-
-def _after(data: bytes, at: int, kind: int, depth: int) -> int:
-    """The byte after a value."""
-    if depth > MAX_DEPTH:
-        raise _HeaderError("the header of a page is too deep")
-    if kind in (TRUE, FALSE):
-        return at
-    if kind in (I16, I32, I64):
-        return _varint(data, at)[1]
-    if kind == BINARY:
-        length, at = _varint(data, at)
-        return at + length
-    if kind in (LIST, SET):
-        count, of = data[at] >> 4, data[at] & 15
-        count, at = _varint(data, at + 1) if count == 15 else (count, at + 1)
-        return _after_items(data, at, count, [of], depth)
-    if kind == MAP:
-        count, at = _varint(data, at)
-        if not count:
-            return at
-        return _after_items(data, at + 1, count, [data[at] >> 4, data[at] & 15], depth)
-    if kind == STRUCT:
-        field = 0
-        while data[at]:
-            of, field, at = _field(data, at, field)
-            at = _after(data, at, of, depth + 1)
-        return at + 1
-    if kind in (BYTE, DOUBLE):
-        return at + (1 if kind == BYTE else 8)
-    raise _HeaderError(f"the header of a page has a value of kind {kind}")
-
-
-def _after_items(data: bytes, at: int, count: int, kinds: Sequence[int], depth: int) -> int:
-    for _ in range(count):
-        for kind in kinds:
-            at = _after(data, at, BYTE if kind in (TRUE, FALSE) else kind, depth + 1)
-            data[at - 1]  # IndexError at the end of the data, rather than `count` times
-    return at
+    """[see _page_at] Raises IndexError where it goes on after `data`."""
+    sizes, size = struct(data, 0, {2: integer, 3: integer})
+    if min(sizes.get(2, -1), sizes.get(3, -1)) < 0:
+        raise _FooterError("the header of a page lacks sizes")
+    return sizes[2], sizes[3], size

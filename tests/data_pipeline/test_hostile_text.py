@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +102,61 @@ def test_headers_that_cannot_be_are_damage(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"a\.parquet: damaged"):
             read(path)
+
+
+DAMAGE = """
+import sys
+from pathlib import Path
+from data_pipeline.errors import DataError
+from data_pipeline.reading import documents
+
+path = Path(sys.argv[1])
+whole = path.read_bytes()
+begin = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+for at in range(begin, len(whole)):
+    for change in (0x20, 0xFF):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ change]) + whole[at + 1 :])
+        try:
+            list(documents([path]))
+        except DataError as error:
+            assert str(path) in str(error) or "is empty" in str(error), error
+"""
+
+
+def test_damage_to_a_footer_is_a_sentence_and_never_the_end_of_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["some text"] * 9}), path, store_schema=False
+    )
+    done = subprocess.run([sys.executable, "-c", DAMAGE, path], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr.decode()[-2000:]) == (0, "")
+
+
+def test_a_column_that_is_not_where_the_schema_says_is_damage(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", ["some text"] * 9, store_schema=False)
+    content = path.read_bytes()
+    schema, path_in_schema = (m.start() for m in re.finditer(b"\x04text", content))
+    for at, text in ((schema, b"tezt"), (path_in_schema, b"tezt"), (schema, b"te\xffx")):
+        path.write_bytes(content[: at + 1] + text + content[at + 5 :])
+        with pytest.raises(DataError, match=r"a\.parquet: (damaged|no column|not a Parquet)"):
+            read(path)
+
+
+def test_the_footer_is_read_as_pyarrow_reads_it(tmp_path: Path) -> None:
+    columns = {name: [f"{name}{n}" for n in range(50)] for name in ("a", "text", "b.c")}
+    nested = pyarrow.array([{"text": "x", "on": [True, False]}] * 50)
+    table = pyarrow.table(columns | {"nested": nested})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=20)
+    metadata = pyarrow.parquet.read_metadata(tmp_path / "a.parquet")
+    with (tmp_path / "a.parquet").open("rb") as file:
+        for leaf, column in enumerate(columns):
+            found = list(parquet._chunks(file, column, [leaf]))
+            assert len(found) == 3
+            for group, (rows, (begin, end)) in enumerate(found):
+                chunk = metadata.row_group(group).column(leaf)
+                assert rows == metadata.row_group(group).num_rows
+                assert begin == chunk.dictionary_page_offset
+                assert end - begin == chunk.total_compressed_size
 
 
 def test_a_large_value_of_a_row_comes_in_parts(tmp_path: Path) -> None:
