@@ -2,11 +2,13 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 from torch import Tensor
 
@@ -25,12 +27,13 @@ from pretrain.evaluation.models import (
     evaluation_layout,
 )
 from pretrain.evaluation.probes import Cell, needle, recall
-from pretrain.evaluation.rows import score_dataset, score_rows, text_rows
+from pretrain.evaluation.rows import Ids, Row, score_dataset, score_rows, text_rows
 from pretrain.evaluation.scores import Scores, by_bins
 from untrusted.files import replace_file
 from untrusted.secrets import redact_value
 
 HAYSTACK_TOKENS = 1 << 20
+ROWS_AT_ONCE = 1 << 14  # those of one length go into the model together
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,8 @@ def evaluate(model: Model, asked: Asked) -> Found:
         found.results[name] = _shown(Scores.of(table)) | {"by_position": _by_position(table)}
         found.bins[name] = by_bins(table)
     for name, (ids, size) in texts.items():
-        rows = [row for one in ids for row in text_rows(one, model.end_of_text, model.max_length)]
-        scores = _sum(score_rows(model, rows))
+        rows = (row for one in ids for row in text_rows(one, model.end_of_text, model.max_length))
+        scores = _scored(model, rows)
         # the text's own bytes: what the tokens stand for may be another text
         found.results[name] = _shown(Scores(scores.nats, scores.tokens, scores.missed, size))
     if asked.needle:
@@ -146,30 +149,30 @@ def evaluate(model: Model, asked: Asked) -> Found:
     return found
 
 
-def _text_ids(model: Model, name: str, asked: Asked) -> tuple[list[list[int]], int]:
+def _text_ids(model: Model, name: str, asked: Asked) -> tuple[list[Ids], int]:
     """Token ids of every document, and the bytes of all."""
-    ids: list[list[int]] = []
+    ids: list[Ids] = []
     size = 0
-    open_ids: list[int] = []
+    parts: list[Ids] = []
     for document in documents([name], asked.text_field):
-        open_ids += model.tokenizer.encode(document.text, add_special_tokens=False).ids
+        # fast: without the place in the text of every token
+        (encoded,) = model.tokenizer.encode_batch_fast([document.text], add_special_tokens=False)
+        parts.append(np.array(encoded.ids, np.int32))
         size += len(document.text.encode())
         if document.ends:
-            ids.append(open_ids)
-            open_ids = []
+            ids.append(np.concatenate(parts))
+            parts = []
             if asked.limit is not None and len(ids) >= asked.limit:
                 break
     return ids, size
 
 
-def _haystack(
-    sets: dict[str, PackedDataset], texts: dict[str, tuple[list[list[int]], int]]
-) -> list[int]:
+def _haystack(sets: dict[str, PackedDataset], texts: dict[str, tuple[list[Ids], int]]) -> list[int]:
     """Tokens of text, without what ends documents."""
     found: list[int] = []
     for ids, _ in texts.values():
         for one in ids:
-            found += one
+            found += one[: HAYSTACK_TOKENS - len(found)].tolist()
     for dataset in sets.values():
         skipped = {dataset.meta.eod_id, dataset.meta.pad_id}
         for index in range(len(dataset)):
@@ -177,6 +180,14 @@ def _haystack(
                 break
             found += [token for token in dataset[index].tokens.tolist() if token not in skipped]
     return found[:HAYSTACK_TOKENS]
+
+
+def _scored(model: Model, rows: Iterator[Row]) -> Scores:
+    """Scores of all rows together, of which only so many are held at a time. A collective."""
+    total = Scores(0.0, 0, 0, 0)
+    while some := list(islice(rows, ROWS_AT_ONCE)):
+        total = _sum([total, *score_rows(model, some)])
+    return total
 
 
 def _sum(scores: Sequence[Scores]) -> Scores:

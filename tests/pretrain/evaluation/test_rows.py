@@ -1,8 +1,11 @@
 """Rows that count every token of a text once, and what tokens stand for."""
 
 import math
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +15,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from data_pipeline import reading
 from data_pipeline.batch import Batch
 from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
 from parallel.sums import Key, sums_by
+from pretrain.evaluation import command
 from pretrain.evaluation.probes import DEPTHS, lengths_to, needle, recall
 from pretrain.evaluation.rows import Row, score_rows, text_rows
 from pretrain.evaluation.scores import Scores, by_bins, position_bins, token_bytes
@@ -40,6 +45,40 @@ def test_windows_are_those_of_the_harness(ids: list[int], size: int) -> None:
     found = [(list(row.ids[: row.counts.start]), [row.ids[i] for i in row.counts]) for row in rows]
     assert found == [(list(context), list(counted)) for context, counted in expected]
     assert all(row.length <= size for row in rows)
+
+
+def test_a_long_text_takes_a_few_bytes_a_token(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "PART_BYTES", 1 << 14)
+    text = "xyz ünï\n" * 50_000
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("what the limit leaves out")
+    model: Any = SimpleNamespace(tokenizer=tokenizer, end_of_text=0, max_length=64)
+    tracemalloc.start()
+    try:
+        (ids,), size = command._text_ids(model, str(tmp_path), command.Asked(limit=1))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert size == len(text.encode())
+    assert list(ids[:40]) == tokenizer.encode(text[:400]).ids[:40]
+    assert peak < 12 * len(ids)
+    counted = [row.ids[i] for row in text_rows(ids, 0, 64) for i in row.counts]
+    assert counted == list(ids)
+
+
+def test_rows_are_scored_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def score(_: Any, rows: Sequence[Row]) -> list[Scores]:
+        sizes.append(len(rows))
+        return [Scores(0.5, 1, 1, 2) for _ in rows]
+
+    sizes: list[int] = []
+    monkeypatch.setattr(command, "score_rows", score)
+    monkeypatch.setattr(command, "ROWS_AT_ONCE", 4)
+    rows = (Row([0, 1], range(1, 2)) for _ in range(9))
+    assert command._scored(SimpleNamespace(), rows) == Scores(4.5, 9, 9, 18)  # type: ignore[arg-type]
+    assert sizes == [4, 4, 1]
 
 
 @settings(deadline=None)
