@@ -129,7 +129,8 @@ def test_a_campaign_tells_what_was_seen_and_goes_on(tree: Path) -> None:
     assert re.search("equal ones.*equivalent", printed)
     assert code == 1
     # another time nothing is tried but what has changed
-    mutants[3] = toy_mutant("no end", "return found\n", "import time; time.sleep(99)\n", "::test_largest")
+    endless = "import time; time.sleep(99)\n"
+    mutants[3] = toy_mutant("no end", "return found\n", endless, "::test_largest")
     found, printed, code = run(tree, mutants, limit=8)
     assert "3 known; 1 to try" in printed
     assert found["no end"] == "timed out "
