@@ -14,7 +14,7 @@ from typing import Any
 
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.manifest import FORMAT_VERSION, MANIFEST, file_entry, manifest_text
-from untrusted.files import read_regular
+from untrusted.files import create_file, read_regular
 
 log = logging.getLogger("transxssm")
 
@@ -91,7 +91,7 @@ def commit(
     target = step_folder(folder, step)
     temporary = target.with_suffix(".tmp")
     known = entries or {}
-    names = sorted(path.name for path in temporary.iterdir())
+    names = sorted(path.name for path in temporary.iterdir() if path.name != MANIFEST)
     files = {name: known.get(name) or file_entry(temporary / name) for name in names}
     manifest = {"format_version": FORMAT_VERSION, "step": step} | state | {"files": files}
     write_durably(temporary / MANIFEST, manifest_text(manifest).encode())
@@ -125,14 +125,17 @@ def remove_old(folder: Path, newest: int, keep_last: int, keep_every: int) -> No
 def _remove(path: Path) -> None:
     """What cannot be removed stays, with a warning: it is in nobody's way."""
     try:
-        shutil.rmtree(path)
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
     except OSError as error:
         log.warning("%s cannot be removed: %s", path, error)
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file that is on disk when this returns."""
-    with path.open("wb") as file:
+    """Write a new file that is on disk when this returns."""
+    with create_file(path) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -19,6 +19,7 @@ from torch import Tensor
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.manifest import BLOCK, DIGEST
 from checkpoints_tools.tensor_index import NAMES, Piece, StoredTensor, piece_name
+from untrusted.files import create_file
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def write_pieces(path: Path, header: bytes, values: Iterable[Tensor]) -> dict[st
     Returns its size and checksum, as a manifest lists them. Raises OSError.
     """
     digest = xxhash.xxh64()
-    with path.open("wb", buffering=0) as file:
+    with create_file(path, buffering=0) as file:
         size = write_block(file, header, digest)
         for tensor in values:
             content = tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.stored import give_memory_back, read_into, row_blocks
 from untrusted.errors import UntrustedError
-from untrusted.files import open_regular, read_regular
+from untrusted.files import create_file, open_regular, read_regular
 from untrusted.names import check_file_name
 from untrusted.records import Count, parse_json
 from untrusted.text import printable
@@ -109,7 +109,7 @@ def _write_file(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with create_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
             written = 0

@@ -71,15 +71,23 @@ def check_place(path: Path) -> None:
         raise UnsafeFileError(f"{path} is {kind}, not a file; remove it.")
 
 
+def create_file(path: Path, *, buffering: int = -1) -> IO[bytes]:
+    """Open a new file for writing, in the place of the file or link that is there.
+
+    What a link names stays as it is. Raises OSError.
+    """
+    path.unlink(missing_ok=True)
+    return path.open("xb", buffering)  # O_EXCL: neither a file nor a link made meanwhile
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, in the place of the file or link that is there.
 
     Raises OSError.
     """
     temporary = path.with_name(f".{path.name[:200]}.tmp")
-    temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("xb") as file:
+        with create_file(temporary) as file:
             file.write(content)
         temporary.rename(path)
     except OSError:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from checkpoints_tools import folder as folders
 from checkpoints_tools.manifest import file_entry, read_manifest
+from checkpoints_tools.pieces_file import write_pieces
 
 MANIFEST = {
     "config": {"model": {}}, "tokens": 0, "samples": 0, "adam_step": 0, "world_size": 1,
@@ -116,6 +118,35 @@ def test_latest_moves_after_the_step_has_its_name_on_disk(
     assert ("sync", tmp_path.name) in between
     assert ("sync", "latest.tmp") in between
     assert ("sync", tmp_path.name) in log[log.index(latest) :]
+
+
+@pytest.mark.parametrize("left", ["step-00000001.tmp", "step-00000002.tmp", "latest.tmp"])
+def test_links_in_the_place_of_what_is_written_are_replaced(left: str, tmp_path: Path) -> None:
+    outside, checkpoints = tmp_path / "outside", tmp_path / "checkpoints"
+    outside.mkdir()
+    (outside / "file").write_text("kept")
+    checkpoints.mkdir()
+    target = outside / "file" if left == "latest.tmp" else outside
+    (checkpoints / left).symlink_to(target)
+    save(checkpoints, 2, "two")
+    assert [path.name for path in outside.iterdir()] == ["file"]
+    assert (outside / "file").read_text() == "kept"
+    assert {path.name for path in checkpoints.iterdir()} == {"latest", "step-00000002"}
+    assert not (checkpoints / "latest").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json", "rank-00000.safetensors"])
+def test_links_within_a_step_are_replaced(name: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("kept")
+    temporary = folders.begin(tmp_path, 1)
+    (temporary / name).symlink_to(outside)
+    if name == "tokenizer.json":
+        folders.write_durably(temporary / name, b"{}")
+    elif name != "manifest.json":
+        write_pieces(temporary / name, b"", [torch.ones(2)])
+    assert read_manifest(folders.commit(tmp_path, 1, MANIFEST))["step"] == 1
+    assert outside.read_text() == "kept"
 
 
 def test_a_file_is_summed_a_block_at_a_time(

@@ -69,6 +69,14 @@ def test_what_is_no_file_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_trained_tokenizer_is_written_through_no_link(tmp_path, corpus):
+    (tmp_path / "outside").write_text("kept")
+    for name in ("tokenizer.json", "tokenizer.json.tmp", ".tokenizer.json.tmp"):
+        (tmp_path / name).symlink_to(tmp_path / "outside")
+    assert load_tokenizer(train_tokenizer([corpus], tmp_path, 258)).eod_id == 0
+    assert (tmp_path / "outside").read_text() == "kept"
+
+
 def test_bad_tokenizers_are_refused(tmp_path, corpus):
     with pytest.raises(DataError, match="no tokenizer there"):
         load_tokenizer(tmp_path)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from checkpoints_tools.model_folder import load_model
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.prepare import prepare
-from pretrain.evaluation.models import ExportedModel
+from parallel.config import ModelConfig
+from pretrain.evaluation.models import ExportedModel, evaluation_layout
 from pretrain.evaluation.rows import Row, score_dataset, score_rows
 from pretrain.generate import load_tokenizer
 from tests.pretrain.command import paragraph, read_metrics, run_command, succeed, write_config
@@ -144,6 +145,21 @@ def test_what_cannot_be_done(trained: Path, words: tuple[str, ...], ranks: int, 
     for end in run_command("evaluate", trained / "run", *words, ranks=ranks):
         assert end.code != 0
         assert says in paragraph(end.output)
+
+
+@pytest.mark.parametrize(
+    ("saved", "ranks", "expected"),
+    [
+        ({}, 4, (1, 1, 1)),  # an averaged or imported checkpoint has no layout
+        ({"tensor": 2}, 4, (2, 1, 1)),
+        ({"tensor": 2, "context": 2}, 2, (1, 1, 1)),
+    ],
+)
+def test_layout_is_the_checkpoint_s_where_it_fits(
+    saved: dict[str, Any], ranks: int, expected: tuple[int, ...]
+) -> None:
+    found = evaluation_layout(ModelConfig(), saved, {}, ranks)
+    assert (found.tensor, found.pipeline, found.context) == expected
 
 
 def test_exported_model_on_two_ranks_and_other_data(trained: Path, tiny_data: Path) -> None:
