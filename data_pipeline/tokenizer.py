@@ -5,6 +5,7 @@ token 1 is padding.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 PADDING = "<|padding|>"
 MIN_VOCAB_SIZE = 256 + 2
 CHUNK = 1 << 16
+LONG_WORD = re.compile(r"\S{512}")
 MAX_BYTES = 1 << 28  # of a file; those of 256,000 tokens have some 35 MB
 
 
@@ -80,10 +82,18 @@ def train_tokenizer(
 
 
 def _texts(inputs: Sequence[Path | str], text_field: str) -> Iterator[str]:
-    """The corpus in short texts: the library holds 256 of them at a time, however long."""
+    """The corpus in short texts: the library holds 256 of them at a time, however long.
+
+    They are cut within what would be a very long word, as of base64: every merge goes through all
+    of each word that has its pair, so long ones without end would keep the trainer for hours.
+    """
     for document in documents(inputs, text_field):
         for at in range(0, len(document.text), CHUNK):
-            yield document.text[at : at + CHUNK]
+            text, begin = document.text[at : at + CHUNK], 0
+            for word in LONG_WORD.finditer(text):
+                yield text[begin : word.end()]
+                begin = word.end()
+            yield text[begin:]
 
 
 def load_tokenizer(path: Path, end_of_text: str | None = None) -> TextTokenizer:

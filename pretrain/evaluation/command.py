@@ -33,6 +33,7 @@ from untrusted.files import replace_file
 from untrusted.secrets import redact_value
 
 HAYSTACK_TOKENS = 1 << 20
+PIECE = 1 << 20  # characters
 ROWS_AT_ONCE = 1 << 14  # those of one length go into the model together
 
 
@@ -155,9 +156,10 @@ def _text_ids(model: Model, name: str, asked: Asked) -> tuple[list[Ids], int]:
     size = 0
     parts: list[Ids] = []
     for document in documents([name], asked.text_field):
-        # fast: without the place in the text of every token
-        (encoded,) = model.tokenizer.encode_batch_fast([document.text], add_special_tokens=False)
-        parts.append(np.array(encoded.ids, np.int32))
+        for piece in _pieces(document.text):
+            # fast: without the place in the text of every token
+            (encoded,) = model.tokenizer.encode_batch_fast([piece], add_special_tokens=False)
+            parts.append(np.array(encoded.ids, np.int32))
         size += len(document.text.encode())
         if document.ends:
             ids.append(np.concatenate(parts))
@@ -165,6 +167,18 @@ def _text_ids(model: Model, name: str, asked: Asked) -> tuple[list[Ids], int]:
             if asked.limit is not None and len(ids) >= asked.limit:
                 break
     return ids, size
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces of at most PIECE characters, which end with a line where they can: while it
+    encodes, the library takes hundreds of bytes a token."""
+    begin = 0
+    while begin < len(text):
+        end = begin + PIECE
+        if end < len(text):
+            end = text.rfind("\n", begin, end) + 1 or end
+        yield text[begin:end]
+        begin = end
 
 
 def _haystack(sets: dict[str, PackedDataset], texts: dict[str, tuple[list[Ids], int]]) -> list[int]:

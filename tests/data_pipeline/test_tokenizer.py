@@ -24,6 +24,14 @@ def test_short_texts_lose_no_character(corpus, monkeypatch):
     assert "".join(cut) == "".join(whole)
 
 
+def test_very_long_words_are_cut_for_training(tmp_path):
+    text = "some words " * 100 + "x" * 1200 + "\n" + "é" * 600 + " end"
+    (tmp_path / "a.txt").write_text(text)
+    cut = list(texts_of([tmp_path], "text"))
+    assert "".join(cut) == text
+    assert [len(part.split()[-1]) for part in cut] == [512, 512, 512, 3]
+
+
 def test_special_tokens_have_their_ids(tokenizer_file):
     loaded = load_tokenizer(tokenizer_file)
     assert (loaded.eod_id, loaded.pad_id, loaded.vocab_size) == (0, 1, 300)

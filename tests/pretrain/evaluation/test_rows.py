@@ -51,7 +51,8 @@ def test_a_long_text_takes_a_few_bytes_a_token(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "PART_BYTES", 1 << 14)
-    text = "xyz ünï\n" * 50_000
+    monkeypatch.setattr(command, "PIECE", 1 << 12)
+    text = "import Path\n" * 50_000
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("what the limit leaves out")
     model: Any = SimpleNamespace(tokenizer=tokenizer, end_of_text=0, max_length=64)
@@ -63,9 +64,20 @@ def test_a_long_text_takes_a_few_bytes_a_token(
         tracemalloc.stop()
     assert size == len(text.encode())
     assert list(ids[:40]) == tokenizer.encode(text[:400]).ids[:40]
+    assert max(ids) > 256  # of which Python makes an object each
     assert peak < 12 * len(ids)
     counted = [row.ids[i] for row in text_rows(ids, 0, 64) for i in row.counts]
     assert counted == list(ids)
+
+
+def test_pieces_of_a_text_end_with_lines_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "PIECE", 4)
+    for text, pieces in (
+        ("", []), ("abcd", ["abcd"]), ("a\nbcd", ["a\n", "bcd"]),
+        ("\nabcdefg", ["\n", "abcd", "efg"]),
+        ("\n\n\n\n\n", ["\n\n\n\n", "\n"]),
+    ):  # fmt: skip
+        assert list(command._pieces(text)) == pieces
 
 
 def test_rows_are_scored_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
