@@ -15,6 +15,7 @@ LISTENING = ("pretrain", "preflight", "evaluate")  # as ranks of jobs
 
 def main() -> None:
     """Run the command; a signal that ends it is one line and an exit code of `pretrain.stop`."""
+    _open_closed_streams()
     signal.signal(signal.SIGINT, _interrupted)
     listens = sys.argv[1:2] and sys.argv[1] in LISTENING
     try:
@@ -35,6 +36,19 @@ def main() -> None:
         command()
     except KeyboardInterrupt:
         _interrupted(signal.SIGINT, None)
+
+
+def _open_closed_streams() -> None:
+    """Give a process that was started without standard streams, as by `>&-`, ones that take all.
+
+    Else the first files that are opened would get their numbers.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
 
 
 def _interrupted(number: int, _: object) -> None:

@@ -245,7 +245,8 @@ def pretrain(
 
     if (reason := train(loaded, launch)) is not None:
         if launch.rank == 0:
-            print(f"stopped, all saved ({reason}); run the same command again", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print(f"stopped, all saved ({reason}); run the same command again", file=sys.stderr)
         stop.exit_for_requeue()
 
 

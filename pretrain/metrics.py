@@ -1,5 +1,6 @@
 """What a step reports: metrics.jsonl, TensorBoard, a live line on a terminal, lines in logs."""
 
+import contextlib
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -81,8 +82,10 @@ class MetricsWriter:
         self.path = run_dir / "metrics.jsonl"
         kept = _entries_before(self.path, first_step)
         replace_file(self.path, kept)
-        self.file: IO[bytes] = self.path.open("a+b")
+        self.file = self.path.open("a+b", buffering=0)
         self._size = len(kept)
+        self._waiting = b""  # lines, or the end of one, that could not be written yet
+        self._is_full = False
         self.tensorboard: SummaryWriter | None = None
         if tensorboard:
             self._spare_the_run("TensorBoard", lambda: self._open_tensorboard(run_dir, first_step))
@@ -95,7 +98,7 @@ class MetricsWriter:
             disable=not console.is_terminal,
         )
         self.task = self.progress.add_task("starting", total=total_steps, completed=first_step)
-        self.progress.start()
+        self._show_progress(self.progress.start)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Record one step; `metrics` has "step" and any of the known names.
@@ -109,7 +112,9 @@ class MetricsWriter:
         for tracker in self.trackers:
             self._spare_the_run(type(tracker).__name__, partial(tracker.write, metrics))
         line = _line(metrics)
-        self.progress.update(self.task, completed=step, description=line)
+        self._show_progress(
+            partial(self.progress.update, self.task, completed=step, description=line)
+        )
         if step % self.every == 0 or "validation_loss" in metrics:
             _log_line(line)
 
@@ -121,9 +126,11 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and release; the live line stays as it is."""
-        self.progress.stop()
+        self._show_progress(self.progress.stop)
         self._write_line(b"")
         self.file.close()
+        if self._waiting:
+            log.warning("%s lacks its last %d lines", self.path, self._waiting.count(b"\n"))
         if self.tensorboard is not None:
             self._spare_the_run("TensorBoard", self.tensorboard.close)
 
@@ -133,7 +140,7 @@ class MetricsWriter:
         try:
             if fault := self._fault(here):
                 self.file.close()
-                self.file = self.path.open("a+b")
+                self.file = self.path.open("a+b", buffering=0)
                 log.warning("%s %s while the run lasted", self.path, fault)
                 here = os.fstat(self.file.fileno())
         except (OSError, UntrustedError) as error:
@@ -141,9 +148,27 @@ class MetricsWriter:
                 self._lost.add(self.path.name)
                 message = "%s was replaced and cannot be written (%s): training goes on"
                 log.warning(message, self.path, error)
-        self.file.write(line)
-        self.file.flush()
-        self._size = here.st_size + len(line)
+        self._waiting += line
+        self._size = here.st_size
+        try:
+            while self._waiting:
+                written = self.file.write(self._waiting)
+                self._waiting = self._waiting[written:]
+                self._size += written
+        except OSError as error:
+            if not self._is_full:
+                self._is_full = True
+                log.warning(
+                    "%s cannot be written (%s): training goes on, and writes its lines once it can",
+                    *(self.path, error),
+                )
+        else:
+            self._is_full = False
+
+    def _show_progress(self, action: Callable[[], None]) -> None:
+        """The live line is in nobody's way: its terminal may be gone."""
+        with contextlib.suppress(OSError):
+            action()
 
     def _fault(self, here: os.stat_result) -> str:
         """What others have done to the file, which is written again if it is gone; else ""."""

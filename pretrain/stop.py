@@ -153,8 +153,9 @@ def outlive_signals() -> None:
 def exit_for_requeue() -> NoReturn:
     """End this process with REQUEUE; signals no longer end it otherwise."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # its terminal or pipe is gone
+            stream.flush()
     os._exit(REQUEUE)  # the interpreter's end would wait for threads that read ahead
 
 

@@ -7,6 +7,7 @@ are where they say. In a hang every rank then writes the stacks of its threads t
 with HUNG.
 """
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -133,7 +134,7 @@ class Watchdog:
         if self._store is not None and self._is_first("hang"):
             report = f"{place}: {self._diagnosis()}"
             failure.announce(self.logs, report, self.started)
-            print(shown(f"error: {report}"), file=sys.stderr, flush=True)
+            _say(f"error: {report}")
             self._end_all(HUNG, report)
             self._obey(HUNG, report)
         elif self._store is not None:  # who was first tells
@@ -153,9 +154,8 @@ class Watchdog:
             faulthandler.dump_traceback(file=self._stacks, all_threads=True)
             self._wait_for_stacks()
         elif self.launch.rank:
-            print(shown(f"error: stopped because another rank failed: {message}"), file=sys.stderr)
+            _say(f"error: stopped because another rank failed: {message}")
         logging.shutdown()
-        sys.stderr.flush()
         os._exit(code)
 
     def _main_thread_ends(self) -> bool:
@@ -308,3 +308,9 @@ def position(thread: int) -> str:
             line = f" from {file.removeprefix(SOURCE)}:{frame.f_lineno}"
         frame = frame.f_back
     return call + line
+
+
+def _say(text: str) -> None:
+    """On standard error, unless its terminal or disk is gone."""
+    with contextlib.suppress(OSError):
+        print(shown(text), file=sys.stderr, flush=True)

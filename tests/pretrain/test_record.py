@@ -1,11 +1,16 @@
 """What only the record of a run suffers from: training goes on, and says so once."""
 
+import contextlib
 import errno
+import io
 import logging
 import os
+import pty
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -91,6 +96,41 @@ def test_writer_without_a_tensorboard_folder(
     writer.close()
     assert len(read_metrics(tmp_path / "run")) == 2
     assert caplog.text.count("TensorBoard cannot be written") == 1
+
+
+class SmallDisk(io.FileIO):
+    """A file on a disk that has room for `room` bytes more."""
+
+    room = 100
+
+    def write(self, data: Any) -> int:
+        part = bytes(data)[: self.room]
+        if data and not part:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.room -= len(part)
+        return super().write(part)
+
+
+def test_lines_wait_while_the_disk_is_full(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics.log, "propagate", True)
+    tmp_path.joinpath("run").mkdir()
+    writer = MetricsWriter(tmp_path / "run", 0, 9, 1, False)
+    writer.file.close()
+    writer.file = disk = SmallDisk(tmp_path / "run/metrics.jsonl", "a+")
+    for step in range(1, 7):
+        writer.write(ENTRY | {"step": step})
+    assert caplog.text.count("metrics.jsonl cannot be written ([Errno 28]") == 1
+    disk.room = 10**6
+    for step in (7, 8):
+        writer.write(ENTRY | {"step": step})
+    assert [entry["step"] for entry in read_metrics(tmp_path / "run")] == [*range(1, 9)]
+    disk.room = 20
+    writer.write(ENTRY | {"step": 9})
+    writer.close()
+    assert caplog.text.count("metrics.jsonl cannot be written ([Errno 28]") == 2
+    assert "metrics.jsonl lacks its last 1 lines" in caplog.text
 
 
 class FailingTracker:
@@ -182,6 +222,45 @@ def test_few_file_descriptors_suffice_or_are_one_sentence(tiny_data: Path, tmp_p
 
 
 # -- commands that print -------------------------------------------------------------------------
+
+
+def run_in_terminal(words: list[str], until: Callable[[], bool]) -> int:
+    """`transxssm WORDS` in a terminal that is closed at a moment; the exit code."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "pretrain", *words]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": "xterm"}
+    )
+    os.close(theirs)
+    reader = threading.Thread(target=read_all, args=(ours,), daemon=True)
+    reader.start()
+    while process.poll() is None and not until():
+        time.sleep(0.05)
+    os.close(ours)
+    return process.wait(60)
+
+
+def read_all(terminal: int) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 1 << 16):
+            pass
+
+
+def test_a_terminal_that_goes_away_ends_no_run(tiny_data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny_data, training={"steps": 60, "eval_every": 0})
+    record = tmp_path / "run/metrics.jsonl"
+    code = run_in_terminal(
+        ["pretrain", str(config)], lambda: record.exists() and record.stat().st_size > 2000
+    )
+    assert (code, len(read_metrics(tmp_path / "run"))) == (0, 60)
+
+
+def test_closed_streams_are_no_error(tiny_data: Path, tmp_path: Path) -> None:
+    assert printed_to(">&-", tmp_path) == (0, "")
+    config = write_config(tmp_path / "w", tiny_data, training={"steps": 2, "eval_every": 0})
+    words = f'{sys.executable} -m pretrain pretrain "{config}" <&- >&- 2>&-'
+    done = subprocess.run(["bash", "-c", words], check=False)
+    assert (done.returncode, len(read_metrics(tmp_path / "w/run"))) == (0, 2)
 
 
 def printed_to(place: str, tmp_path: Path) -> tuple[int, str]:
