@@ -28,6 +28,7 @@ LONGEST = 1e10  # seconds that are shown
 LOG_BLOCK = 1 << 20  # bytes
 MOST_JOBS = 4_000_000  # of an array, in Slurm
 ENDED = ("finished", "failed", "stopped")
+LARGEST_LOSS = 1e100  # that is drawn, as in reports
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -112,27 +113,33 @@ def runs(
     from slurm.runs import find_runs, run_status
 
     jobs, found = known_jobs(), []
+    table = Table("run", "job", "state", "step", "loss", "tokens/s", "starts", "left", "limit")
     for run_dir in find_runs(folder):
         try:
-            found.append(run_status(run_dir, jobs))
+            status = run_status(run_dir, jobs)
+            row = _row(status)
         except Exception as error:  # whatever is wrong with one run must not hide the others
             _warn(f"{run_dir} is left out: {error}")
         else:
-            _warn(*found[-1].damaged)
+            found.append(status)
+            table.add_row(*row)
+            _warn(*status.damaged)
     if json_output:
         print_json([asdict(status) for status in found])
         return
-    table = Table("run", "job", "state", "step", "loss", "tokens/s", "starts", "left", "limit")
-    for status in found:
-        row = (
-            status.run_dir, status.job_id or "", status.state,
-            f"{status.step:,} of {status.total_steps:,}",
-            "" if status.loss is None else f"{status.loss:.4f}",
-            "" if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}",
-            str(status.starts), _duration(status.seconds_left), status.job_time_left,
-        )  # fmt: skip
-        table.add_row(*map(printable, row))
     whole_console().print(table)
+
+
+def _row(status: "RunStatus") -> list[str]:
+    """Cells of a run, in the table of runs."""
+    cells = (
+        status.run_dir, status.job_id or "", status.state,
+        f"{status.step:,} of {status.total_steps:,}",
+        "" if status.loss is None else f"{status.loss:.4f}",
+        "" if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}",
+        str(status.starts), _duration(status.seconds_left), status.job_time_left,
+    )  # fmt: skip
+    return [printable(cell) for cell in cells]
 
 
 def _warn(*sentences: str) -> None:
@@ -180,12 +187,13 @@ def _status_table(found: "RunStatus") -> Table:
 
 
 def _sparkline(values: list[float]) -> str:
-    """The course of the losses, highest to lowest, in blocks."""
+    """The course of the losses, highest to lowest, in blocks; without those too large to draw."""
+    values = [value for value in values if abs(value) < LARGEST_LOSS]
     if len(values) < 2:
         return ""
     low, high = min(values), max(values)
-    scale = (len(BLOCKS) - 1) / ((high - low) or 1.0)
-    return "".join(BLOCKS[round((value - low) * scale)] for value in values)
+    span, top = (high - low) or 1.0, len(BLOCKS) - 1
+    return "".join(BLOCKS[round((value - low) / span * top)] for value in values)
 
 
 def logs(
@@ -240,6 +248,7 @@ def cancel(run: Run) -> None:
 
 
 def _duration(seconds: float | None) -> str:
-    if seconds is None or seconds > LONGEST:
-        return "" if seconds is None else "centuries"
-    return str(timedelta(seconds=round(seconds)))
+    """Of what is left: from 0 to centuries."""
+    if seconds is None:
+        return ""
+    return "centuries" if seconds > LONGEST else str(timedelta(seconds=round(max(0.0, seconds))))

@@ -17,6 +17,7 @@ RECENT_STEPS = 20  # whose rate foretells the rest
 SHOWN_STEPS = 40
 TAIL_BYTES = 100_000
 TEXT_BYTES = 1 << 20
+FASTEST = 1e100  # tokens a second; a rate beyond it, or below its inverse, is none
 
 
 class StepMetrics(TypedDict, total=False):
@@ -77,10 +78,14 @@ def run_status(run_dir: Path, jobs: dict[str, dict[str, str]] | None = None) -> 
     ids = record.job_ids
     job_id = next((i for i in reversed(ids) if i in jobs), ids[-1] if ids else None)
     job = jobs.get(job_id or "", {})
-    rates = [rate for line in lines[-RECENT_STEPS:] if (rate := line.get("tokens_per_second"))]
+    rates = [
+        rate
+        for line in lines[-RECENT_STEPS:]
+        if 1 / FASTEST < (rate := line.get("tokens_per_second") or 0.0) < FASTEST
+    ]
     rate = sum(rates) / len(rates) if rates else None
     step, total = last.get("step", 0), config.total_steps
-    left = config.total_tokens - last.get("tokens", 0)
+    left = max(0, config.total_tokens - last.get("tokens", 0))
     failed = _text(run_dir / "logs/first_failure.txt", damaged)
     latest = _text(config.checkpoint_dir / "latest", damaged)
     losses = [loss for line in lines if (loss := line.get("loss")) is not None]

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 from pretrain.cli import app
 from pretrain.config import ConfigError, load_config
 from slurm import jobs
+from slurm.cli import _duration, _sparkline
 from slurm.cluster import ClusterConfig
 from slurm.jobs import JobLog, active_jobs
-from slurm.runs import run_status
+from slurm.runs import RunStatus, run_status
 from slurm.script import Request
 from slurm.submit import submit
 from tests.pretrain.command import write_config
@@ -119,6 +120,49 @@ def test_a_damaged_file_of_one_run_hides_no_other(name: str, runs: Path) -> None
             path.rmdir()
         path.unlink(missing_ok=True)
         path.write_bytes(sound)
+
+
+@pytest.mark.parametrize("rate", [-1e-300, -1e-320, 1e-320, -5.0, 0.0, 1e308, None])
+def test_a_rate_that_no_machine_has_is_unknown(rate: float | None, runs: Path) -> None:
+    line = {"step": 1, "tokens": 0, "tokens_per_second": rate}
+    (runs / "bad/metrics.jsonl").write_text(f"{json.dumps(line)}\n" * 2)
+    assert not other_is_shown(runs)
+    status = json.loads(outcome("status", runs / "bad", "--json").stdout)
+    assert (status["tokens_per_second"], status["seconds_left"]) == (None, None)
+    assert outcome("status", runs / "bad").exit_code == 0
+    listed = outcome("runs", runs)
+    assert listed.exit_code == 0
+    assert str(runs / "good") in listed.stdout
+    assert str(runs / "bad") in listed.stdout
+
+
+def test_losses_that_are_far_apart_are_not_drawn(runs: Path) -> None:
+    lines = [{"step": step, "loss": loss} for step, loss in enumerate([1e308, -1e308, 2.0, 1.0])]
+    (runs / "bad/metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    result = outcome("status", runs / "bad")
+    assert result.exit_code == 0
+    assert "█▁" in result.stdout
+    assert _sparkline([5e-324, 0.0]) == "█▁"
+
+
+def test_time_left_is_shown_whatever_it_is() -> None:
+    shown = [_duration(seconds) for seconds in (None, -1e300, 61.0, 1e300, float("inf"))]
+    assert shown == ["", "0:00:00", "0:01:01", "centuries", "centuries"]
+
+
+def test_a_run_that_cannot_be_shown_hides_no_other(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(status: RunStatus) -> list[str]:
+        if status.run_dir.endswith("bad"):
+            raise OverflowError("too much")
+        return [status.run_dir]
+
+    monkeypatch.setattr("slurm.cli._row", row)
+    result = outcome("runs", runs)
+    assert result.exit_code == 0
+    assert str(runs / "good") in result.stdout
+    assert f"{runs / 'bad'} is left out: too much" in result.stderr
 
 
 def test_the_sound_lines_of_a_damaged_record_of_jobs_count(runs: Path) -> None:
