@@ -47,9 +47,9 @@ class DataConfig(BaseModel):
 
     train: str = ""
     """Folder or URL of training shards, as written by `transxssm prepare` (OUT/train)."""
-    sources: list[SourceConfig] = Field(default_factory=list)
+    sources: list[SourceConfig] = Field(default_factory=list, max_length=bounds.SOURCES)
     """Several such folders instead, blended by weight."""
-    stages: list[StageConfig] = Field(default_factory=list)
+    stages: list[StageConfig] = Field(default_factory=list, max_length=bounds.STAGES)
     """Later parts of the run in which the sources' weights, or sequences, are others."""
     validation: str | dict[str, str] = ""
     """Folder or URL of validation shards (OUT/validation), or several by name; empty: none."""

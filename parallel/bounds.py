@@ -11,6 +11,7 @@ check ends at once and every count, product and date that follows from them is e
 | BATCH          | 16·10⁶ tokens an update: 16,384 sequences of 1,024                          |
 | RANKS          | 10⁵ GPUs                                                                    |
 | STEPS, TOKENS  | 10⁶ to 10⁷ updates; 4·10¹³ tokens. Products stay below 2⁶³                  |
+| SOURCES, STAGES | blends of tens of sources in a handful of stages                           |
 | SEED           | of torch's and NumPy's generators                                           |
 | SECONDS        | about three years; Python's clocks overflow at 300                          |
 """
@@ -30,6 +31,8 @@ STEPS = 10**12
 TOKENS = 10**18
 COUNT = 10**9  # of things a run meets: shards, bad steps, checkpoints kept
 THREADS = 256
+SOURCES = 256
+STAGES = 256
 SEED = (1 << 63) - 1
 SECONDS = 1e8
 SMALLEST = 1e-37  # a normal float32: less may be 0 in the computation

@@ -210,6 +210,11 @@ class ParallelConfig(Section):
     or an explicit list that sums to model.num_layers."""
 
     @property
+    def model_ranks(self) -> int:
+        """Of one model replica."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
     def sequence_parallel(self) -> bool:
         """Whether activations are split over tokens inside the tensor-parallel group."""
         return self.tensor > 1 and self.sequence in ("auto", True)

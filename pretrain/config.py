@@ -7,6 +7,7 @@ configuration dies before anything is built.
 import difflib
 import math
 import tomllib
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -145,12 +146,17 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    @property
-    def phases(self) -> list[Phase]:
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
         """The parts of the run, in order."""
-        return run_phases(
-            self.data, self.training.global_batch_size, self.training.micro_batch_size
-        )
+        training = self.training
+        return tuple(run_phases(self.data, training.global_batch_size, training.micro_batch_size))
+
+    def __copy__(self) -> "Config":
+        """Without the phases: model_copy may be about to replace what they follow from."""
+        copied = super().__copy__()
+        copied.__dict__.pop("phases", None)
+        return copied
 
     def phase_at(self, step: int) -> Phase:
         """The part of the run that makes the step after so many."""
@@ -190,8 +196,7 @@ class Config(Section):
 
         Raises ConfigError when the layout does not fit the processes or the batch.
         """
-        parallel = self.parallel
-        model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+        parallel, model_ranks = self.parallel, self.parallel.model_ranks
         if world_size % model_ranks:
             raise ConfigError(
                 f"parallel.tensor={parallel.tensor} × parallel.pipeline={parallel.pipeline} × "
@@ -209,18 +214,31 @@ class Config(Section):
 
         Raises ConfigError when there is none.
         """
-        first_refusal = ""
-        for used in range(nodes, 0, -1):
-            try:
-                self.data_parallel(used * tasks_per_node)
-            except ConfigError as error:
-                first_refusal = first_refusal or f"{used} nodes: {error}"
-            else:
+        multiple, ranks = self._multiple_of_data_parallel(), self.parallel.model_ranks
+        for used in range(nodes if multiple else 0, 0, -1):
+            data_parallel, rest = divmod(used * tasks_per_node, ranks)
+            if not rest and not multiple % data_parallel:
                 return used
-        raise ConfigError(
-            f"no number of nodes up to {nodes}, with {tasks_per_node} tasks each, can be used; "
-            f"{first_refusal}"
-        )
+        try:
+            self.data_parallel(nodes * tasks_per_node)
+        except ConfigError as error:
+            raise ConfigError(
+                f"no number of nodes up to {nodes}, with {tasks_per_node} tasks each, can be used; "
+                f"{nodes} nodes: {error}"
+            ) from error
+        raise AssertionError("data_parallel takes what usable_nodes refuses")
+
+    def _multiple_of_data_parallel(self) -> int:
+        """Which numbers of replicas `_check_batch` takes in every phase: the divisors of this; 0:
+        none. There may be many phases, and many nodes that are tried."""
+        shares = []
+        for phase in self.phases:
+            interleaved = self.parallel.virtual_pipeline > 1
+            unit = phase.micro_batch_size * (self.parallel.pipeline if interleaved else 1)
+            if phase.global_batch_size % unit:
+                return 0
+            shares.append(phase.global_batch_size // unit)
+        return math.gcd(*shares)
 
     def _check_batch(self, phase: Phase, data_parallel: int) -> None:
         parallel, batch, micro = self.parallel, phase.global_batch_size, phase.micro_batch_size

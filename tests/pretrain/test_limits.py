@@ -1,6 +1,7 @@
 """Numbers that no machine could serve: refused at once, in one sentence, by what is wrong."""
 
 import os
+import re
 import resource
 import time
 import typing
@@ -53,6 +54,71 @@ def refusal(tree: dict[str, Any]) -> str | None:
     assert "\n" not in (message or "")
     assert len(message or "") < 3000
     return message
+
+
+def blend(sources: int, stages: int, **sections: Any) -> dict[str, Any]:
+    """A configuration whose sources are read in turns."""
+    names = [f"s{n}" for n in range(sources)]
+    data = {
+        "sources": [{"name": name, "path": f"/{name}"} for name in names],
+        "stages": [
+            {"from_tokens": n * 10**9, "weights": {names[n % sources]: 1.0}}
+            for n in range(1, stages + 1)
+        ],
+    }
+    training = {"tokens": 10**13, "eval_every": 0} | sections.pop("training", {})
+    return {"data": data, "training": training, **sections}
+
+
+def test_many_sources_and_stages_are_refused_by_name() -> None:
+    assert refusal(blend(256, 256)) is None
+    message = refusal(blend(257, 8_000))
+    assert message is not None
+    for field in ("data.sources", "data.stages"):
+        assert re.search(rf"{field}=.*at most 256", message)
+
+
+def test_nodes_are_counted_at_once_however_many_there_are_and_stages() -> None:
+    config = parse_config(blend(256, 256, training={"global_batch_size": 1024}))
+    begin = time.perf_counter()
+    assert config.usable_nodes(2**17, 4) == 64
+    with pytest.raises(ConfigError, match=r"up to 131072.* 131072 nodes: "):
+        config.usable_nodes(2**17, 7)
+    assert time.perf_counter() - begin < 2
+
+
+@pytest.mark.parametrize("parallel", [{}, {"pipeline": 2, "virtual_pipeline": 2}, {"tensor": 2}])
+def test_usable_nodes_are_those_that_data_parallel_takes(parallel: dict[str, int]) -> None:
+    tree = blend(2, 2, parallel=parallel, training={"global_batch_size": 48})
+    for batch, micro in [(0, 0), (40, 2), (30, 15), (7, 2)]:
+        tree["data"]["stages"][1] |= {"global_batch_size": batch, "micro_batch_size": micro}
+        config = parse_config(tree)
+        for tasks in (1, 2, 3):
+            taken = [nodes for nodes in range(1, 60) if takes(config, nodes * tasks)]
+            for nodes in (1, 5, 24, 59):
+                expected = [n for n in taken if n <= nodes]
+                if expected:
+                    assert config.usable_nodes(nodes, tasks) == expected[-1]
+                else:
+                    with pytest.raises(ConfigError, match=f"{nodes} nodes: "):
+                        config.usable_nodes(nodes, tasks)
+
+
+def takes(config: Config, world_size: int) -> bool:
+    try:
+        config.data_parallel(world_size)
+    except ConfigError:
+        return False
+    return True
+
+
+def test_a_copied_configuration_has_phases_of_its_own() -> None:
+    config = parse_config(BASE)
+    assert config.phases is config.phases
+    training = config.training.model_copy(update={"global_batch_size": 32})
+    changed = config.model_copy(update={"training": training})
+    assert [c.phases[0].global_batch_size for c in (config, changed)] == [8, 32]
+    assert parse_config(config.model_dump()) == config == config.model_copy()
 
 
 @pytest.mark.parametrize(("section", "field"), FIELDS, ids=str)
