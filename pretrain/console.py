@@ -1,5 +1,6 @@
 """Printing tables for people and for pipes, and lines of logs."""
 
+import contextlib
 import json
 import logging
 import sys
@@ -33,6 +34,13 @@ def literal(label: str) -> str:
 def say(text: str) -> None:
     """Print a line by way of `shown`."""
     print(shown(text))
+
+
+def warn(text: str) -> None:
+    """Print a warning to standard error by way of `shown`."""
+    # a command that can go on without what it warns of can go on without the warning, too
+    with contextlib.suppress(OSError):
+        print(f"warning: {shown(text)}", file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from parallel import bounds
-from pretrain.console import print_json, say, shown, whole_console
+from pretrain.console import print_json, say, warn, whole_console
 from untrusted.text import printable, printable_lines
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _row(status: "RunStatus") -> list[str]:
 
 def _warn(*sentences: str) -> None:
     for sentence in sentences:
-        print(f"warning: {shown(sentence)}", file=sys.stderr)
+        warn(sentence)
 
 
 def status(

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from pretrain.console import warn
 from untrusted.commands import run_bounded
 from untrusted.files import check_place
 from untrusted.records import read_json_lines
@@ -120,7 +120,7 @@ def known_jobs() -> dict[str, dict[str, str]]:
         return active_jobs()
     except SlurmError as error:
         first = printable(str(error).partition("\n")[0])
-        print(f"warning: Slurm does not answer, and jobs are not shown: {first}", file=sys.stderr)
+        warn(f"Slurm does not answer, and jobs are not shown: {first}")
         return {}
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,24 @@ def test_a_run_that_cannot_be_shown_hides_no_other(
     assert result.exit_code == 0
     assert str(runs / "good") in result.stdout
     assert f"{runs / 'bad'} is left out: too much" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "runs"])
+def test_a_warning_that_cannot_be_written_ends_no_command(command: str, runs: Path) -> None:
+    (runs / "bad/metrics.jsonl").write_text("{\n")
+    squeue = runs.parent / "bin/squeue"
+    squeue.parent.mkdir()
+    squeue.write_text("#!/bin/sh\nexit 1\n")
+    squeue.chmod(0o755)
+    target = runs / "bad" if command == "status" else runs
+    env = os.environ | {"PATH": f"{squeue.parent}:{os.environ['PATH']}"}
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "pretrain", command, str(target)],
+            env=env, stdout=subprocess.PIPE, stderr=full, text=True,
+        )  # fmt: skip
+    assert ended.returncode == 0
+    assert str(runs / "bad") in ended.stdout
 
 
 def test_the_sound_lines_of_a_damaged_record_of_jobs_count(runs: Path) -> None:
