@@ -79,9 +79,9 @@ def run_status(run_dir: Path, jobs: dict[str, dict[str, str]] | None = None) -> 
     job_id = next((i for i in reversed(ids) if i in jobs), ids[-1] if ids else None)
     job = jobs.get(job_id or "", {})
     rates = [
-        rate
+        known
         for line in lines[-RECENT_STEPS:]
-        if 1 / FASTEST < (rate := line.get("tokens_per_second") or 0.0) < FASTEST
+        if 1 / FASTEST < (known := line.get("tokens_per_second") or 0.0) < FASTEST
     ]
     rate = sum(rates) / len(rates) if rates else None
     step, total = last.get("step", 0), config.total_steps
