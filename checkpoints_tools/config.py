@@ -33,4 +33,5 @@ class CheckpointConfig(Section):
     """Go on from a checkpoint with other [model] fields, where its tensors still fit."""
     begin_again: bool = False
     """Where the run's record says that steps were made, and their checkpoints are gone: set the
-    record aside, in old-record-N, and begin again."""
+    record aside, in old-record-N, and begin again; or, where older checkpoints are left, set a copy
+    aside and go on from them."""

@@ -348,9 +348,9 @@ class Trainer:
             )
         self.progress("going back")
         self.saver.drain()
+        if dist.get_rank() == 0:  # first: a run that dies now has not lost what is removed
+            record_saves(self.config, last_step=first_step - 1)
         start = newest_sound(self.config.checkpoint_dir, first_step - 1)
-        if dist.get_rank() == 0:
-            record_saves(self.config)
         if start is None:
             raise TrainingError(
                 f"{report}. There is no checkpoint from before to go back to; {advice}, or save "

@@ -72,6 +72,26 @@ def test_lost_checkpoints_are_refused_until_told(
     assert [entry["step"] for entry in read_metrics(run)] == [*range(first, 4)]
 
 
+def test_run_whose_newest_checkpoint_is_gone_is_refused_until_told(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    fields = {"steps": 2, "eval_every": 0}
+    config = write_config(tmp_path, tiny_data, training=fields, checkpoint={"every": 1})
+    (end,) = run_command("pretrain", config)
+    assert end.code == 0, end.output
+    record = (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run / "checkpoints/step-00000002")
+    (end,) = run_command("pretrain", config)
+    assert end.code == 1, end.output
+    assert "holds checkpoints up to step 1 only" in paragraph(end.output)
+    assert (run / "metrics.jsonl").read_bytes() == record
+    (end,) = run_command("pretrain", config, "--checkpoint.begin_again=true")
+    assert end.code == 0, end.output
+    assert (run / "old-record-1/metrics.jsonl").read_bytes() == record
+    assert [entry["step"] for entry in read_metrics(run)] == [1, 2]
+
+
 # -- without training ----------------------------------------------------------------------------
 
 
@@ -119,7 +139,40 @@ def test_folder_with_the_checkpoints_of_another_run_is_refused(
     keep_record(moved, [2, 3])  # they were moved
     with pytest.raises(CheckpointError, match="holds checkpoints up to step 1 only"):
         keep_record(moved, [1])
-    keep_record(config, [1])  # later ones were moved away, to go back
+
+
+def test_newest_checkpoints_that_are_gone_are_missed(config: Config, tmp_path: Path) -> None:
+    run, folder = tmp_path / "run", tmp_path / "run/checkpoints"
+    (run / "tensorboard").mkdir()
+    (run / "tensorboard/events").write_text("events")
+    record = (run / "metrics.jsonl").read_bytes()
+    record_saves(config, 3)
+    keep_record(config, [2, 3])  # of which 3 may be damaged
+    with pytest.raises(CheckpointError) as caught:
+        keep_record(config, [1, 2])
+    for said in (folder, "saved up to step 3,", "up to step 2 only", "--checkpoint.begin_again"):
+        assert str(said) in str(caught.value)
+    for number, fields in enumerate(
+        ({"begin_again": True}, {"resume": str(folder / "step-00000002")}), 1
+    ):
+        keep_record(with_dir(config, folder, **fields), [1, 2])
+        aside = run / f"old-record-{number}"
+        assert (aside / "metrics.jsonl").read_bytes() == record
+        assert (aside / "tensorboard/events").read_text() == "events"
+        assert (run / "metrics.jsonl").read_bytes() == record  # the run goes on with it
+    with pytest.raises(CheckpointError):
+        keep_record(with_dir(config, folder, resume=str(folder / "step-00000001")), [1, 2])
+
+
+def test_checkpoints_that_the_run_itself_removes_are_not_missed(config: Config) -> None:
+    for step in (1, 2, 3):
+        (config.checkpoint_dir / f"step-{step:08d}").mkdir(parents=True)
+    record_saves(config)
+    with pytest.raises(CheckpointError):
+        keep_record(config, [1, 2])
+    record_saves(config, last_step=2)  # as when it goes back, before it removes
+    keep_record(config, [1, 2])
+    keep_record(config, [1, 2, 3])
 
 
 @pytest.mark.parametrize("content", [b"\0" * 4096, b'{"step": "3"}\n', b"\xff\xfe\n"])
