@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from pretrain.console import print_json, say, whole_console
+from pretrain.console import local, print_json, say, whole_console
 
 checkpoint_app = typer.Typer(
     help="Look into, check, compare, average, export and import checkpoints.", no_args_is_help=True
@@ -159,7 +159,7 @@ def checkpoint_diff(
 @checkpoint_app.command("export")
 def checkpoint_export(
     step: Step,
-    out: Annotated[Path, typer.Argument(help="New folder for the model.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the model.", callback=local)],
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option()] = "fp32",
     max_shard_size: Annotated[
         str, typer.Option(help="Of a safetensors file, e.g. 5GB or 500MB.")
@@ -225,7 +225,7 @@ def _compared(
 @checkpoint_app.command("import")
 def checkpoint_import(
     model: Annotated[Path, typer.Argument(help="Folder of an exported model.")],
-    out: Annotated[Path, typer.Argument(help="New folder for step-00000000.")],
+    out: Annotated[Path, typer.Argument(help="New folder for step-00000000.", callback=local)],
     config: Annotated[
         Path | None,
         typer.Option(help="TOML file of the run that is to start from it; its data is looked at."),
@@ -265,7 +265,7 @@ def _default_tree() -> dict[str, Any]:
 @checkpoint_app.command("average")
 def checkpoint_average(
     steps: Annotated[list[Path], typer.Argument(help="step-* folders of one model.")],
-    out: Annotated[Path, typer.Option(help="New folder for step-00000000.")],
+    out: Annotated[Path, typer.Option(help="New folder for step-00000000.", callback=local)],
     json_output: Json = False,
 ) -> None:
     """Make a sharded checkpoint of the mean of the weights: step 0, optimizer moments zero."""

@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from parallel import bounds
 from pretrain import stop
 from pretrain.checkpoint_cli import checkpoint_app
-from pretrain.console import LogFormatter, say, shown, whole_console
+from pretrain.console import LogFormatter, local, say, shown, whole_console
 from pretrain.evaluation import cli as evaluation_command
 from slurm import cli as job_commands
 from untrusted.secrets import remember
@@ -427,7 +427,7 @@ def _share(text: str) -> tuple[int, int]:
 @tokenizer_app.command("train")
 def tokenizer_train(
     inputs: Inputs,
-    out: Annotated[Path, typer.Option(help="Where tokenizer.json goes.")],
+    out: Annotated[Path, typer.Option(help="Where tokenizer.json goes.", callback=local)],
     vocab_size: Annotated[int, typer.Option(min=258, max=bounds.VOCABULARY)] = 8192,
     text_field: Annotated[str, typer.Option(help="Field of jsonl records.")] = "text",
 ) -> None:
@@ -516,7 +516,7 @@ def generate(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
-    out: Annotated[Path | None, typer.Option(help="[RUN/report.html]")] = None,
+    out: Annotated[Path | None, typer.Option(help="[RUN/report.html]", callback=local)] = None,
 ) -> None:
     """Write one HTML page of a run: curves across restarts, where time goes, events."""
     from pretrain.report import write_report
@@ -530,7 +530,9 @@ def kernels_audit(
         list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942, repeatable [all].")
     ] = None,
     update: Annotated[bool, typer.Option("--update", help="Accept the numbers as golden.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write all here.", callback=local)
+    ] = None,
 ) -> None:
     """Compile every kernel without a GPU; report what the compiler made of it. 1: a rule broken."""
     from kernels.audit.command import audit

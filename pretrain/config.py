@@ -22,6 +22,7 @@ from pretrain.credentials import restored
 from pretrain.phases import Phase, run_phases
 from untrusted.errors import UnsafeFileError
 from untrusted.files import read_regular
+from untrusted.names import check_local
 
 MAX_BYTES = 1 << 20  # of a configuration file
 
@@ -186,6 +187,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
+        _check_places(self)
         _check_training(self)
         check_layout(self.model, self.parallel)
         _check_sequence(self)
@@ -259,6 +261,15 @@ class Config(Section):
                 f"{_nearest_multiple(batch, share * parallel.pipeline)}, or "
                 "parallel.virtual_pipeline=1"
             )
+
+
+def _check_places(config: Config) -> None:
+    """What a run writes; data alone may be remote."""
+    logging = config.logging
+    check_local(logging.run_dir, "logging.run_dir")
+    check_local(logging.prometheus_file, "logging.prometheus_file")
+    check_local(config.checkpoint.dir, "checkpoint.dir")
+    check_local(config.data.cache_dir, "data.cache_dir")
 
 
 def _check_training(config: Config) -> None:

@@ -1,14 +1,18 @@
-"""Printing tables for people and for pipes, and lines of logs."""
+"""Printing tables for people and for pipes, and lines of logs; places that a command writes to."""
 
 import contextlib
 import json
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
+from untrusted.errors import UnsafeNameError
+from untrusted.names import check_local
 from untrusted.secrets import redact_message
 from untrusted.text import printable, printable_lines
 
@@ -46,6 +50,16 @@ def warn(text: str) -> None:
 def print_json(value: Any) -> None:
     """Print one JSON value by way of `shown`."""
     print(shown(json.dumps(value)))
+
+
+def local(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Refuse a URL as the place of what a command writes: the callback of such an argument."""
+    if path is not None:
+        try:
+            check_local(path, "it")
+        except UnsafeNameError as error:
+            raise typer.BadParameter(str(error), param=parameter) from None
+    return path
 
 
 class SafeConsole(Console):

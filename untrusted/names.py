@@ -1,10 +1,14 @@
-"""Names that come from files, taken into a folder or refused."""
+"""Names that come from files, taken into a folder or refused; places that cannot be URLs."""
 
+import re
 import unicodedata
 from pathlib import Path
 
 from untrusted.errors import UnsafeNameError
 from untrusted.text import printable
+
+# also what pathlib makes of it, with one slash
+_URL = re.compile(r"\s*(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,31}):/|.*://", re.DOTALL)
 
 MAX_NAME_BYTES = 255  # of one file name, on every common file system
 
@@ -56,6 +60,22 @@ def check_file_name(name: object, source: str) -> str:
             "beside it."
         )
     return checked
+
+
+def check_local(path: str | Path, field: str) -> None:
+    """Refuse a URL where only this machine's folders and files can be written.
+
+    It would become a folder here that is named after it, credentials and all, so the message shows
+    no more than its scheme. field: what holds the path. Raises UnsafeNameError.
+    """
+    if (found := _URL.match(str(path))) is None:
+        return
+    scheme = f"{found['scheme']}://" if found["scheme"] else "with ://"
+    raise UnsafeNameError(
+        f"{field} is a URL ({scheme}...), but it must be a path of this machine: nothing is "
+        "written to a remote storage there. Name a local or mounted folder, and copy what is to go "
+        "elsewhere."
+    )
 
 
 def _fault(name: object) -> str | None:

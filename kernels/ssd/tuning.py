@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.ssd.ssd import ssd
 from kernels.ssd.tiles import Tile, fixed_tile, forced_tile, key, read_tiles, write_tiles
 from kernels.target import Target, current_target, interpreting
+from untrusted.names import check_local
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Relative RMS by which a tile's results may differ from those of the fixed one: rounding of sums in
@@ -122,6 +123,7 @@ def main(arguments: list[str]) -> int:
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default, help=f"[{default}]")
     options = parser.parse_args(arguments)
+    check_local(options.output, "--output")
     if interpreting() or not torch.cuda.is_available():
         parser.error("there is no GPU here to time kernels on")
     known = read_tiles(options.output) if options.output.exists() else {}

@@ -9,6 +9,7 @@ import typer
 
 from parallel import bounds
 from pretrain import stop
+from pretrain.console import local
 
 
 def evaluate(
@@ -53,7 +54,9 @@ def evaluate(
     ] = None,
     pipeline: Annotated[int | None, typer.Option(min=1, max=bounds.RANKS)] = None,
     context: Annotated[int | None, typer.Option(min=1, max=bounds.RANKS)] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for results.json and pictures.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results.json and pictures.", callback=local)
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
 ) -> None:
     """Perplexity, bits per byte, and what is found in the context, of a sharded or exported model.

@@ -136,3 +136,29 @@ def test_what_is_not_there_is_a_paragraph(words: list[str], found: str, tmp_path
     (end,) = run_command(*[word.format(tmp=tmp_path) for word in words])
     assert end.code == 1
     assert found in paragraph(end.output)
+
+
+URL = "s3://user:S3cr3t@bucket/x"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["checkpoint", "export", "run", URL], ["checkpoint", "import", "model", URL],
+     ["checkpoint", "average", "run", "--out", URL], ["evaluate", "model", "--out", URL],
+     ["tokenizer", "train", "text", "--out", URL], ["report", "run", "--out", URL],
+     ["kernels", "audit", "--json", URL]],
+    ids=lambda words: " ".join(words[:2]),
+)  # fmt: skip
+def test_output_is_written_to_no_url(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from pretrain.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    end = CliRunner().invoke(app, words)
+    assert end.exit_code == 2, end.output
+    assert "is a URL (s3://...)" in " ".join(end.output.replace("│", " ").split())
+    assert "S3cr3t" not in end.output
+    assert not list(tmp_path.iterdir())

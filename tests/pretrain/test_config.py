@@ -171,6 +171,16 @@ def test_every_mistake_is_reported_at_once(file: Path) -> None:
     assert "optimizer.lr='fast'" in message
 
 
+@pytest.mark.parametrize(
+    "field", ["checkpoint.dir", "logging.run_dir", "logging.prometheus_file", "data.cache_dir"]
+)
+def test_run_is_written_to_no_url(field: str, file: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [f"--{field}", "s3://user:S3cr3t@bucket/x"])
+    assert f"{field} is a URL (s3://...)" in str(caught.value)
+    assert "S3cr3t" not in str(caught.value)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     assert "nowhere.toml: No such file" in error_of(tmp_path / "nowhere.toml")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from untrusted.errors import UnsafeNameError
-from untrusted.names import check_file_name, check_name, name_in
+from untrusted.names import check_file_name, check_local, check_name, name_in
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,19 @@ def test_a_name_does_not_lead_through_a_link(tmp_path: Path) -> None:
 def test_a_file_name_has_no_folder() -> None:
     with pytest.raises(UnsafeNameError, match="names a folder"):
         check_file_name("a/b", "index.json")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://user:S3cr3t@bucket/x", Path("s3://user:S3cr3t@bucket/x"), "file:///S3cr3t", " gs://S3cr3t",
+     "runs/s3://user:S3cr3t@bucket"],
+)  # fmt: skip
+def test_url_where_only_a_path_will_do_is_refused_without_its_secret(url: str | Path) -> None:
+    with pytest.raises(UnsafeNameError, match=r"^checkpoint\.dir is a URL") as caught:
+        check_local(url, "checkpoint.dir")
+    assert "S3cr3t" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["", "runs/a", "/data/run", "../a:b/c", "12:30/x", "a b", "@x/y"])
+def test_path_of_this_machine_is_taken(path: str) -> None:
+    check_local(path, "checkpoint.dir")
