@@ -52,13 +52,13 @@ def print_json(value: Any) -> None:
     print(shown(json.dumps(value)))
 
 
-def local(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+def local(path: Path | None) -> Path | None:
     """Refuse a URL as the place of what a command writes: the callback of such an argument."""
     if path is not None:
         try:
             check_local(path, "it")
         except UnsafeNameError as error:
-            raise typer.BadParameter(str(error), param=parameter) from None
+            raise typer.BadParameter(str(error)) from error
     return path
 
 

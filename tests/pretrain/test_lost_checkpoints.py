@@ -152,9 +152,10 @@ def test_newest_checkpoints_that_are_gone_are_missed(config: Config, tmp_path: P
         keep_record(config, [1, 2])
     for said in (folder, "saved up to step 3,", "up to step 2 only", "--checkpoint.begin_again"):
         assert str(said) in str(caught.value)
-    for number, fields in enumerate(
-        ({"begin_again": True}, {"resume": str(folder / "step-00000002")}), 1
-    ):
+    told: list[dict[str, Any]] = [
+        {"begin_again": True}, {"resume": str(folder / "step-00000002")},
+    ]  # fmt: skip
+    for number, fields in enumerate(told, 1):
         keep_record(with_dir(config, folder, **fields), [1, 2])
         aside = run / f"old-record-{number}"
         assert (aside / "metrics.jsonl").read_bytes() == record
