@@ -73,7 +73,7 @@ def config_of(layout: str, folder: Path, run_dir: Path) -> Config:
 
 
 def go_on(config: Config, source: Path | None) -> list[float]:
-    """Make BEFORE steps, or load `source`; save; the losses of AFTER steps."""
+    """Make BEFORE steps, or load `source`; save; the losses of the steps after."""
     trainer = open_trainer(config)
     if source is not None:
         trainer.resume(source)
@@ -83,7 +83,7 @@ def go_on(config: Config, source: Path | None) -> list[float]:
             trainer.train_step(batches)
     trainer.save()
     losses = []
-    for _ in range(AFTER):
+    for _ in range(config.training.steps - BEFORE):
         trainer.saver.poll()
         losses.append(trainer.train_step(batches)["loss"])
     trainer.saver.drain()
