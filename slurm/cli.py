@@ -29,6 +29,7 @@ LOG_BLOCK = 1 << 20  # bytes
 MOST_JOBS = 4_000_000  # of an array, in Slurm
 ENDED = ("finished", "failed", "stopped")
 LARGEST_LOSS = 1e100  # that is drawn, as in reports
+LARGEST_SHOWN = 1e9  # digit by digit
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -135,8 +136,8 @@ def _row(status: "RunStatus") -> list[str]:
     cells = (
         status.run_dir, status.job_id or "", status.state,
         f"{status.step:,} of {status.total_steps:,}",
-        "" if status.loss is None else f"{status.loss:.4f}",
-        "" if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}",
+        _figure(status.loss, ".4f"),
+        _figure(status.tokens_per_second, ",.0f"),
         str(status.starts), _duration(status.seconds_left), status.job_time_left,
     )  # fmt: skip
     return [printable(cell) for cell in cells]
@@ -245,6 +246,13 @@ def cancel(run: Run) -> None:
         raise ConfigError(f"{run}: no job of it waits or runs")
     slurm("scancel", *found)
     say(f"cancelled {', '.join(found)}")
+
+
+def _figure(value: float | None, form: str) -> str:
+    """Of usual size in `form`, else short, too."""
+    if value is None:
+        return ""
+    return f"{value:{form}}" if abs(value) < LARGEST_SHOWN else f"{value:.3g}"
 
 
 def _duration(seconds: float | None) -> str:

@@ -145,6 +145,10 @@ def test_losses_that_are_far_apart_are_not_drawn(runs: Path) -> None:
     assert result.exit_code == 0
     assert "█▁" in result.stdout
     assert _sparkline([5e-324, 0.0]) == "█▁"
+    (runs / "bad/metrics.jsonl").write_text(f"{json.dumps(lines[0])}\n")
+    listed = outcome("runs", runs).stdout
+    assert "1e+308" in listed
+    assert "0" * 20 not in listed
 
 
 def test_time_left_is_shown_whatever_it_is() -> None:
