@@ -137,7 +137,7 @@ def _record_environment(path: Path, world_size: int) -> None:
 @cache
 def installed_packages() -> dict[str, str]:
     """Return the version of every installed package."""
-    described = (d.metadata for d in distributions())  # parsed anew at every access
+    described = (d.metadata for d in distributions())  # each access to .metadata parses the file
     return {found["Name"]: found["Version"] for found in described if found["Name"]}
 
 

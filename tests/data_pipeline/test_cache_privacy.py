@@ -16,6 +16,7 @@ from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
 from data_pipeline.node_cache import NodeCache, default_cache_dir
 from data_pipeline.storage import Cache
+from tests.conftest import missing
 from tests.data_pipeline.test_storage import bucket as bucket
 from tests.data_pipeline.test_storage import samples
 
@@ -90,7 +91,7 @@ def test_links_within_the_folders_are_removed_and_not_followed(
 def test_data_that_others_planted_is_not_believed(node: Path, tmp_path: Path, bucket: Path) -> None:
     """Copies and their markers in a folder of another user, as this user's runs would make them."""
     if os.geteuid():
-        pytest.skip("needs root, to be somebody else")
+        missing("only root can create files of other users or device files")
     url = f"file://{bucket}/train"
     expected = samples(PackedDataset(url, cache=Cache(tmp_path / "own")))
     other = multiprocessing.get_context("fork").Process(target=_fill, args=(url,))
@@ -108,7 +109,7 @@ def test_data_that_others_planted_is_not_believed(node: Path, tmp_path: Path, bu
 
 def test_a_marker_of_another_user_is_not_believed(tmp_path: Path) -> None:
     if os.geteuid():
-        pytest.skip("needs root, to be somebody else")
+        missing("only root can create files of other users or device files")
     cache = NodeCache(tmp_path / "cache", 1 << 20)
     cache.mark("a shard")
     assert cache.is_marked("a shard")

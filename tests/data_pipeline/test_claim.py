@@ -15,6 +15,7 @@ from data_pipeline import prepare as preparing
 from data_pipeline.claim import claim
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import prepare
+from tests.conftest import missing
 from tests.data_pipeline.conftest import SEQ_LEN
 from tests.data_pipeline.test_prepare import contents
 from untrusted.errors import UntrustedError
@@ -296,7 +297,7 @@ def test_folders_of_others_are_refused(
     path = out.parent / planted.replace("KEY", key)
     if fault == "foreign":
         if os.geteuid():
-            pytest.skip("needs root")
+            missing("only root can create files of other users or device files")
         os.chown(path, 4242, 4242)
     else:
         path.chmod(0o777)

@@ -22,6 +22,7 @@ from data_pipeline.mds import described
 from data_pipeline.meta import fingerprint
 from data_pipeline.prepare import prepare
 from data_pipeline.storage import Cache
+from tests.conftest import missing
 from tests.data_pipeline.conftest import SEQ_LEN
 from tests.data_pipeline.test_storage import cache as cache
 from tests.data_pipeline.test_storage import samples
@@ -150,7 +151,7 @@ def to_zero(path: Path) -> None:
 
 def device(path: Path) -> None:
     if os.geteuid():
-        pytest.skip("needs root")
+        missing("only root can create files of other users or device files")
     path.unlink()
     os.mknod(path, 0o020666, os.makedev(1, 5))
 
