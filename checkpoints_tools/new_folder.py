@@ -7,25 +7,25 @@
 A killed command leaves that folder. The next one with the same OUT can lock it, so it removes it.
 """
 
-import errno
 import fcntl
 import hashlib
 import logging
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.folder import sync_folder
+from untrusted.errors import UnsafeFileError
+from untrusted.files import NO_LOCKS, open_lock
+from untrusted.private import check_ours
 
 log = logging.getLogger("transxssm")
 
 CONTENT, LOCK = "content", ".transxssm-unfinished"
 LONGEST_NAME = 100  # bytes; a longer one is named by its checksum
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def refuse_existing(out: Path) -> None:
@@ -65,6 +65,8 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
         finally:
             shutil.rmtree(workplace, ignore_errors=True)  # what stays is for the next command
             os.close(lock)
+    except UnsafeFileError as error:  # in the place of what a command left
+        raise CheckpointError(str(error)) from error
     except OSError as error:
         raise CheckpointError(f"writing {out} failed: {error}; nothing is left there") from error
 
@@ -84,7 +86,7 @@ def _enter(workplace: Path, out: Path) -> int:
             is_new = False
             _refuse_strange(workplace, out)
         try:
-            lock = os.open(workplace / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            lock = open_lock(workplace / LOCK, 0o600)
         except FileNotFoundError:  # its command ended just now
             continue
         try:
@@ -104,9 +106,8 @@ def _enter(workplace: Path, out: Path) -> int:
 def _refuse_strange(workplace: Path, out: Path) -> None:
     """Raise CheckpointError for what no command of this user left."""
     with suppress(FileNotFoundError):
-        found = os.lstat(workplace)
-        is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-        is_ours = is_ours and not (workplace / CONTENT).is_symlink()
+        check_ours(workplace)
+        is_ours = not (workplace / CONTENT).is_symlink()
         if not is_ours or not set(os.listdir(workplace)) <= {CONTENT, LOCK}:
             raise CheckpointError(
                 f"{workplace} is in the way and not from this command; move it elsewhere, or name "

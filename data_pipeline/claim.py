@@ -11,12 +11,10 @@ have put something in the place of these folders, where they can write: so each 
 of this user before what is in it is removed or trusted.
 """
 
-import errno
 import fcntl
 import logging
 import os
 import shutil
-import stat
 import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import DataError
-from untrusted.errors import UnsafeFileError
-from untrusted.files import read_regular
+from untrusted.files import NO_LOCKS, open_lock, read_regular
 from untrusted.private import check_ours
 
 STATE = ".transxssm-prepare"
@@ -34,7 +31,6 @@ UNITS = "units"
 WAIT_SECONDS, WAIT_SECONDS_ALONE = 10.0, 1.0  # for a job that sets the folder up
 MAX_STATE_BYTES = 4096
 FOLDER_MODE = 0o775  # less the umask's bits: not for everybody to write, whatever that is
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a network file system
 
 log = logging.getLogger("transxssm")
 
@@ -161,7 +157,7 @@ def _lock(folder: Path, mode: int) -> tuple[int, bool] | None:
         _make(folder)
         if _state(folder) is None and any(map(_is_strange, folder.iterdir())):
             raise DataError(f"{folder} is in the way and not from `prepare`; move it elsewhere.")
-        file = _open_lock(folder / LOCK)
+        file = open_lock(folder / LOCK)
     except FileNotFoundError:
         return None
     locks = True
@@ -194,20 +190,6 @@ def _make(folder: Path) -> None:
         folder.mkdir(FOLDER_MODE, parents=True)
     except FileExistsError:
         check_ours(folder)
-
-
-def _open_lock(path: Path) -> int:
-    """Raises UnsafeFileError for a link or what else is no file, OSError."""
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise UnsafeFileError(f"{path} is a link, not a file; remove it.") from error
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise UnsafeFileError(f"{path} is a pipe or device, not a file; remove it.")
-    return file
 
 
 def _take_over(folder: Path, work: str, keys: Collection[str]) -> None:

@@ -21,6 +21,7 @@ from pretrain.estimate_report import check_fits
 from slurm.cluster import ClusterConfig
 from slurm.jobs import WAITING_OR_RUNNING, JobLog, active_jobs, read_job_id, slurm
 from slurm.script import Request, check_values, job_script
+from untrusted.files import replace_file
 
 NODE_LOCAL = ("/tmp/", "/dev/shm/", "/var/tmp/")
 
@@ -120,8 +121,8 @@ def submit(config: Config, request: Request, cluster: ClusterConfig) -> str:
     script = job_script(request, cluster, run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        _replace(run_dir / "config.toml", dump_recorded(config), 0o666)
-        _replace(run_dir / "job.sbatch", script, 0o600)
+        replace_file(run_dir / "config.toml", dump_recorded(config).encode())
+        replace_file(run_dir / "job.sbatch", script.encode(), 0o600)
         record.check_writable()
     except OSError as error:
         raise ConfigError(f"logging.run_dir={run_dir} cannot be written ({error})") from error
@@ -130,13 +131,3 @@ def submit(config: Config, request: Request, cluster: ClusterConfig) -> str:
     job_id = read_job_id(answer)
     record.add(job_id)
     return job_id
-
-
-def _replace(path: Path, text: str, mode: int) -> None:
-    """Write a file whole, with the bits of `mode` that the umask allows."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    temporary.rename(path)

@@ -8,6 +8,7 @@ from typing import IO
 
 from untrusted.errors import UnsafeFileError
 
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # errors of file systems without locks
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFCHR: "a device",
@@ -71,23 +72,42 @@ def check_place(path: Path) -> None:
         raise UnsafeFileError(f"{path} is {kind}, not a file; remove it.")
 
 
-def create_file(path: Path, *, buffering: int = -1) -> IO[bytes]:
+def open_lock(path: Path, mode: int = 0o666) -> int:
+    """Return the descriptor of a file to lock, which is made where there is none.
+
+    Raises UnsafeFileError for a link or what else is no file, OSError.
+    """
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UnsafeFileError(f"{path} is a link, not a file; remove it.") from error
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise UnsafeFileError(f"{path} is a pipe or device, not a file; remove it.")
+    return file
+
+
+def create_file(path: Path, *, buffering: int = -1, mode: int = 0o666) -> IO[bytes]:
     """Open a new file for writing, in the place of the file or link that is there.
 
-    What a link names stays as it is. Raises OSError.
+    mode: its rights, of which the umask takes away. What a link names stays as it is. Raises
+    OSError.
     """
     path.unlink(missing_ok=True)
-    return path.open("xb", buffering)  # O_EXCL: neither a file nor a link made meanwhile
+    # "x" is O_EXCL: neither a file nor a link made meanwhile
+    return open(path, "xb", buffering, opener=lambda name, flags: os.open(name, flags, mode))
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Write a file whole or not at all, in the place of the file or link that is there.
 
-    Raises OSError.
+    mode: see create_file. Raises OSError.
     """
     temporary = path.with_name(f".{path.name[:200]}.tmp")
     try:
-        with create_file(temporary) as file:
+        with create_file(temporary, mode=mode) as file:
             file.write(content)
         temporary.rename(path)
     except OSError:
