@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from kernels.norm import fused
 from kernels.norm.norm import rms_norm
-from tests.kernels.norm_cases import EPS, OPERATIONS, inputs
+from tests.kernels.norm_cases import (
+    OPERATIONS,
+    assert_small_rows_feel_eps,
+    assert_statistics_are_of_the_result,
+    inputs,
+)
 from tests.kernels.operation_cases import (
     DTYPES,
     assert_matches,
@@ -26,16 +31,12 @@ def test_matches_naive(name, shape, dtype):
 
 @names
 def test_small_rows_feel_eps(name):
-    """Their mean square is as large as eps."""
-    *given, weight = inputs(name, (7, 40))
-    assert_matches(*OPERATIONS[name][:2], [*(t * EPS**0.5 for t in given), weight])
+    assert_small_rows_feel_eps(name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics_are_those_of_what_is_returned(dtype):
-    new_h, u = OPERATIONS["both"][0](*inputs("both", (9, 40), dtype))
-    weight = inputs("both", (9, 40), dtype)[-1]
-    assert torch.equal(u, rms_norm(new_h, weight, EPS))
+    assert_statistics_are_of_the_result(dtype)
 
 
 @names

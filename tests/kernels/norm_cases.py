@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels.norm.naive import rms_norm_naive, weighted_residual_naive
 from kernels.norm.norm import add_rms_norm, rms_norm, weighted_residual
-from tests.kernels.operation_cases import normal
+from tests.kernels.operation_cases import assert_matches, normal
 
 EPS = 1e-6
 
@@ -29,3 +29,16 @@ def inputs(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
     _, _, tensors, weights = OPERATIONS[name]
     shapes = [shape] * tensors + [shape[-1:]] * weights
     return [normal(*s, dtype=dtype, seed=i) for i, s in enumerate(shapes)]
+
+
+def assert_small_rows_feel_eps(name: str) -> None:
+    """Of rows whose mean square is as large as eps."""
+    *given, weight = inputs(name, (7, 40))
+    assert_matches(*OPERATIONS[name][:2], [*(t * EPS**0.5 for t in given), weight])
+
+
+def assert_statistics_are_of_the_result(dtype: torch.dtype) -> None:
+    """The norm in one launch is that of the sum as it is returned, rounded to its dtype."""
+    new_h, u = OPERATIONS["both"][0](*inputs("both", (9, 40), dtype))
+    weight = inputs("both", (9, 40), dtype)[-1]
+    assert torch.equal(u, rms_norm(new_h, weight, EPS))
