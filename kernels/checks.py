@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.slices import row_stride
+
 
 def check_tensor(
     name: str,
@@ -35,6 +37,15 @@ def check_rows(name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"{name} has strides {tensor.stride()}; its last dimension must be contiguous"
             f" (pass {name}.contiguous())"
+        )
+
+
+def check_tokens(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless tokens are rows at equal distances, as of a slice of a buffer."""
+    if row_stride(tensor) is None:
+        raise ValueError(
+            f"{name} has strides {tensor.stride()}; a token's numbers must be contiguous and tokens"
+            f" at equal distances (pass {name}.contiguous())"
         )
 
 

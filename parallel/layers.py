@@ -8,15 +8,12 @@ nothing is ever transposed.
     SwiGLU(u)  = W_down(silu(W_gate u) ⊙ W_up u)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -25,11 +22,11 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from kernels.norm.norm import add_rms_norm, rms_norm, weighted_residual
 from kernels.swiglu.swiglu import swiglu
+from parallel.projections import project
 
 
 def enter_tensor_parallel(h: Tensor, config: ModelParallelConfig) -> Tensor:
@@ -39,65 +36,8 @@ def enter_tensor_parallel(h: Tensor, config: ModelParallelConfig) -> Tensor:
     return copy_to_tensor_model_parallel_region(h)
 
 
-def project(
-    h: Tensor, linears: Sequence[ColumnParallelLinear], config: ModelParallelConfig
-) -> tuple[Tensor, ...]:
-    """Column-parallel projections of the same tokens: h [T or T/tp, 1, hidden] → [T, 1, out / tp]
-    each."""
-    if config.sequence_parallel:
-        projected: tuple[Tensor, ...] = _GatheredLinears.apply(h, *(w.weight for w in linears))
-        return projected
-    u = copy_to_tensor_model_parallel_region(h)
-    return tuple(linear(u)[0] for linear in linears)
-
-
-class _GatheredLinears(torch.autograd.Function):
-    """u Wᵢᵀ of tokens u gathered from the tensor-parallel group.
-
-    Keeps the rank's own tokens for backward and gathers them again there, while the gradient of u
-    is computed; its sum over the group travels while those of the weights are.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(h, *weights)
-        u, gathering = _gather(h)
-        gathering.wait()
-        return tuple(F.linear(u, weight) for weight in weights)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        h, *weights = ctx.saved_tensors
-        u, gathering = _gather(h)
-        d_u = _sum_of_products(grads, weights)
-        d_h = torch.empty_like(h)
-        group = get_tensor_model_parallel_group()
-        scattering: Any = dist.reduce_scatter_tensor(d_h, d_u, group=group, async_op=True)
-        gathering.wait()
-        tokens = u.flatten(0, 1)
-        d_weights = [grad.flatten(0, 1).t() @ tokens for grad in grads]
-        scattering.wait()
-        return d_h, *d_weights
-
-
-def _gather(h: Tensor) -> tuple[Tensor, Any]:
-    """All tokens of the tensor-parallel group, once the returned work is waited for."""
-    group = get_tensor_model_parallel_group()
-    u = h.new_empty(h.shape[0] * group.size(), *h.shape[1:])
-    return u, dist.all_gather_into_tensor(u, h.contiguous(), group=group, async_op=True)
-
-
-def _sum_of_products(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Σᵢ gradᵢ Wᵢ: [T, 1, hidden]."""
-    total = grads[0].flatten(0, 1) @ weights[0]
-    for grad, weight in zip(grads[1:], weights[1:], strict=True):
-        total.addmm_(grad.flatten(0, 1), weight)
-    return total.unsqueeze(1)
-
-
 def column_linear(in_size: int, out_size: int, config: ModelParallelConfig) -> ColumnParallelLinear:
-    """W [out, in] split over `out`, for `project`."""
+    """W [out, in] split over `out`, for `parallel.projections.project`."""
     linear = ColumnParallelLinear(
         in_size,
         out_size,

@@ -16,17 +16,17 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 
 from kernels.attention import attention
-from kernels.rope.rope import rotate_qk
+from kernels.rope.rope import rotate_qkv
 from kernels.ssd.ssd import ssd
 from parallel.config import ModelConfig
 from parallel.context import add_earlier_ranks, context_attention
 from parallel.layers import (
     column_linear,
     head_parameter,
-    project,
     recomputed,
     row_linear,
 )
+from parallel.projections import project
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,12 @@ class AttentionMixer(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
         """What is between the projections: [T, 1, heads or kv_heads / tp · head_dim] → of heads."""
         shape = (positions.batch_size, positions.seq_len, -1, self.head_dim)
-        q, k, v = q.view(shape), k.view(shape), v.view(shape)  # [B, L, heads / tp, head_dim]
+        # [B, L, heads / tp, head_dim]; unsafe: for autograd no views, so they may be overwritten
+        q, k, v = (torch.ops.aten._unsafe_view(t, shape) for t in (q, k, v))
         if positions.attention_rope is not None:
-            q, k = rotate_qk(q, k, *positions.attention_rope)
+            # in place, so that what remains of the projections' buffer is what attention keeps
+            inplace = not self.recompute  # else they are read again
+            q, k, v = rotate_qkv(q, k, v, *positions.attention_rope, inplace=inplace)
         if self.config.context_parallel_size > 1:
             out = context_attention(q, k, v, positions.cu_seqlens, positions.position_ids)
         else:

@@ -17,6 +17,7 @@ from kernels.checks import check_floating, check_rows, check_tensor
 from kernels.dispatch import choose
 from kernels.rope import blocked
 from kernels.rope.naive import apply_rope_naive
+from kernels.slices import buffer_size, shared_stride, sliced
 from kernels.target import launch_on
 
 
@@ -40,6 +41,20 @@ def rotate_qk(
     return rotated_q, rotated_k
 
 
+def rotate_qkv(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate queries and keys as rotate_qk, and let values [B, L, Hk, D] through.
+
+    Where the three are column slices of one buffer, backward writes their gradients into another
+    like it (`kernels.slices`).
+    """
+    _check(("q", q), ("k", k), cos=cos, sin=sin, inplace=inplace)
+    check_tensor("v", v, v.shape, (q.dtype,), q.device)
+    rotated_q, rotated_k, same_v = _rotate("rotate_qk", (q, k), cos, sin, inplace, (v,))
+    return rotated_q, rotated_k, same_v
+
+
 def apply_rope(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate one tensor [B, L, H, D]; otherwise as rotate_qk."""
     _check(("q", q), cos=cos, sin=sin, inplace=False)
@@ -47,38 +62,59 @@ def apply_rope(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotate(
-    op: str, tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, inplace: bool
+    op: str,
+    tensors: tuple[Tensor, ...],
+    cos: Tensor,
+    sin: Tensor,
+    inplace: bool,
+    others: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, ...]:
+    """`tensors`, rotated, and `others` as they are."""
     q = tensors[0]
     unsupported = "Triton kernels compute in float32, not float64"
     choice = choose(op, q.device, unsupported if q.dtype == torch.float64 else None)
     if choice == "naive":
         exact = tuple(apply_rope_naive(t, cos, sin).to(t.dtype) for t in tensors)
-        return tuple(t.copy_(e) for t, e in zip(tensors, exact, strict=True)) if inplace else exact
-    rotated: tuple[Tensor, ...] = _Rotate.apply(choice, inplace, cos, sin, *tensors)
+        if inplace:
+            exact = tuple(t.copy_(e) for t, e in zip(tensors, exact, strict=True))
+        return exact + others
+    rotated: tuple[Tensor, ...] = _Rotate.apply(
+        choice, inplace, len(tensors), cos, sin, *tensors, *others
+    )
     return rotated
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, choice: str, inplace: bool, cos: Tensor, sin: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, choice: str, inplace: bool, rotated: int, cos: Tensor, sin: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.save_for_backward(cos, sin)
-        ctx.choice = choice
+        ctx.choice, ctx.rotated = choice, rotated
+        ctx.stride = shared_stride(tensors)
+        turned, others = tensors[:rotated], tensors[rotated:]
         if inplace:
-            ctx.mark_dirty(*tensors)
-        out = tensors if inplace else _empty_like(tensors)
-        _run(choice, tensors, out, cos, sin, conjugate=False)
-        return tuple(out)
+            ctx.mark_dirty(*turned)
+        out = turned if inplace else _empty_like(turned)
+        _run(choice, turned, out, cos, sin, conjugate=False)
+        return (*out, *others)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        given = [g if g.stride(-1) == 1 else g.contiguous() for g in grads]
-        out = _empty_like(given)
-        _run(ctx.choice, given, out, *ctx.saved_tensors, conjugate=True)
-        return None, None, None, None, *out
+        given = [g if g.stride(-1) == 1 else g.contiguous() for g in grads[: ctx.rotated]]
+        others = grads[ctx.rotated :]
+        if ctx.stride:
+            shapes = [g.shape for g in grads]
+            buffer = grads[0].new_empty(buffer_size(shapes, ctx.stride))
+            out = sliced(buffer, shapes, ctx.stride)
+            for slot, grad in zip(out[ctx.rotated :], others, strict=True):
+                slot.copy_(grad)
+        else:
+            out = (*_empty_like(given), *others)
+        _run(ctx.choice, given, out[: ctx.rotated], *ctx.saved_tensors, conjugate=True)
+        return None, None, None, None, None, *out
 
 
 def _run(

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.slices import buffer_size, shared_stride, sliced
 from kernels.ssd.blocks import Block, Buffers, heads_at_once
 from kernels.ssd.decay import decay_gradients
 from kernels.ssd.walk import Operands, Walk
@@ -45,7 +46,7 @@ def ssd_chunked(
     return y, final_state
 
 
-@torch.library.custom_op("transxssm::ssd_chunked", mutates_args=())
+@torch.library.custom_op("transxssm::chunked_scan", mutates_args=())
 def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cos: Tensor | None, sin: Tensor | None,
     dt_bias: Tensor, cu_seqlens: Tensor, initial_state: Tensor | None, D: Tensor | None, chunk: int,
@@ -135,15 +136,21 @@ class _Sums(NamedTuple):
     skipped: Tensor  # dy · x, D's gradient
 
 
-@torch.library.custom_op("transxssm::ssd_chunked_backward", mutates_args=())
+@torch.library.custom_op("transxssm::chunked_scan_backward", mutates_args=())
 def _backward(
     dy: Tensor | None, d_final: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor,
     C: Tensor, cos: Tensor | None, sin: Tensor | None, dt_bias: Tensor, cu_seqlens: Tensor,
-    D: Tensor | None, states: Tensor, chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, dt, A, B, C, dt_bias, the initial state and D (empty without one)."""
+    D: Tensor | None, states: Tensor, chunk: int, stride: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, B and C in one buffer, then of dt, A, dt_bias, the initial state and D.
+
+    stride: that of the buffer (`kernels.slices`), where dt is a slice of it too; D's gradient is
+    empty without D.
+    """
     walk = Walk(x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, D, chunk, states.shape[3])
-    dx, dB, dC, d_initial = _token_gradients(x, B, C)
+    shapes = _slices(x, B, C, dt, stride)
+    buffer, d_initial = _token_gradients(x, B, shapes, stride)
+    dx, dB, dC = sliced(buffer, shapes, stride)[:3]
     if d_final is None:
         d_initial.zero_()
     else:
@@ -207,7 +214,7 @@ def _backward(
     )  # fmt: skip
     dD = x.new_empty(0) if D is None else skipped.sum((0, 2, 4)).flatten().to(D.dtype)
     d_bias = dz.sum((0, 1)).to(dt_bias.dtype)
-    return dx, dz.to(dt.dtype), dA.to(A.dtype), dB, dC, d_bias, d_initial, dD
+    return buffer, dz.to(dt.dtype), dA.to(A.dtype), d_bias, d_initial, dD
 
 
 def _carry_back(
@@ -224,20 +231,27 @@ def _carry_back(
     return buffers.low("d_exits", running[1:]).flatten(0, 1), borders[0]
 
 
-def _token_gradients(x: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dB, dC and the initial state's gradient, to be written"""
-    dx, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C))
+def _slices(x: Tensor, B: Tensor, C: Tensor, dt: Tensor, stride: int) -> list[torch.Size]:
+    """Shapes of what lies in the buffer of gradients."""
+    return [t.shape for t in ((x, B, C, dt) if stride else (x, B, C))]
+
+
+def _token_gradients(
+    x: Tensor, B: Tensor, shapes: list[torch.Size], stride: int
+) -> tuple[Tensor, Tensor]:
+    """The buffer of gradients and that of the initial state, to be written."""
     acc = torch.promote_types(x.dtype, torch.float32)
-    return dx, dB, dC, x.new_empty(x.shape[0], *x.shape[2:], B.shape[-1], dtype=acc)
+    d_initial = x.new_empty(x.shape[0], *x.shape[2:], B.shape[-1], dtype=acc)
+    return x.new_empty(buffer_size(shapes, stride)), d_initial
 
 
 @_backward.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    _, _, x, dt, A, B, C, _, _, dt_bias, _, D, _, _ = args
-    dx, dB, dC, d_initial = _token_gradients(x, B, C)
+    _, _, x, dt, A, B, C, _, _, dt_bias, _, D, _, _, stride = args
+    buffer, d_initial = _token_gradients(x, B, _slices(x, B, C, dt, stride), stride)
     d_dt, dA, d_bias = (t.new_empty(t.shape) for t in (dt, A, dt_bias))
     dD = x.new_empty(0) if D is None else D.new_empty(D.shape)
-    return dx, d_dt, dA, dB, dC, d_bias, d_initial, dD
+    return buffer, d_dt, dA, d_bias, d_initial, dD
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -248,8 +262,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, d_final: Tensor | None, _: None) -> tuple[Any, ...]:
-    gradients = _backward(dy, d_final, *ctx.saved_tensors, ctx.chunk)
-    dx, d_dt, dA, dB, dC, d_bias, d_initial, dD = gradients
+    saved = ctx.saved_tensors
+    x, dt, _, B, C, *_ = saved
+    stride = shared_stride((x, B, C, dt))
+    buffer, d_dt, dA, d_bias, d_initial, dD = _backward(dy, d_final, *saved, ctx.chunk, stride)
+    dx, dB, dC, *rest = sliced(buffer, _slices(x, B, C, dt, stride), stride)
+    if rest:  # an operator's results may not share memory, so the last columns are filled here
+        d_dt = rest[0].copy_(d_dt)
     return (
         dx, d_dt, dA, dB, dC, None, None, d_bias, None,
         d_initial if ctx.has_initial_state else None, dD if ctx.has_D else None, None, None,

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.slices import empty_together, row_stride
 from kernels.ssd.fused_backward import (
     chunk_backward_kernel,
     decay_gradient_kernel,
@@ -57,9 +58,10 @@ class _FusedScan(torch.autograd.Function):
         target = current_target()
         choice = tile(target, x.dtype, head_dim, state_dim, chunk_size)
         chunks = triton.cdiv(length, choice.chunk)
-        y = torch.empty_like(x)
+        y = x.new_empty(x.shape)
         final = x.new_empty(batch, heads, head_dim, state_dim, dtype=torch.float32)
         constants = _constants(heads, groups, head_dim, state_dim, choice)
+        rows = {"X_ROW": row_stride(x), "B_ROW": row_stride(B), "DT_ROW": row_stride(dt)}
         blocks = head_dim // choice.p_block
         fused = fills_gpu(batch * heads * blocks, target.num_sms)
         keep = any(ctx.needs_input_grad) or not fused
@@ -68,19 +70,19 @@ class _FusedScan(torch.autograd.Function):
         if fused:
             scan_kernel[(batch * heads, blocks)](
                 x, dt, A, B, C, table, dt_bias, D, documents, initial_state, y, states, final,
-                length, chunks, 0, **constants,
+                length, chunks, 0, **constants, **rows, C_ROW=row_stride(C),
             )  # fmt: skip
         else:
             assert states is not None
             carries = x.new_empty(batch * heads, chunks, dtype=torch.float32)
             chunk_state_kernel[(chunks, batch * heads)](
                 x, dt, A, B, table, dt_bias, documents, states, carries,
-                length, chunks, GRADIENT=False, **constants,
+                length, chunks, GRADIENT=False, **constants, **rows,
             )  # fmt: skip
             _pass_states(states, carries, initial_state, final, reverse=False)
             chunk_output_kernel[(chunks, batch * heads)](
                 x, dt, A, B, C, table, dt_bias, D, documents, states, y,
-                length, chunks, **constants,
+                length, chunks, **constants, **rows, C_ROW=row_stride(C),
             )  # fmt: skip
         ctx.save_for_backward(x, dt, A, B, C, table, dt_bias, documents, D, states)
         ctx.choice, ctx.has_initial_state = choice, initial_state is not None
@@ -96,14 +98,20 @@ class _FusedScan(torch.autograd.Function):
         groups, state_dim = B.shape[2:]
         chunks = states.shape[1]
         target = current_target()
-        dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+        dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
         d_final = None if d_final is None else d_final.contiguous()
-        dx, ddt = torch.empty_like(x), torch.empty_like(dt)
-        # heads that share B and C write their own gradients, which are summed in float32
-        shared = torch.float32 if groups < heads else x.dtype
-        dB, dC = (x.new_empty(batch, length, heads, state_dim, dtype=shared) for _ in range(2))
+        dx, dB, dC, ddt = empty_together(x, B, C, dt)
+        by_head = dB, dC
+        if groups < heads:  # they write gradients of their own, which are summed in float32
+            per_head = batch, length, heads, state_dim
+            by_head = tuple(x.new_empty(per_head, dtype=torch.float32) for _ in range(2))
         d_initial = torch.empty_like(states[:, 0], dtype=torch.float32)
         constants = _constants(heads, groups, head_dim, state_dim, choice)
+        dt_row = row_stride(dt)
+        rows = {
+            "X_ROW": row_stride(x), "B_ROW": row_stride(B), "C_ROW": row_stride(C),
+            "DT_ROW": dt_row, "D_X_ROW": row_stride(dx), "D_BC_ROW": row_stride(by_head[0]),
+        }  # fmt: skip
         fused = backward_is_fused(target, x.dtype, batch * heads)
         per_chunk = (batch * heads, chunks)
         dA, d_bias, through = (x.new_empty(per_chunk, dtype=torch.float32) for _ in range(3))
@@ -112,9 +120,9 @@ class _FusedScan(torch.autograd.Function):
         if fused:
             scan_backward_kernel[(batch * heads,)](
                 x, dt, A, B, C, table, dt_bias, D, documents, states, dy, d_final,
-                dx, dB, dC, *sums, through, dD,
+                dx, *by_head, *sums, through, dD,
                 d_initial if ctx.has_initial_state else None,
-                length, chunks, 0, **constants,
+                length, chunks, 0, **constants, **rows,
             )  # fmt: skip
         else:
             carries = x.new_empty(batch * heads, chunks, dtype=torch.float32)
@@ -122,19 +130,21 @@ class _FusedScan(torch.autograd.Function):
             chunk_state_kernel[(chunks, batch * heads)](
                 dy, dt, A, C, table, dt_bias, documents, d_states, carries,
                 length, chunks, GRADIENT=True, **constants,
+                X_ROW=heads * head_dim, B_ROW=row_stride(C), DT_ROW=dt_row,
             )  # fmt: skip
             _pass_states(d_states, carries, d_final, d_initial, reverse=True)
             chunk_backward_kernel[(chunks, batch * heads)](
                 x, dt, A, B, C, table, dt_bias, D, documents, states, d_states, dy,
-                dx, dB, dC, *sums, through, dD,
-                length, chunks, 0, **constants,
+                dx, *by_head, *sums, through, dD,
+                length, chunks, 0, **constants, **rows,
             )  # fmt: skip
         decay_gradient_kernel[(chunks, batch * heads)](
             dt, A, dt_bias, documents, *sums, through, ddt, dA, d_bias,
-            length, chunks, HEADS=heads, Q=choice.chunk,
+            length, chunks, HEADS=heads, Q=choice.chunk, DT_ROW=dt_row, D_DT_ROW=row_stride(ddt),
         )  # fmt: skip
         if groups < heads:
-            dB, dC = (t.unflatten(2, (groups, -1)).sum(3).to(B.dtype) for t in (dB, dC))
+            for own, whole in zip(by_head, (dB, dC), strict=True):
+                whole.copy_(own.unflatten(2, (groups, -1)).sum(3))
         dA, d_bias, dD = (t.view(batch, heads, -1).sum((0, 2)) for t in (dA, d_bias, dD))
         return (
             dx, ddt, dA, dB, dC, None, d_bias.to(dt_bias.dtype), None,

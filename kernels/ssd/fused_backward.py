@@ -36,7 +36,8 @@ def scan_backward_kernel(
     dx, dB, dC, reached, sent, leaving, own, through, dD, d_initial,
     length, chunks, zero,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr, X_ROW: tl.constexpr, B_ROW: tl.constexpr,
+    C_ROW: tl.constexpr, DT_ROW: tl.constexpr, D_X_ROW: tl.constexpr, D_BC_ROW: tl.constexpr,
 ):  # fmt: skip
     """The fused shape. dB, dC [B, L, H, N] are per head, dD [B·H] is per row; the other sums are
     explained in `chunk_gradients` and `decay_gradient_kernel`."""
@@ -56,7 +57,7 @@ def scan_backward_kernel(
         part_D, carry, crossing, dys, c_gated = chunk_gradients(
             x, dt, A_head, B, C, table, bias, D, skip, documents, slot, None, d_state, dy,
             dx, dB, dC, reached, sent, leaving, own, row, head, chunk, length, zero,
-            HEADS, GROUPS, P, N, Q, P, PRECISION,
+            HEADS, GROUPS, P, N, Q, P, PRECISION, X_ROW, B_ROW, C_ROW, DT_ROW, D_X_ROW, D_BC_ROW,
         )  # fmt: skip
         tl.store(through + row_head * chunks + chunk, carry * crossing)
         sum_D += part_D
@@ -73,7 +74,8 @@ def chunk_backward_kernel(
     dx, dB, dC, reached, sent, leaving, own, through, dD,
     length, chunks, zero,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr, X_ROW: tl.constexpr, B_ROW: tl.constexpr,
+    C_ROW: tl.constexpr, DT_ROW: tl.constexpr, D_X_ROW: tl.constexpr, D_BC_ROW: tl.constexpr,
 ):  # fmt: skip
     """One chunk from the state that enters it and the gradient of the one that leaves it,
     [B·H, chunks, P, N] both; through, dD [B·H, chunks]."""
@@ -93,7 +95,7 @@ def chunk_backward_kernel(
         x, dt, A_head, B, C, table, bias, D, skip, documents,
         states + at * P * N, d_states + at * P * N, d_state, dy,
         dx, dB, dC, reached, sent, leaving, own, row, head, chunk, length, zero,
-        HEADS, GROUPS, P, N, Q, P_BLOCK, PRECISION,
+        HEADS, GROUPS, P, N, Q, P_BLOCK, PRECISION, X_ROW, B_ROW, C_ROW, DT_ROW, D_X_ROW, D_BC_ROW,
     )  # fmt: skip
     tl.store(through + at, carry * crossing)
     if D is not None:
@@ -105,7 +107,8 @@ def chunk_gradients(
     x, dt, A_head, B, C, table, bias, D, skip, documents, entry, leaver, d_state, dy,
     dx, dB, dC, reached, sent, leaving, own, row, head, chunk, length, zero,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr, X_ROW: tl.constexpr, B_ROW: tl.constexpr,
+    C_ROW: tl.constexpr, DT_ROW: tl.constexpr, D_X_ROW: tl.constexpr, D_BC_ROW: tl.constexpr,
 ):  # fmt: skip
     """Stores a chunk's dx, dB and dC, and four sums [B, L, H] in float32: reached = c · dc and
     sent = b · db without a token's own share, that share `own`, and leaving, the part of sent that
@@ -122,15 +125,16 @@ def chunk_gradients(
     t0 = chunk * Q
     token = row * length + t0
     valid, log_delta, coarse, fine, document, gate, leave, carry = chunk_decay(
-        dt, documents, token, head, t0, length, bias, A_head * LOG2E, HEADS, Q
+        dt, documents, token, head, t0, length, bias, A_head * LOG2E, DT_ROW, Q
     )
     cos, sin = load_table(table, token, valid, N, Q)
     ROPE: tl.constexpr = table is not None
-    here = (token * GROUPS + head // (HEADS // GROUPS)) * N
-    b, _ = load_rotated(B + here, cos, sin, leave, valid, GROUPS * N, N, Q, ROPE)
-    c, c_gated = load_rotated(C + here, cos, sin, gate, valid, GROUPS * N, N, Q, ROPE)
-    at = (token * HEADS + head) * P
-    xs = load_rows(x + at, valid, HEADS * P, P_BLOCK, Q)
+    group = head // (HEADS // GROUPS)
+    b_here, c_here = B + token * B_ROW + group * N, C + token * C_ROW + group * N
+    b, _ = load_rotated(b_here, cos, sin, leave, valid, B_ROW, N, Q, ROPE)
+    c, c_gated = load_rotated(c_here, cos, sin, gate, valid, C_ROW, N, Q, ROPE)
+    at, x_at = (token * HEADS + head) * P, token * X_ROW + head * P
+    xs = load_rows(x + x_at, valid, X_ROW, P_BLOCK, Q)
     dys = load_rows(dy + at, valid, HEADS * P, P_BLOCK, Q)
     per_token = token * HEADS + head + i * HEADS
     part_D = 0.0
@@ -143,7 +147,7 @@ def chunk_gradients(
         dw = tl.dot(dys, tl.trans(xs), input_precision=PRECISION)
         for p in tl.range(P_BLOCK, P, P_BLOCK, disable_licm=True):
             more = load_rows(dy + at + p, valid, HEADS * P, P_BLOCK, Q)
-            x_more = load_rows(x + at + p, valid, HEADS * P, P_BLOCK, Q)
+            x_more = load_rows(x + x_at + p, valid, X_ROW, P_BLOCK, Q)
             dw = tl.dot(more, tl.trans(x_more), dw, input_precision=PRECISION)
         diagonal = i[:, None] == i[None, :]
         tl.store(own + per_token, tl.sum(tl.where(diagonal, weighted * dw, 0.0), 1), mask=valid)
@@ -158,24 +162,24 @@ def chunk_gradients(
     db = tl.zeros([N, Q], tl.float32)
     for p in tl.range(0, P, P_BLOCK, disable_licm=True):
         if SEVERAL:
-            xs = load_rows(x + at + p, valid, HEADS * P, P_BLOCK, Q)
+            xs = load_rows(x + x_at + p, valid, X_ROW, P_BLOCK, Q)
             dys = load_rows(dy + at + p, valid, HEADS * P, P_BLOCK, Q)
             low = tl.load(leaver + p * N + state_offsets(P_BLOCK, N)).to(xs.dtype)
         else:
             low = d_state.to(xs.dtype)
         dxs = tl.dot(low, tl.trans(b), input_precision=PRECISION) * leave[None, :]  # [P, Q]
         dxs = tl.dot(tl.trans(dys), scores, dxs, input_precision=PRECISION)
-        store_rows(dx + at + p, dxs, valid, HEADS * P, P_BLOCK, Q)
+        store_rows(dx + token * D_X_ROW + head * P + p, dxs, valid, D_X_ROW, P_BLOCK, Q)
         db = tl.dot(tl.trans(low), tl.trans(xs), db, input_precision=PRECISION)
     db *= leave[None, :]
-    per_head = (token * HEADS + head) * N
+    per_head = token * D_BC_ROW + head * N
     tl.store(leaving + per_token, tl.sum(tl.trans(db) * b, 1), mask=valid)
     db = tl.dot(tl.trans(c), dg, db, input_precision=PRECISION)
     tl.store(sent + per_token, tl.sum(tl.trans(db) * b, 1), mask=valid)
     db = tl.trans(tl.dot(tl.trans(c), dg_own, db, input_precision=PRECISION))
     # the table once more, so that it need not stay in registers until now
     cos, sin = load_table(table, token, valid, N, Q)
-    store_unrotated(dB + per_head, db, cos, sin, valid, HEADS * N, N, Q, ROPE)
+    store_unrotated(dB + per_head, db, cos, sin, valid, D_BC_ROW, N, Q, ROPE)
     crossing = 0.0
     dc = tl.zeros([N, Q], tl.float32)
     for p in tl.range(0, P, P_BLOCK, disable_licm=True):
@@ -191,7 +195,7 @@ def chunk_gradients(
     dc = tl.dot(tl.trans(b), tl.trans(dg), dc, input_precision=PRECISION)
     tl.store(reached + per_token, tl.sum(tl.trans(dc) * c, 1), mask=valid)
     dc = tl.trans(tl.dot(tl.trans(b), dg_own, dc, input_precision=PRECISION))
-    store_unrotated(dC + per_head, dc, cos, sin, valid, HEADS * N, N, Q, ROPE)
+    store_unrotated(dC + per_head, dc, cos, sin, valid, D_BC_ROW, N, Q, ROPE)
     return part_D, carry, crossing, dys, c_gated
 
 
@@ -199,7 +203,7 @@ def chunk_gradients(
 def decay_gradient_kernel(
     dt, A, dt_bias, documents, reached, sent, leaving, own, through, ddt, dA, d_bias,
     length, chunks,
-    HEADS: tl.constexpr, Q: tl.constexpr,
+    HEADS: tl.constexpr, Q: tl.constexpr, DT_ROW: tl.constexpr, D_DT_ROW: tl.constexpr,
 ):  # fmt: skip
     """ddt [B, L, H] of one chunk and its share of dA and d_bias [B·H, chunks].
 
@@ -215,7 +219,7 @@ def decay_gradient_kernel(
     valid = i < length - t0
     bias = tl.load(dt_bias + head).to(tl.float32)
     rate = tl.load(A + head)
-    z, delta, _ = step_sizes(dt + token * HEADS + head, bias, valid, HEADS, Q)
+    z, delta, _ = step_sizes(dt + token * DT_ROW + head, bias, valid, DT_ROW, Q)
     document, _, _ = chunk_documents(documents + token, t0, length, Q)
     per_token = token * HEADS + head + i * HEADS
     sent_here = tl.load(sent + per_token, mask=valid, other=0.0)
@@ -230,6 +234,6 @@ def decay_gradient_kernel(
     ratio = tl.where(z < TINY_STEP, 1.0, sigmoid / delta)  # d ln Δ / dz
     written = sent_here + tl.load(own + per_token, mask=valid, other=0.0)
     dz = tl.where(valid, written * ratio + d_a * rate * sigmoid, 0.0)
-    tl.store(ddt + per_token, dz.to(ddt.dtype.element_ty), mask=valid)
+    tl.store(ddt + token * D_DT_ROW + head + i * D_DT_ROW, dz.to(ddt.dtype.element_ty), mask=valid)
     tl.store(dA + row_head * chunks + chunk, tl.sum(tl.where(valid, d_a * delta, 0.0)))
     tl.store(d_bias + row_head * chunks + chunk, tl.sum(dz))

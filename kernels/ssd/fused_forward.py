@@ -27,7 +27,8 @@ def scan_kernel(
     x, dt, A, B, C, table, dt_bias, D, documents, initial_state, y, states, final_state,
     length, chunks, zero,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr, X_ROW: tl.constexpr, B_ROW: tl.constexpr,
+    C_ROW: tl.constexpr, DT_ROW: tl.constexpr,
 ):  # fmt: skip
     """The fused shape. states [B·H, chunks, P, N] (None: not kept) get the state at chunk entry."""
     row_head = tl.program_id(0).to(tl.int64)
@@ -46,12 +47,12 @@ def scan_kernel(
         t0 = (k ^ zero) * Q
         token = first + t0
         valid, log_delta, coarse, fine, document, gate, leave, carry = chunk_decay(
-            dt, documents, token, head, t0, length, bias, rate, HEADS, Q
+            dt, documents, token, head, t0, length, bias, rate, DT_ROW, Q
         )
         cos, sin = load_table(table, token, valid, N, Q)
-        here = (token * GROUPS + group) * N
-        c, c_gated = load_rotated(C + here, cos, sin, gate, valid, GROUPS * N, N, Q, ROPE)
-        b, b_leaving = load_rotated(B + here, cos, sin, leave, valid, GROUPS * N, N, Q, ROPE)
+        c_here, b_here = C + token * C_ROW + group * N, B + token * B_ROW + group * N
+        c, c_gated = load_rotated(c_here, cos, sin, gate, valid, C_ROW, N, Q, ROPE)
+        b, b_leaving = load_rotated(b_here, cos, sin, leave, valid, B_ROW, N, Q, ROPE)
         scores = tl.dot(c, tl.trans(b), input_precision=PRECISION)
         scores *= decay_matrix(coarse, fine, log_delta, document, Q)
         if D is not None:
@@ -60,14 +61,14 @@ def scan_kernel(
             scores += tl.where(i[:, None] == i[None, :], skip, 0.0)
         scores = scores.to(c.dtype)
 
-        at = (token * HEADS + head) * P + p0
-        xs = load_rows(x + at, valid, HEADS * P, P_BLOCK, Q)
+        xs = load_rows(x + token * X_ROW + head * P + p0, valid, X_ROW, P_BLOCK, Q)
         low = state.to(xs.dtype)
         if states is not None:
             slot = states + (row_head * chunks + (k ^ zero)) * P * N + p0 * N
             tl.store(slot + state_offsets(P_BLOCK, N), low)
         out = tl.dot(low, tl.trans(c_gated), input_precision=PRECISION)  # [P, Q]
         out = tl.dot(tl.trans(xs), tl.trans(scores), out, input_precision=PRECISION)
+        at = (token * HEADS + head) * P + p0
         store_rows(y + at, out, valid, HEADS * P, P_BLOCK, Q)
         state = tl.dot(tl.trans(xs), b_leaving, state * carry, input_precision=PRECISION)
     tl.store(final_state + (row_head * P + p0) * N + state_offsets(P_BLOCK, N), state)
@@ -78,7 +79,8 @@ def chunk_state_kernel(
     x, dt, A, B, table, dt_bias, documents, states, carries,
     length, chunks,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    P_BLOCK: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+    P_BLOCK: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr, X_ROW: tl.constexpr,
+    B_ROW: tl.constexpr, DT_ROW: tl.constexpr,
 ):  # fmt: skip
     """What every chunk adds: (w ⊙ x)ᵀ b to the state; for GRADIENT, with dy and C as x and B,
     (u ⊙ dy)ᵀ c to the state's gradient. Also u of the chunk's last token, into `carries`."""
@@ -91,18 +93,18 @@ def chunk_state_kernel(
     bias = tl.load(dt_bias + head).to(tl.float32)
     rate = tl.load(A + head) * LOG2E
     valid, _log_delta, _coarse, _fine, _document, gate, leave, carry = chunk_decay(
-        dt, documents, token, head, t0, length, bias, rate, HEADS, Q
+        dt, documents, token, head, t0, length, bias, rate, DT_ROW, Q
     )
     tl.store(carries + row_head * chunks + chunk, carry)
     cos, sin = load_table(table, token, valid, N, Q)
     ROPE: tl.constexpr = table is not None
-    here = (token * GROUPS + group) * N
+    here = token * B_ROW + group * N
     weight = gate if GRADIENT else leave
-    _, b = load_rotated(B + here, cos, sin, weight, valid, GROUPS * N, N, Q, ROPE)
-    at = (token * HEADS + head) * P
+    _, b = load_rotated(B + here, cos, sin, weight, valid, B_ROW, N, Q, ROPE)
+    at = token * X_ROW + head * P
     slot = states + (row_head * chunks + chunk) * P * N
     for p in tl.range(0, P, P_BLOCK, disable_licm=True):
-        xs = load_rows(x + at + p, valid, HEADS * P, P_BLOCK, Q)
+        xs = load_rows(x + at + p, valid, X_ROW, P_BLOCK, Q)
         added = tl.dot(tl.trans(xs), b, input_precision=PRECISION)  # [P, N]
         tl.store(slot + p * N + state_offsets(P_BLOCK, N), added.to(states.dtype.element_ty))
 
@@ -112,7 +114,8 @@ def chunk_output_kernel(
     x, dt, A, B, C, table, dt_bias, D, documents, states, y,
     length, chunks,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr, X_ROW: tl.constexpr, B_ROW: tl.constexpr,
+    C_ROW: tl.constexpr, DT_ROW: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one chunk from the state that reaches it, [B·H, chunks, P, N]."""
     chunk = tl.program_id(0)
@@ -124,13 +127,13 @@ def chunk_output_kernel(
     bias = tl.load(dt_bias + head).to(tl.float32)
     rate = tl.load(A + head) * LOG2E
     valid, log_delta, coarse, fine, document, gate, leave, _carry = chunk_decay(
-        dt, documents, token, head, t0, length, bias, rate, HEADS, Q
+        dt, documents, token, head, t0, length, bias, rate, DT_ROW, Q
     )
     cos, sin = load_table(table, token, valid, N, Q)
     ROPE: tl.constexpr = table is not None
-    here = (token * GROUPS + group) * N
-    c, c_gated = load_rotated(C + here, cos, sin, gate, valid, GROUPS * N, N, Q, ROPE)
-    b, _ = load_rotated(B + here, cos, sin, leave, valid, GROUPS * N, N, Q, ROPE)
+    c_here, b_here = C + token * C_ROW + group * N, B + token * B_ROW + group * N
+    c, c_gated = load_rotated(c_here, cos, sin, gate, valid, C_ROW, N, Q, ROPE)
+    b, _ = load_rotated(b_here, cos, sin, leave, valid, B_ROW, N, Q, ROPE)
     scores = tl.dot(c, tl.trans(b), input_precision=PRECISION)
     scores *= decay_matrix(coarse, fine, log_delta, document, Q)
     if D is not None:
@@ -139,9 +142,10 @@ def chunk_output_kernel(
     scores = scores.to(c.dtype)
     slot = states + (row_head * chunks + chunk) * P * N
     at = (token * HEADS + head) * P
+    x += token * X_ROW + head * P
     for p in tl.range(0, P, P_BLOCK, disable_licm=True):
         state = tl.load(slot + p * N + state_offsets(P_BLOCK, N))
-        xs = load_rows(x + at + p, valid, HEADS * P, P_BLOCK, Q)
+        xs = load_rows(x + p, valid, X_ROW, P_BLOCK, Q)
         out = tl.dot(state, tl.trans(c_gated), input_precision=PRECISION)  # [P, Q]
         out = tl.dot(tl.trans(xs), tl.trans(scores), out, input_precision=PRECISION)
         store_rows(y + at + p, out, valid, HEADS * P, P_BLOCK, Q)

@@ -10,7 +10,8 @@ its neighbour.
 Loops over chunks are written for the register file: `disable_licm`, because hoisted shared-memory
 addresses would fill it; chunk numbers go through `k ^ zero`, where `zero` is an argument that is 0,
 because LLVM would otherwise keep a 64-bit pointer alive for every access; head counts are
-constants of the compilation, so that offsets are.
+constants of the compilation, so that offsets are, and so are the elements from a token to the next
+one: X_ROW, B_ROW, C_ROW and DT_ROW of the inputs, D_X_ROW, D_BC_ROW and D_DT_ROW of gradients.
 """
 
 import triton
@@ -25,9 +26,9 @@ FINE = tl.constexpr(536870912.0)
 
 
 @triton.jit
-def step_sizes(dt, dt_bias, valid, HEADS: tl.constexpr, Q: tl.constexpr):
+def step_sizes(dt, dt_bias, valid, DT_ROW: tl.constexpr, Q: tl.constexpr):
     """z, Δ = softplus(z) and log2 Δ of a chunk, [Q] each; log2 Δ = -inf past the row's end."""
-    z = tl.load(dt + tl.arange(0, Q) * HEADS, mask=valid, other=0.0).to(tl.float32) + dt_bias
+    z = tl.load(dt + tl.arange(0, Q) * DT_ROW, mask=valid, other=0.0).to(tl.float32) + dt_bias
     e = tl.exp2(-tl.abs(z) * LOG2E)
     u = 1.0 + e
     # log1p(e), exact to rounding (Kahan): the error of 1 + e cancels in log(u) / (u - 1)
@@ -79,7 +80,7 @@ def entry_gate(coarse, fine, document, before):
 
 @triton.jit
 def chunk_decay(
-    dt, documents, token, head, t0, length, dt_bias, rate, HEADS: tl.constexpr, Q: tl.constexpr
+    dt, documents, token, head, t0, length, dt_bias, rate, DT_ROW: tl.constexpr, Q: tl.constexpr
 ):
     """All that is one number a token, [Q] each, of the chunk whose first token is `token`.
 
@@ -88,7 +89,7 @@ def chunk_decay(
     and the decay across the chunk, a scalar.
     """
     valid = tl.arange(0, Q) < length - t0
-    _, delta, log_delta = step_sizes(dt + token * HEADS + head, dt_bias, valid, HEADS, Q)
+    _, delta, log_delta = step_sizes(dt + token * DT_ROW + head, dt_bias, valid, DT_ROW, Q)
     document, before, end = chunk_documents(documents + token, t0, length, Q)
     coarse, fine, coarse_end, fine_end = running_sums(delta, rate, valid, Q)
     gate = entry_gate(coarse, fine, document, before)

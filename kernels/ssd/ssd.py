@@ -10,12 +10,13 @@ import itertools
 import torch
 from torch import Tensor
 
-from kernels.checks import check_contiguous, check_tables, check_tensor
+from kernels.checks import check_contiguous, check_tables, check_tensor, check_tokens
 from kernels.dispatch import choose, strict
 from kernels.ssd.chunked import ssd_chunked
 from kernels.ssd.naive import ssd_naive
 from kernels.target import launch_on
 
+_PER_TOKEN = ("x", "dt", "B", "C")
 _PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -49,12 +50,15 @@ def ssd(
                    bound (`kernels.ssd.tiles`)
     initial_state: [B, H, P, N] float32, enters the first segment of each row
 
+    x, dt, B and C may be column slices of one buffer, into a like of which backward then writes
+    their gradients (`kernels.slices`); all else is contiguous.
+
     Returns y [B, L, H, P] in x's dtype, and with `output_final_state` the state at each row's end,
     [B, H, P, N] float32. Where x is float64, float32 above reads float64.
 
-    Raises ValueError for a wrong shape, device or chunk_size or a tensor that is not contiguous,
-    TypeError for a wrong dtype. The values of A and cu_seqlens are read in strict mode only
-    (`kernels.dispatch`), because that waits for the device.
+    Raises ValueError for a wrong shape, device, stride or chunk_size, TypeError for a wrong dtype.
+    The values of A and cu_seqlens are read in strict mode only (`kernels.dispatch`), because that
+    waits for the device.
     """
     _check(x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, chunk_size, initial_state, D)
     choice = choose("ssd", x.device, _unsupported(x, B, chunk_size))
@@ -130,7 +134,8 @@ def _check(
     for name, (tensor, shape, dtypes) in expected.items():
         if tensor is not None:
             check_tensor(name, tensor, shape, dtypes, x.device)
-            check_contiguous(name, tensor)
+            check = check_tokens if name in _PER_TOKEN else check_contiguous
+            check(name, tensor)
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < batch + 1:
         raise ValueError(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected [segments+1]"

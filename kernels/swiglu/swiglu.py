@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.checks import check_floating, check_tensor
 from kernels.dispatch import choose
+from kernels.slices import empty_together, row_stride
 from kernels.swiglu.naive import swiglu_naive
 from kernels.target import launch_on
 
@@ -25,7 +26,9 @@ from kernels.target import launch_on
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) ⊙ up in gate's dtype; gate and up of one shape, floating dtype and device.
 
-    Triton computes in float32 and rounds once; memory that is not contiguous is copied there.
+    Where gate and up are column slices of one buffer, backward writes their gradients into another
+    like it (`kernels.slices`). Triton computes in float32 and rounds once; what is neither
+    contiguous nor rows at equal distances is copied there.
 
     Raises ValueError for unequal shapes or devices, TypeError for a wrong dtype.
     """
@@ -35,10 +38,29 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     choice = choose("swiglu", gate.device, unsupported if gate.dtype == torch.float64 else None)
     if choice == "naive":
         return swiglu_naive(gate, up).to(gate.dtype)
-    if choice == "torch":
-        return F.silu(gate) * up
-    product: Tensor = _FusedSwiGLU.apply(gate.contiguous(), up.contiguous())
+    function = _TorchSwiGLU if choice == "torch" else _FusedSwiGLU
+    product: Tensor = function.apply(gate, up)
     return product
+
+
+class _TorchSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        silu = F.silu(gate)
+        if not any(ctx.needs_input_grad):
+            return silu.mul_(up)
+        ctx.save_for_backward(gate, up, silu)
+        return silu * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up, silu = ctx.saved_tensors
+        d_gate, d_up = empty_together(gate, up)
+        torch.mul(d_out, silu, out=d_up)
+        torch.mul(d_out, up, out=d_gate)
+        torch.ops.aten.silu_backward(d_gate, gate, grad_input=d_gate)
+        return d_gate, d_up
 
 
 class _FusedSwiGLU(torch.autograd.Function):
@@ -46,6 +68,7 @@ class _FusedSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         from kernels.swiglu import fused
 
+        gate, up = (t if row_stride(t) else t.contiguous() for t in (gate, up))
         ctx.save_for_backward(gate, up)
         with launch_on(gate):
             return fused.forward(gate, up)

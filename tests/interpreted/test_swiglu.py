@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from kernels.slices import shared_stride
 from kernels.swiglu.naive import swiglu_naive
 from kernels.swiglu.swiglu import swiglu
 from tests.kernels.operation_cases import (
     DTYPES,
     assert_matches,
     assert_repeatable,
+    outputs_and_gradients,
 )
 from tests.kernels.test_swiglu import inputs
 
@@ -38,3 +40,17 @@ def test_saves_its_inputs_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         swiglu(gate, up)
     assert [t.data_ptr() for t in saved] == [gate.data_ptr(), up.data_ptr()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(3, 1, 40, 0), (5, 1, 333, 7), (2, 3, 1000, 16)], ids=str)
+def test_columns_of_one_buffer_are_read_where_they_lie(size, dtype):
+    """Bit for bit as contiguous ones, and gradients in one buffer."""
+    *tokens, width, rest = size
+    gate, up = inputs(*tokens, width, dtype=dtype)
+    buffer = torch.cat((gate, up, gate[..., :rest]), dim=-1)
+    columns = buffer[..., : 2 * width].split(width, dim=-1)
+    assert shared_stride(columns) == 2 * width + rest
+    found, expected = (outputs_and_gradients(swiglu, pair) for pair in (columns, (gate, up)))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert shared_stride(found[1:]) == 2 * width + rest

@@ -1,0 +1,94 @@
+"""Tensors side by side in one buffer, as one matrix product of several weights writes them.
+
+Such a buffer is [tokens, stride]; every tensor is some of its columns, the next one beginning where
+the one before ends. Kernels read these slices where they lie, and write gradients into a buffer of
+the same layout, so that the backward of the product is one product as well.
+
+The first two dimensions of a tensor are its tokens, [B, L] or [T, 1]; the rest are its columns.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+TOKENS = 2  # dimensions
+
+
+def row_stride(tensor: Tensor) -> int | None:
+    """Elements from a token to the next one.
+
+    None where tokens are not rows at equal distances, each contiguous.
+    """
+    shape, strides = tensor.shape, tensor.stride()
+    width = 1
+    for size, stride in zip(reversed(shape[TOKENS:]), reversed(strides[TOKENS:]), strict=True):
+        if size != 1 and stride != width:
+            return None
+        width *= size
+    found, apart = 0, 0  # `apart`: what the dimension to the left must step by
+    for size, stride in zip(reversed(shape[:TOKENS]), reversed(strides[:TOKENS]), strict=True):
+        if size == 1:
+            continue
+        if found and stride != apart:
+            return None
+        found, apart = found or stride, stride * size
+        if found < width:
+            return None
+    return found or width  # of one token: as if there were more
+
+
+def shared_stride(tensors: Sequence[Tensor]) -> int:
+    """The row stride of the buffer whose adjacent columns the tensors are, in this order.
+
+    0 where they are not.
+    """
+    first = tensors[0]
+    storage, stride = first.untyped_storage()._cdata, row_stride(first)
+    begin = end = first.storage_offset()
+    for tensor in tensors:
+        if (
+            tensor.storage_offset() != end
+            or row_stride(tensor) != stride
+            or tensor.shape[:TOKENS] != first.shape[:TOKENS]
+            or tensor.dtype != first.dtype
+            or tensor.untyped_storage()._cdata != storage
+        ):
+            return 0
+        end += math.prod(tensor.shape[TOKENS:])
+    return stride if stride and end - begin <= stride else 0
+
+
+def buffer_size(shapes: Sequence[torch.Size], stride: int) -> int:
+    """Elements of the buffer that `sliced` cuts."""
+    if stride:
+        return math.prod(shapes[0][:TOKENS]) * stride
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def sliced(buffer: Tensor, shapes: Sequence[torch.Size], stride: int) -> tuple[Tensor, ...]:
+    """Views of a flat buffer: adjacent columns of its rows, which are `stride` apart.
+
+    For stride 0, contiguous tensors, one after the other.
+    """
+    found, start = [], 0
+    for shape in shapes:
+        width = math.prod(shape[TOKENS:])
+        tokens = [math.prod(shape[at + 1 : TOKENS]) for at in range(min(TOKENS, len(shape)))]
+        columns = [math.prod(shape[at + 1 :]) for at in range(TOKENS, len(shape))]
+        strides = [n * (stride or width) for n in tokens] + columns
+        found.append(buffer.as_strided(shape, strides, start))
+        start += width if stride else math.prod(shape)
+    return tuple(found)
+
+
+def empty_together(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Uninitialised tensors like the given ones: slices of one buffer where those are.
+
+    Else contiguous ones.
+    """
+    if stride := shared_stride(tensors):
+        shapes = [tensor.shape for tensor in tensors]
+        return sliced(tensors[0].new_empty(buffer_size(shapes, stride)), shapes, stride)
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
