@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 TOKENS = 2  # dimensions
+# A row of a buffer is a multiple of so many elements: for matrix products GPUs want 16 bytes, and a
+# sector of their memory has 32.
+ROW_ELEMENTS = 16
 
 
 def row_stride(tensor: Tensor) -> int | None:

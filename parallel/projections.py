@@ -20,11 +20,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.slices import shared_stride
-
-# Elements of which a buffer's row is a multiple: matrix products on GPUs want 16 bytes, and whole
-# sectors of memory are 32.
-ROW_ELEMENTS = 16
+from kernels.slices import ROW_ELEMENTS, shared_stride
 
 
 def project(

@@ -4,6 +4,7 @@ A problem runs the operation's public function, forward and backward, and report
 is done. Formulas of traffic stand beside the kernels.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from kernels.audit.roofline import Traffic, Work
 from kernels.norm.norm import add_rms_norm, rms_norm, weighted_residual
-from kernels.rope.rope import rotate_qk
+from kernels.rope.rope import rotate_qkv
+from kernels.slices import ROW_ELEMENTS
 from kernels.ssd import traffic
 from kernels.ssd.ssd import ssd
 from kernels.ssd.step import ssd_step
@@ -31,10 +33,9 @@ def scan(size: traffic.Problem, *, bounded: bool = False) -> Problem:
     batch, length, heads, dtype = size.batch, size.length, size.heads, size.dtype
 
     def run(device: torch.device) -> Iterator[str]:
-        x = _random(batch, length, heads, size.head_dim, dtype=dtype, device=device)
-        B = _random(batch, length, heads, size.state_dim, dtype=dtype, device=device)
-        C = _random(batch, length, heads, size.state_dim, dtype=dtype, device=device)
-        dt = _random(batch, length, heads, dtype=dtype, device=device)
+        state = heads, size.state_dim
+        columns = (heads, size.head_dim), state, state, (heads,)
+        x, B, C, dt = _side_by_side((batch, length), columns, dtype, device)
         A, dt_bias = (torch.rand(heads, device=device) for _ in range(2))
         cos, sin = (torch.rand(batch, length, size.state_dim // 2, device=device) for _ in range(2))
         borders = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
@@ -91,10 +92,10 @@ def rope(
     dtype: torch.dtype, *, batch: int, length: int, q_heads: int, k_heads: int, dim: int
 ) -> Problem:
     def run(device: torch.device) -> Iterator[str]:
-        q = _random(batch, length, q_heads, dim, dtype=dtype, device=device)
-        k = _random(batch, length, k_heads, dim, dtype=dtype, device=device)
+        columns = (q_heads, dim), (k_heads, dim), (k_heads, dim)
+        q, k, v = _side_by_side((batch, length), columns, dtype, device)
         cos, sin = (torch.rand(batch, length, dim // 2, device=device) for _ in range(2))
-        yield from _passes((q, k), rotate_qk(q, k, cos, sin))
+        yield from _passes((q, k, v), rotate_qkv(q, k, v, cos, sin))
 
     def work(target: Target) -> dict[str, Work]:
         from kernels.rope import fused
@@ -141,7 +142,7 @@ def gate(dtype: torch.dtype, *, rows: int, channels: int) -> Problem:
     """The SwiGLU product."""
 
     def run(device: torch.device) -> Iterator[str]:
-        gate, up = (_random(rows, channels, dtype=dtype, device=device) for _ in range(2))
+        gate, up = _side_by_side((rows, 1), ((channels,), (channels,)), dtype, device)
         yield from _passes((gate, up), [swiglu(gate, up)])
 
     def work(target: Target) -> dict[str, Work]:
@@ -163,6 +164,21 @@ def _passes(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Iterator[str
     yield "forward"
     torch.autograd.grad(outputs, inputs, [torch.rand_like(y) for y in outputs])
     yield "backward"
+
+
+def _side_by_side(
+    tokens: tuple[int, int], columns: Sequence[Sequence[int]], dtype: torch.dtype,
+    device: torch.device,
+) -> list[Tensor]:  # fmt: skip
+    """Slices of one buffer, as a training step's projections give them."""
+    widths = [math.prod(shape) for shape in columns]
+    row = -(-sum(widths) // ROW_ELEMENTS) * ROW_ELEMENTS
+    buffer = torch.rand(*tokens, row, dtype=dtype, device=device)
+    parts = buffer[..., : sum(widths)].split(widths, -1)
+    return [
+        part.view(*tokens, *shape).requires_grad_()
+        for part, shape in zip(parts, columns, strict=True)
+    ]
 
 
 def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

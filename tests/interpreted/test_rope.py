@@ -7,8 +7,15 @@ from hypothesis import strategies as st
 
 from kernels.rope import fused
 from kernels.rope.naive import apply_rope_naive
-from kernels.rope.rope import apply_rope, rotate_qk
-from tests.kernels.operation_cases import DTYPES, assert_matches, assert_repeatable
+from kernels.rope.rope import apply_rope, rotate_qk, rotate_qkv
+from kernels.slices import shared_stride
+from tests.kernels.operation_cases import (
+    DTYPES,
+    assert_matches,
+    assert_repeatable,
+    outputs_and_gradients,
+    side_by_side,
+)
 from tests.kernels.test_rope import queries_and_keys, rotations, tables
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -66,3 +73,17 @@ def test_one_tensor():
 
 def test_repeatable():
     assert_repeatable(rotations(2, 9, 16)[0], queries_and_keys(2, 9, 4, 2, 16))
+
+
+@dtypes
+def test_columns_of_one_buffer(dtype):
+    """Gradients of q, k and v lie in one buffer, bit for bit those of contiguous ones."""
+    q, k = queries_and_keys(2, 9, 4, 2, 16, dtype=dtype)
+    columns = side_by_side((q, k, k + 1), rest=3)
+    cos, sin = tables(2, 9, 16)
+    found, expected = (
+        outputs_and_gradients(lambda *t: rotate_qkv(*t, cos, sin), given)
+        for given in (columns, (q, k, k + 1))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert shared_stride(found[3:]) == columns[0].stride(1)

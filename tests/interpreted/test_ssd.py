@@ -8,13 +8,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels.rope.naive import apply_rope_naive
+from kernels.slices import shared_stride
 from kernels.ssd import fused, tiles
 from kernels.ssd.naive import ssd_naive
 from kernels.ssd.ssd import ssd
 from kernels.ssd.tuning import fastest, run_scan
 from kernels.ssd.tuning import make_inputs as make_tuned
 from kernels.target import Target
-from tests.kernels.scan_cases import assert_close, make_inputs, relative_error, run
+from tests.kernels.operation_cases import side_by_side
+from tests.kernels.scan_cases import (
+    DIFFERENTIABLE,
+    assert_close,
+    make_inputs,
+    relative_error,
+    run,
+)
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -231,3 +239,31 @@ def test_strict_mode_refuses_what_triton_cannot_serve(size):
     ((name, value),) = size.items()
     with pytest.raises(ValueError, match=rf"ssd: {name}={value} is not .* \(strict mode"):
         ssd(**inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "size", [(2, 37, 2, 16, 16, 2), (1, 70, 4, 16, 32, 2), (2, 1, 3, 32, 16, 1)], ids=str
+)
+def test_columns_of_one_buffer_are_read_where_they_lie(size, dtype, shape):
+    """Bit for bit as contiguous ones, and gradients in one buffer."""
+    *sizes, groups = size
+    inputs = make_inputs(
+        *sizes, groups=groups, dtype=dtype, documents=[20] if sizes[1] > 20 else ()
+    )
+    inputs["dt"] = inputs["dt"].to(dtype)
+    names = ("x", "B", "C", "dt")
+    together = side_by_side([inputs[name] for name in names], rest=5)
+    results = []
+    for these in (inputs, inputs | dict(zip(names, together, strict=True))):
+        leaves = {name: these[name].detach().requires_grad_() for name in DIFFERENTIABLE}
+        y, state = ssd(**(these | leaves), output_final_state=True)
+        d_y, d_state = (
+            torch.linspace(-1, 1, t.numel()).view(t.shape).to(t.dtype) for t in (y, state)
+        )
+        grads = torch.autograd.grad([y, state], list(leaves.values()), [d_y, d_state])
+        results.append({"y": y, "state": state, **dict(zip(DIFFERENTIABLE, grads, strict=True))})
+    contiguous, found = results
+    for name, expected in contiguous.items():
+        assert torch.equal(found[name], expected), name
+    assert shared_stride([found[name] for name in names]) == shared_stride(together)

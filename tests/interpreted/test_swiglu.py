@@ -11,6 +11,7 @@ from tests.kernels.operation_cases import (
     assert_matches,
     assert_repeatable,
     outputs_and_gradients,
+    side_by_side,
 )
 from tests.kernels.test_swiglu import inputs
 
@@ -48,8 +49,7 @@ def test_columns_of_one_buffer_are_read_where_they_lie(size, dtype):
     """Bit for bit as contiguous ones, and gradients in one buffer."""
     *tokens, width, rest = size
     gate, up = inputs(*tokens, width, dtype=dtype)
-    buffer = torch.cat((gate, up, gate[..., :rest]), dim=-1)
-    columns = buffer[..., : 2 * width].split(width, dim=-1)
+    columns = side_by_side((gate, up), rest)
     assert shared_stride(columns) == 2 * width + rest
     found, expected = (outputs_and_gradients(swiglu, pair) for pair in (columns, (gate, up)))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -45,3 +45,11 @@ def assert_repeatable(operation: Callable[..., Any], inputs: Sequence[Tensor]) -
     """Two runs, equal to the last bit."""
     first, second = (outputs_and_gradients(operation, inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def side_by_side(tensors: Sequence[Tensor], rest: int = 0) -> list[Tensor]:
+    """The same numbers as adjacent columns of one buffer, `rest` more at the end of its rows."""
+    flat = [t.flatten(2) if t.ndim > 2 else t.unsqueeze(-1) for t in tensors]
+    buffer = torch.cat((*flat, flat[0].new_zeros(*flat[0].shape[:2], rest)), dim=-1)
+    parts = buffer.split([*(t.shape[-1] for t in flat), rest], dim=-1)
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=False)]

@@ -9,14 +9,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from kernels.rope import blocked
 from kernels.rope.naive import apply_rope_naive
-from kernels.rope.rope import apply_rope, rotate_qk
+from kernels.rope.rope import apply_rope, rotate_qk, rotate_qkv
 from kernels.rope.table import inverse_frequencies, rotary_cos_sin
+from kernels.slices import shared_stride
 from tests.kernels.operation_cases import (
     DTYPES,
     TOLERANCE,
     assert_matches,
     assert_repeatable,
     normal,
+    outputs_and_gradients,
+    side_by_side,
 )
 from tests.kernels.scan_cases import relative_error
 
@@ -258,3 +261,26 @@ def test_bad_rotation_input_is_named():
         apply_rope(torch.zeros(2, 5, 1, 8), table, table[..., :3])
     with pytest.raises(TypeError, match="q has dtype"):
         apply_rope(torch.zeros(2, 5, 1, 8, dtype=torch.int64), table, table)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_of_one_buffer(dtype, inplace):
+    """Values pass; gradients lie in one buffer, whatever attention gives."""
+    q, k = queries_and_keys(2, 9, 4, 2, 16, dtype=dtype)
+    v = normal(2, 9, 2, 16, dtype=dtype, seed=3)
+    cos, sin = tables(2, 9, 16)
+
+    def operation(*given):
+        # as projections give them: neither leaves nor views
+        given = [torch.ops.aten._unsafe_view(t * 1, t.shape) for t in given] if inplace else given
+        return rotate_qkv(*given, cos, sin, inplace=inplace)
+
+    contiguous = outputs_and_gradients(operation, (q, k, v))
+    expected = outputs_and_gradients(lambda *t: rotate_qk(*t, cos, sin), (q, k))
+    assert all(torch.equal(a, b) for a, b in zip(contiguous[:2], expected[:2], strict=True))
+    assert torch.equal(contiguous[2], v)
+    columns = side_by_side((q, k, v), rest=3)
+    found = outputs_and_gradients(lambda *t: rotate_qkv(*t, cos, sin), columns)
+    assert all(torch.equal(a, b) for a, b in zip(found, contiguous, strict=True))
+    assert shared_stride(found[3:]) == columns[0].stride(1)

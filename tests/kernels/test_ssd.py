@@ -5,10 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.slices import shared_stride
 from kernels.ssd.blocks import blocks, chunks_at_once, heads_at_once
 from kernels.ssd.naive import ssd_naive
 from kernels.ssd.ssd import ssd
 from kernels.ssd.step import ssd_step
+from tests.kernels.operation_cases import side_by_side
 from tests.kernels.scan_cases import assert_close, make_inputs, relative_error, run
 
 FLOAT32, BFLOAT16 = 5e-6, 1e-2
@@ -295,3 +297,21 @@ def test_step_names_bad_state():
             torch.zeros(2, 4, 16), torch.zeros(2, 4, 16), cos=None, sin=None,
             dt_bias=torch.zeros(4),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_columns_of_one_buffer(groups, dtype):
+    """Bit for bit as contiguous ones, and gradients in one buffer."""
+    inputs = make_inputs(2, 70, groups=groups, dtype=dtype, documents=[20])
+    inputs["dt"] = inputs["dt"].to(dtype)
+    names = ("x", "B", "C", "dt")
+    together = side_by_side([inputs[name] for name in names], rest=5)
+    results = []
+    for these in (inputs, inputs | dict(zip(names, together, strict=True))):
+        leaves = [these[name].detach().requires_grad_() for name in names]
+        y = ssd(**(these | dict(zip(names, leaves, strict=True))))
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    contiguous, found = results
+    assert all(torch.equal(a, b) for a, b in zip(found, contiguous, strict=True))
+    assert shared_stride(found[1:]) == together[0].stride(1)

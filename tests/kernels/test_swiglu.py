@@ -4,9 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels.slices import shared_stride
 from kernels.swiglu.naive import swiglu_naive
 from kernels.swiglu.swiglu import swiglu
-from tests.kernels.operation_cases import DTYPES, assert_matches, normal
+from tests.kernels.operation_cases import (
+    DTYPES,
+    assert_matches,
+    normal,
+    outputs_and_gradients,
+    side_by_side,
+)
 
 
 def inputs(*shape, dtype=torch.float32):
@@ -38,3 +45,13 @@ def test_oracle_is_silu_times_up():
 def test_bad_input_is_named(gate, up, error, says):
     with pytest.raises(error, match=says):
         swiglu(gate, up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_of_one_buffer(dtype):
+    gate, up = inputs(3, 5, 40, dtype=dtype)
+    columns = side_by_side((gate, up), rest=3)
+    found, expected = (outputs_and_gradients(swiglu, pair) for pair in (columns, (gate, up)))
+    for result, other in zip(found, expected, strict=True):  # the ends of rows are not vectorised
+        torch.testing.assert_close(result, other)
+    assert shared_stride(found[1:]) == 83
