@@ -63,7 +63,12 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
             content.rename(target)
             sync_folder(target.parent)
         finally:
-            shutil.rmtree(workplace, ignore_errors=True)  # what stays is for the next command
+            shutil.rmtree(workplace, ignore_errors=True)
+            if workplace.exists():
+                log.warning(
+                    "%s could not be removed: the next command that writes %s does, or remove it",
+                    *(workplace, out),
+                )
             os.close(lock)
     except UnsafeFileError as error:  # in the place of what a command left
         raise CheckpointError(str(error)) from error

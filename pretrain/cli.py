@@ -132,6 +132,8 @@ FULL = {
     errno.ENOSPC: "free space",
     errno.EDQUOT: "free space",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EIO: "look at the disk or the file system",
+    errno.ESTALE: "look at the disk or the file system",
 }
 # What torch and the system's loader say when there is no memory, and Python of a thread
 WITHOUT_MEMORY = (
