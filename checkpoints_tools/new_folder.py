@@ -51,6 +51,7 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     try:
         refuse_existing(out)
         target = out.resolve()  # a link to an empty folder stays a link
+        refuse_existing(target)  # `new/..` is a folder once `new` is made
         target.parent.mkdir(parents=True, exist_ok=True)
         workplace = target.with_name(f".{_short(target.name)}.unfinished")
         lock = _enter(workplace, out)
