@@ -37,7 +37,7 @@ def head_scores(
     h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`head_loss`, and for every token, float32 [T], whether another than the label is likelier."""
-    block = head_block_tokens(weight.shape[0], h.is_cuda)
+    block = head_block_tokens(weight.shape[0], h.device.type != "cpu")
     by_token, missed = torch.empty_like(loss_mask), torch.empty_like(loss_mask)
     group = parallel_state.get_tensor_model_parallel_group()
     first = group.rank() * weight.shape[0]
@@ -81,7 +81,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int
     ) -> tuple[Tensor, Tensor]:
-        block = head_block_tokens(weight.shape[0], h.is_cuda)
+        block = head_block_tokens(weight.shape[0], h.device.type != "cpu")
         by_token = torch.empty_like(loss_mask)
         grad_h = torch.empty_like(h)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)

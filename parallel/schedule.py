@@ -53,6 +53,10 @@ class LossSums:
         """Per token of all sources, float64 scalar."""
         return self.loss.sum() / self.tokens.sum().clamp(min=1)
 
+    def mean_on_host(self) -> float | None:
+        """`mean`, or None for a step without tokens that have a loss. Waits for the device."""
+        return float(self.mean) if float(self.tokens.sum()) else None
+
 
 def count_tokens(batches: Sequence[LocalBatch], device: torch.device) -> Tensor:
     """Tokens with a loss in the global batch: float64 scalar, the same on every rank."""

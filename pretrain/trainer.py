@@ -251,8 +251,7 @@ class Trainer:
                 vitals.gradients()
         tokens = phase.tokens_at(self.step + 1)
         lr = learning_rate(config.optimizer, tokens, config.total_tokens)
-        # of a step of nothing but padding and skipped shards there is no loss
-        loss = float(sums.mean) if float(sums.tokens.sum()) else None
+        loss = sums.mean_on_host()  # None for nothing but padding and skipped shards
         faults: list[str] = []
 
         def refuse(grad_norm: float) -> bool:
