@@ -285,6 +285,7 @@ def watch(ledger: Ledger, zero: ZeroOptimizer) -> None:
     zero.reduce_gradients = ledger.named(  # type: ignore[method-assign]
         zero.reduce_gradients, "gradient reduction"
     )
+    zero.grad_norm = ledger.named(zero.grad_norm, "update")  # type: ignore[method-assign]
     zero.step = ledger.named(zero.step, "update")  # type: ignore[method-assign]
 
 

@@ -25,7 +25,7 @@ from parallel.compat import gpu_stand_in, prepare_host
 from parallel.context import LocalBatch
 from parallel.groups import destroy_groups, init_groups
 from parallel.ledger import HEAD, HOOKS, Direction, Ledger, Place, Tally, watch
-from parallel.schedule import count_tokens, forward_backward
+from parallel.schedule import count_tokens, forward_backward, mean_loss
 from parallel.sizes import head_block_tokens
 from parallel.zero import ZeroOptimizer
 from pretrain.config import Config, ConfigError
@@ -177,10 +177,11 @@ def step(
         tokens = count_tokens(batches, device)
     with ledger.part("schedule"):
         sums = forward_backward(zero, batches, tokens)
+    norm = zero.grad_norm()
     with ledger.part("loss"):
-        loss = sums.mean_on_host()
-    zero.step(lr)
-    return loss
+        losses, counts, grad_norm = sums.on_host(norm)
+    zero.step(lr, grad_norm)
+    return mean_loss(losses, counts)
 
 
 def _optimizer(config: Config) -> ZeroOptimizer:
