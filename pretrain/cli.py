@@ -24,6 +24,7 @@ from pretrain.checkpoint_cli import checkpoint_app
 from pretrain.console import LogFormatter, local, say, shown, whole_console
 from pretrain.evaluation import cli as evaluation_command
 from slurm import cli as job_commands
+from untrusted.errors import is_panic
 from untrusted.secrets import remember
 
 app = typer.Typer(
@@ -70,7 +71,9 @@ def main() -> None:
         os._exit(1)
     except MemoryError:
         stop.end_without_memory()
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         try:
             _fail(error, started)
         except MemoryError:
@@ -81,7 +84,7 @@ def main() -> None:
             os._exit(1)
 
 
-def _fail(error: Exception, started: float) -> NoReturn:
+def _fail(error: BaseException, started: float) -> NoReturn:
     """Report the error, or the one of another rank that broke this one's collectives, and exit."""
     from checkpoints_tools.errors import CheckpointError
     from data_pipeline.errors import DataError
@@ -143,7 +146,7 @@ WITHOUT_MEMORY = (
 )  # fmt: skip
 
 
-def _exhausted(error: Exception) -> str | None:
+def _exhausted(error: BaseException) -> str | None:
     """What ran out or is in the way, and what to do, for errors that say so: disk, file size,
     files, memory; the file that an operation failed on."""
     text = " ".join(str(error).split())[:300]
@@ -152,6 +155,8 @@ def _exhausted(error: Exception) -> str | None:
     # torch and gloo say so in RuntimeErrors
     if any(words in text.lower() for words in ("too many open files", "init uv loop")):
         return f"{text}; raise ulimit -n, to 1024 or more, and run the same command again"
+    if is_panic(error):
+        return f"a library gave up over what it was given ({text}); look for a damaged file"
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{text}; use a shorter name"
     if _without_memory(error):
@@ -161,7 +166,7 @@ def _exhausted(error: Exception) -> str | None:
     return None
 
 
-def _without_memory(error: Exception) -> bool:
+def _without_memory(error: BaseException) -> bool:
     """Whether memory, or a thread's stack, was refused."""
     if isinstance(error, OSError) and error.errno is not None:  # ctypes sets none
         return error.errno == errno.ENOMEM
