@@ -107,6 +107,7 @@ class _HeadLoss(torch.autograd.Function):
             torch.mm(logits, weight, out=grad_h[part])
             grad_weight = add_product(grad_weight, logits.t(), h[part])
         assert grad_weight is not None, "no tokens"
+        del logits  # before there are two sums
         ctx.save_for_backward(grad_h, grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(by_token)
         return by_token.sum(), by_token

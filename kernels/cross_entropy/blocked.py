@@ -9,9 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 18  # 1 MiB of float32: larger leaves the cache, smaller pays for calls
-# elsewhere calls cost more than passes, and a float32 copy of all logits more memory than there is
-DEVICE_ELEMENTS = 1 << 26
+from kernels.cross_entropy.sizes import rows_at_once
 
 
 def statistics(logits: Tensor, labels: Tensor, first: int, valid: int) -> Tensor:
@@ -19,8 +17,7 @@ def statistics(logits: Tensor, labels: Tensor, first: int, valid: int) -> Tensor
     exact = torch.promote_types(logits.dtype, torch.float32)
     found = torch.empty(3, logits.shape[0], dtype=exact, device=logits.device)
     for part in _parts(logits):
-        x = logits[part, :valid].to(exact)
-        found[:, part] = _statistics(x, logits[part], labels[part] - first, valid)[0]
+        found[:, part] = _statistics(logits[part], labels[part] - first, valid)[0]
     return found
 
 
@@ -37,41 +34,68 @@ def finish(
     gradient: bool,
 ) -> None:
     """All that `cross_entropy_` writes. statistics: of all ranks, [ranks, 3, T]; None: of one."""
-    exact = torch.promote_types(logits.dtype, torch.float32)
     for part in _parts(logits):
-        x, label, weight = logits[part, :valid].to(exact), labels[part], weights[part].to(exact)
-        at = label - first
-        if statistics is None:
-            found, exponentials = _statistics(x, logits[part], at, valid)
-            largest, total, of_label = found
-        else:
-            largest, total, of_label = _combined(statistics[:, :, part])
-            exponentials = torch.sub(x, _finite(largest)[:, None]).exp_() if gradient else x
+        label = labels[part]
         is_token = (label >= 0) & (label < vocabulary)
-        log_total = total.log()
-        loss = log_total - torch.where(is_token, of_label - largest, 0.0)
-        out[0][part] = loss * weight
-        out[1][part] = torch.where((of_label < largest) | ~is_token, weight, 0.0)
+        of_ranks = None if statistics is None else statistics[:, :, part]
+        out[0][part], out[1][part] = _finish_part(
+            logits[part], label - first, is_token, weights[part], of_ranks, valid, z_loss, gradient
+        )
+
+
+def _finish_part(
+    logits: Tensor,
+    at: Tensor,
+    is_token: Tensor,
+    weight: Tensor,
+    statistics: Tensor | None,
+    valid: int,
+    z_loss: float,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss and missed tokens of some rows."""
+    weight = weight.to(torch.promote_types(logits.dtype, torch.float32))
+    if statistics is None:
+        found, exponentials = _statistics(logits, at, valid)
+        largest, total, of_label = found
+    else:
+        largest, total, of_label = _combined(statistics)
         if gradient:
-            factor = weight * (1 + 2 * z_loss * (largest + log_total)) / total
-            exponentials.mul_(factor[:, None])
+            exponentials = _exponentials(logits[:, :valid].to(weight.dtype), largest, logits)
+    log_total = total.log()
+    if gradient:
+        factor = weight * (1 + 2 * z_loss * (largest + log_total)) / total
+        exponentials.mul_(factor[:, None])
+        if valid:
+            row = torch.arange(logits.shape[0], device=logits.device)
             here = (at >= 0) & (at < valid)
-            row = torch.arange(x.shape[0], device=x.device)
-            if valid:
-                exponentials[row, at.clamp(0, valid - 1)] -= torch.where(here, weight, 0.0)
-            logits[part, :valid] = exponentials
-            logits[part, valid:] = 0
+            exponentials[row, at.clamp(0, valid - 1)] -= torch.where(here, weight, 0.0)
+        logits[:, :valid] = exponentials
+        logits[:, valid:] = 0
+    loss = log_total - torch.where(is_token, of_label - largest, 0.0)
+    return loss * weight, torch.where((of_label < largest) | ~is_token, weight, 0.0)
 
 
-def _statistics(x: Tensor, logits: Tensor, at: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    """Statistics [3, t] of some rows, and their exponentials relative to the largest [t, valid]."""
-    columns = logits.shape[1]
-    largest = x.amax(1) if valid else x.new_full(x.shape[:1], float("-inf"))
-    exponentials = torch.sub(x, _finite(largest)[:, None]).exp_()
-    of_label = logits.gather(1, at.clamp(0, columns - 1)[:, None])[:, 0].to(x.dtype)
+def _statistics(logits: Tensor, at: Tensor, valid: int) -> tuple[Tensor, Tensor]:
+    """Statistics [3, t] of some rows, and their exponentials relative to the largest [t, valid].
+
+    at int64 [t]: the labels' columns, maybe beyond those here.
+    """
+    columns, exact = logits.shape[1], torch.promote_types(logits.dtype, torch.float32)
+    of_label = logits.gather(1, at.clamp(0, columns - 1)[:, None])[:, 0].to(exact)
     of_label = torch.where(at < valid, of_label, float("-inf"))  # a label in the padding
     of_label = torch.where((at >= 0) & (at < columns), of_label, 0.0)
+    x = logits[:, :valid].to(exact)
+    largest = x.amax(1) if valid else x.new_full(x.shape[:1], float("-inf"))
+    exponentials = _exponentials(x, largest, logits)
     return torch.stack((largest, exponentials.sum(1), of_label)), exponentials
+
+
+def _exponentials(x: Tensor, largest: Tensor, logits: Tensor) -> Tensor:
+    """exp(x - largest) in x's memory, if x is not the logits themselves."""
+    relative_to = _finite(largest)[:, None]
+    own = x.dtype != logits.dtype
+    return (x.sub_(relative_to) if own else x - relative_to).exp_()
 
 
 def _combined(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +112,6 @@ def _finite(largest: Tensor) -> Tensor:
 
 def _parts(logits: Tensor) -> Iterator[slice]:
     rows, columns = logits.shape
-    elements = BLOCK_ELEMENTS if logits.device.type == "cpu" else DEVICE_ELEMENTS
-    step = max(1, elements // columns)
+    step = rows_at_once(columns, logits.is_cpu)
     for at in range(0, rows, step):
         yield slice(at, min(at + step, rows))

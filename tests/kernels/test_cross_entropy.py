@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.cross_entropy import blocked
+from kernels.cross_entropy import blocked, sizes
 from kernels.cross_entropy.cross_entropy import cross_entropy_
 from kernels.cross_entropy.naive import cross_entropy_naive
 from tests.kernels.cross_entropy_cases import (
@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(autouse=True, params=[500, 1 << 18], ids=lambda elements: f"block{elements}")
 def _block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of some rows, and of all."""
-    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", request.param)
+    monkeypatch.setattr(sizes, "CPU_ELEMENTS", request.param)
 
 
 @pytest.mark.parametrize("choice", ["torch", "naive"])
