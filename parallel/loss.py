@@ -110,6 +110,7 @@ class _HeadLoss(torch.autograd.Function):
         del logits  # before there are two sums
         ctx.save_for_backward(grad_h, grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(by_token)
+        ctx.set_materialize_grads(False)  # which would be zeros for by_token
         return by_token.sum(), by_token
 
     @staticmethod

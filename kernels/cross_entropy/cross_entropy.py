@@ -64,7 +64,16 @@ def cross_entropy_(
         if group is not None and ranks > 1:
             statistics = _gathered(implementation.statistics(logits, labels, first, valid), group)
         implementation.finish(
-            logits, labels, weights, statistics, out, first, valid, ranks * columns, z_loss, gradient
+            logits,
+            labels,
+            weights,
+            statistics,
+            out,
+            first,
+            valid,
+            ranks * columns,
+            z_loss,
+            gradient,
         )
 
 

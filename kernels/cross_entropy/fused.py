@@ -1,5 +1,4 @@
-"""The cross entropy in Triton: one launch, or two with a gather between them where the vocabulary is
-split over ranks.
+"""The cross entropy in Triton: one launch, or two with a gather between them over ranks.
 
 A program takes a token. It walks over the logits once for the statistics and once for the gradient,
 the second time from the end, so that what it read last is still in the cache. Arguments and

@@ -1,4 +1,4 @@
-"""Cross entropy on logits of many kinds, its float64 oracle, and what Megatron-core makes of them."""
+"""Cross entropy of logits of many kinds, its float64 oracle, and what Megatron-core makes of it."""
 
 from types import ModuleType
 
