@@ -33,6 +33,7 @@ from rich.table import Table
 from safetensors import safe_open
 
 from checkpoints_tools import folder as folders
+from checkpoints_tools.manifest import read_manifest
 from checkpoints_tools.single_gpu import initial_value
 from checkpoints_tools.source import parameter_shapes, single_gpu_config
 from checkpoints_tools.stored_writer import Blocks, write_untrained_state
@@ -140,7 +141,8 @@ def wrong_values(checkpoint: Path, model: Path, dtype: torch.dtype) -> list[str]
     from checkpoints_tools.export import stored_dtype
     from checkpoints_tools.stored import StoredTensors
 
-    stored = StoredTensors(folders.resolve(checkpoint))
+    step_dir = folders.resolve(checkpoint)
+    stored = StoredTensors(step_dir, read_manifest(step_dir)["files"])
     left, wrong = set(stored.shapes("weight")), []
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

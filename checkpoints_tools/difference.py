@@ -26,7 +26,7 @@ def diff_checkpoints(a: Path, b: Path, *, values: bool = True) -> dict[str, Any]
     """
     dirs = [folders.resolve(path) for path in (a, b)]
     manifests = [read_manifest(step_dir) for step_dir in dirs]
-    stored = [StoredTensors(step_dir) for step_dir in dirs]
+    stored = [StoredTensors(d, m["files"]) for d, m in zip(dirs, manifests, strict=True)]
     flat = [_flattened(manifest) for manifest in manifests]
     tensors = _header_differences(*stored)
     # the same files hold the same tensors

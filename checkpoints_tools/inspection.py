@@ -57,7 +57,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     """
     step_dir = folders.resolve(path)
     state = read_manifest(step_dir)
-    stored = StoredTensors(step_dir)
+    stored = StoredTensors(step_dir, state["files"])
     fields: dict[str, Any] = {"folder": str(step_dir)}
     fields |= {name: state[name] for name in SAID if state.get(name) not in (None, "", [])}
     if "layout" not in fields:

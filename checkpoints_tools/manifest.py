@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired, Required
 
 import xxhash
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from checkpoints_tools.errors import CheckpointError
@@ -85,6 +85,30 @@ class _Config(TypedDict):
     parallel: NotRequired[dict[str, Any]]
 
 
+def _shard(skipped: list[Any]) -> list[Any]:
+    if not isinstance(skipped[0], str) or not isinstance(skipped[1], int):
+        raise ValueError("it is no pair of a source and a shard")
+    return skipped
+
+
+def _of_a_step(metrics: dict[str, Any]) -> dict[str, Any]:
+    step = metrics.get("step")
+    if not isinstance(step, int) or step < 0:
+        raise ValueError("it has no step")
+    if missing := [name for name in SHOWN_METRICS if name not in metrics]:
+        raise ValueError(f"it has no {missing[0]}")
+    if empty := [name for name in SHOWN_METRICS[2:] if metrics[name] is None]:
+        raise ValueError(f"its {empty[0]} is no number")
+    return metrics
+
+
+SHOWN_METRICS = ("loss", "grad_norm", "lr", "tokens_per_second", "memory_bytes")
+_Metrics = Annotated[dict[str, float | None], AfterValidator(_of_a_step)]
+_SkippedShard = Annotated[
+    list[str | Count], Field(min_length=2, max_length=2), AfterValidator(_shard)
+]
+
+
 class _Manifest(TypedDict, total=False):
     """What the program reads of a manifest; it may hold more."""
 
@@ -108,9 +132,9 @@ class _Manifest(TypedDict, total=False):
     imported: dict[str, Any]
     averaged: list[dict[str, Any]]
     judge: _SpikeState
-    unwritten_metrics: dict[str, Any] | None
+    unwritten_metrics: _Metrics | None
     skipped_updates: Count
-    skipped_shards: list[Annotated[list[Any], Field(min_length=2, max_length=2)]]
+    skipped_shards: list[_SkippedShard]
     skipped_windows: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
 
 
@@ -199,6 +223,7 @@ def _read(step_dir: Path) -> dict[str, Any]:
         manifest = json.loads(read_regular(path, MAX_MANIFEST_BYTES))
         if not isinstance(manifest, dict):
             raise ValueError("it holds no JSON object")
+        json.dumps(manifest, ensure_ascii=False).encode()  # no halves of characters
     except UnsafeFileError as error:
         raise CheckpointError(f"{step_dir} is not a checkpoint: {error}") from error
     except OSError as error:

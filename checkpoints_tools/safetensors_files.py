@@ -10,26 +10,26 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Any
 
 import torch
-from pydantic import BeforeValidator, Field, TypeAdapter
+from pydantic import TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from checkpoints_tools.errors import CheckpointError
+from checkpoints_tools.safetensors_header import Entry, read_header
 from checkpoints_tools.stored import give_memory_back, read_into, row_blocks
 from untrusted.errors import UntrustedError
 from untrusted.files import create_file, open_regular, read_regular
 from untrusted.names import check_file_name
-from untrusted.records import Count, parse_json
+from untrusted.records import parse_json
 from untrusted.text import printable
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000  # as the library has it
 MAX_INDEX = 1 << 26
 MAX_NAME = 256  # of a tensor
 REMEDY = "copy the folder again, whole"
@@ -132,24 +132,10 @@ def _write_file(
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def _without_metadata(header: Any) -> Any:
-    """The header's entries of tensors; `__metadata__` holds free text, which nothing here reads."""
-    if not isinstance(header, dict):
-        return header
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
-
-
-class _Entry(TypedDict):
-    dtype: str
-    shape: Annotated[list[Annotated[int, Field(ge=1, lt=2**53)]], Field(min_length=1, max_length=8)]
-    data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
-
-
 class _Index(TypedDict):
     weight_map: dict[str, str]
 
 
-_HEADER = TypeAdapter(Annotated[dict[str, _Entry], BeforeValidator(_without_metadata)])
 _INDEX = TypeAdapter(_Index)
 
 
@@ -212,25 +198,22 @@ class SafetensorsFolder:
     def _read_header(self, path: Path, weight_map: dict[str, str] | None) -> None:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER, size - 8):
-                raise CheckpointError(f"{path} has no safetensors header; {REMEDY}")
-            header = parse_json(file.read(length), _HEADER, f"the header of {path}", REMEDY)
+            header, at = read_header(file, path, REMEDY)
         end = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if fault := self._add(name, entry, path, 8 + length, end, weight_map):
+            if fault := self._add(name, entry, path, at, end, weight_map):
                 shown = printable(name)[:MAX_NAME]
                 raise CheckpointError(f"{path}: the tensor {shown} {fault}; {REMEDY}")
             end = entry["data_offsets"][1]
-        if 8 + length + end != size:
+        if at + end != size:
             raise CheckpointError(
-                f"{path} has {size} bytes, its header speaks of {8 + length + end}; {REMEDY}"
+                f"{path} has {size} bytes, its header speaks of {at + end}; {REMEDY}"
             )
 
     def _add(
         self,
         name: str,
-        entry: _Entry,
+        entry: Entry,
         path: Path,
         at: int,
         end: int,

@@ -80,7 +80,7 @@ def load_checkpoint(step_dir: Path, zero: ZeroOptimizer) -> dict[str, Any]:
     Raises CheckpointError, on every rank, when it is damaged or of another model. Collective.
     """
     manifest = on_every_rank(lambda: read_manifest(step_dir))
-    stored = on_every_rank(lambda: StoredTensors(step_dir))
+    stored = on_every_rank(lambda: StoredTensors(step_dir, manifest["files"]))
     tensors = _tensors_to_load(zero, KINDS)
     check_names(step_dir, set(tensors), {n for n in stored.tensors if not n.startswith("rng.")})
     on_every_rank(lambda: _fill(stored, tensors))
@@ -135,7 +135,7 @@ def load_stored_weights(step_dir: Path, weights: Weights) -> None:
 
     Raises CheckpointError on every rank. Collective.
     """
-    stored = on_every_rank(lambda: StoredTensors(step_dir))
+    stored = on_every_rank(lambda: StoredTensors(step_dir, read_manifest(step_dir)["files"]))
     tensors = _tensors_to_load(weights, KINDS[:1])
     there = {name for name in stored.tensors if name.startswith(f"{KINDS[0]}.")}
     check_names(step_dir, set(tensors), there)

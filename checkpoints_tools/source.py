@@ -36,7 +36,7 @@ def open_source(path: Path, *, checksums: bool) -> Source:
     if checksums and (damaged := damaged_files(step_dir, manifest)):
         name, what = next(iter(damaged.items()))
         raise CheckpointError(f"{step_dir / name} {what}; use another checkpoint")
-    stored = StoredTensors(step_dir)
+    stored = StoredTensors(step_dir, manifest["files"])
     shapes = parameter_shapes(single_gpu_config(manifest, "fp32"))
     if problems := differing_tensors(stored, shapes):
         raise CheckpointError(

@@ -6,7 +6,8 @@ pieces. Neither Megatron-core nor DeepSpeed is imported, and nothing is unpickle
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import IO
@@ -16,9 +17,19 @@ from torch import Tensor
 
 from checkpoints_tools import old_format
 from checkpoints_tools.errors import CheckpointError
-from checkpoints_tools.tensor_index import INDEX, REMEDY, Piece, StoredTensor, read_index
+from checkpoints_tools.safetensors_header import read_header
+from checkpoints_tools.tensor_index import (
+    INDEX,
+    NAMES,
+    REMEDY,
+    Piece,
+    StoredTensor,
+    piece_name,
+    read_index,
+)
 from untrusted.errors import UntrustedError
 from untrusted.files import open_regular
+from untrusted.text import printable
 
 BLOCK_BYTES = 8 << 20
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -52,19 +63,23 @@ class StoredTensors:
     """The tensors of a step folder, by name (`weight.model. ...`).
 
     Raises CheckpointError when its index cannot be read, a tensor's pieces leave a gap or overlap,
-    or a file is shorter than its pieces; no tensor is read yet.
+    a file is shorter than its pieces, or is not among `listed`, the files that the manifest has
+    checksums of; no tensor is read yet.
     """
 
-    def __init__(self, step_dir: Path) -> None:
+    def __init__(self, step_dir: Path, listed: Container[str]) -> None:
         give_memory_back()
         self.step_dir = step_dir
         is_old = index_name(step_dir) == old_format.METADATA
         read = old_format.read_old_index if is_old else read_index
+        if index_name(step_dir) not in listed:
+            raise CheckpointError(_not_listed(step_dir, index_name(step_dir)))
         self.tensors = read(step_dir)
         self._places: dict[Piece, int] = {}
+        self._headers_seen: set[str] = set()
         self._open: tuple[str, IO[bytes]] | None = None
         self.file_ends = self._file_ends()  # bytes that are used of each file
-        self._check_sizes()
+        self._check_sizes(listed)
 
     def _file_ends(self) -> dict[str, int]:
         ends: dict[str, int] = {}
@@ -77,10 +92,12 @@ class StoredTensors:
                 ends[piece.file] = max(end, ends.get(piece.file, 0))
         return ends
 
-    def _check_sizes(self) -> None:
+    def _check_sizes(self, listed: Container[str]) -> None:
         """Raise CheckpointError where a file cannot hold its pieces: they are allocated later."""
         for name, end in self.file_ends.items():
             path = self.step_dir / name
+            if name not in listed:
+                raise CheckpointError(_not_listed(self.step_dir, name))
             try:
                 size = path.lstat().st_size
             except OSError as error:
@@ -161,9 +178,50 @@ class StoredTensors:
             self.close()
             try:
                 self._open = name, open_regular(self.step_dir / name)
+                if name not in self._headers_seen:
+                    self._check_header(name, self._open[1])
+                    self._headers_seen.add(name)
             except UntrustedError as error:
                 raise CheckpointError(str(error)) from error
         return self._open[1]
+
+    def check_headers(self) -> dict[str, str]:
+        """Return what is wrong with each file whose header has tensors elsewhere than the index."""
+        found = {}
+        for name in self.file_ends:
+            try:
+                self._opened(name)
+            except (CheckpointError, OSError) as error:
+                found[name] = str(error)
+        self.close()
+        return found
+
+    def _check_header(self, name: str, file: IO[bytes]) -> None:
+        """Raise CheckpointError unless a file has its pieces where the index says."""
+        held = self._pieces_of[name]
+        if any(piece.archive for _, piece in held):
+            return  # no safetensors file
+        path = self.step_dir / name
+        header, begin = read_header(file, path, REMEDY)
+        for tensor, piece in held:
+            size = prod(piece.sizes) * tensor.dtype.itemsize
+            at = piece.at - begin
+            wanted = (NAMES[tensor.dtype], list(piece.sizes), [at, at + size])
+            entry = header.get(title := piece_name(tensor.name, piece.offsets, piece.sizes))
+            if entry is None or (entry["dtype"], entry["shape"], entry["data_offsets"]) != wanted:
+                raise CheckpointError(
+                    f"{path} does not have {printable(title)} where {INDEX} says ({wanted[0]}, "
+                    f"bytes {at} to {at + size} behind its header); {REMEDY}"
+                )
+
+    @cached_property
+    def _pieces_of(self) -> dict[str, list[tuple[StoredTensor, Piece]]]:
+        """The pieces of each file."""
+        found: dict[str, list[tuple[StoredTensor, Piece]]] = {}
+        for tensor in self.tensors.values():
+            for piece in tensor.pieces:
+                found.setdefault(piece.file, []).append((tensor, piece))
+        return found
 
     def close(self) -> None:
         """Close the file that was read last; reading opens it again."""
@@ -179,6 +237,12 @@ class StoredTensors:
             num_bytes = prod(piece.sizes) * tensor.dtype.itemsize
             self._places[piece] = old_format.values_in_archive(file, piece, num_bytes)
         return self._places[piece]
+
+
+def _not_listed(step_dir: Path, name: str) -> str:
+    return (
+        f"{step_dir / name} is not listed in its manifest, so nothing says what it holds; {REMEDY}"
+    )
 
 
 def _box(low: list[int], high: list[int], origin: tuple[int, ...]) -> tuple[slice, ...]:

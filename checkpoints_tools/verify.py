@@ -63,11 +63,14 @@ def _file_named(message: str, step_dir: Path) -> str:
 def _index_problems(step_dir: Path, index: str, manifest: dict[str, Any]) -> list[Problem]:
     """Does the index describe the model of the manifest, in the files of the manifest?"""
     try:
-        stored = StoredTensors(step_dir)
+        # what the index uses and the manifest does not list is told file by file below
+        present = {path.name for path in step_dir.iterdir()}
+        stored = StoredTensors(step_dir, present)
         shapes = parameter_shapes(single_gpu_config(manifest, "fp32"))
     except CheckpointError as error:
         return [Problem(index, str(error))]
     problems = [Problem(index, what) for what in differing_tensors(stored, shapes)]
+    problems += [Problem(name, what) for name, what in stored.check_headers().items()]
     files = manifest["files"]
     used = stored.file_ends
     for name, end in sorted(used.items()):

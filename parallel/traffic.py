@@ -80,14 +80,18 @@ def _context_layer(
 
 def _data(parallel: ParallelConfig, work: Workload, numel: int) -> float:
     """Gradients in float32, once a step or (ZeRO 2, 3) every micro-batch; updated parameters; under
-    ZeRO 3 parameters before every forward and backward instead, where they are not kept."""
+    ZeRO 3 parameters before every forward and backward instead, where they are not kept.
+
+    Gradients are scattered to the ranks that own them at ZeRO 1 in bf16 and at ZeRO 3; DeepSpeed's
+    ZeRO 1 in float32 and its ZeRO 2 sum every bucket on all ranks and keep their own part of it.
+    """
     replicas = work.data * parallel.context
     share = (replicas - 1) / replicas
+    parameters, gradients = share * work.itemsize * numel, share * 4 * numel
     if parallel.zero_stage == 0:
-        return 2 * share * 4 * numel
+        return 2 * gradients
     if not parallel.reduces_in_backward:
-        return 2 * share * 4 * numel + share * work.itemsize * numel
-    reduced = work.micro_batches * share * 4 * numel
+        return (1 if work.itemsize == 2 else 2) * gradients + parameters
     if parallel.zero_stage < 3:
-        return reduced + share * work.itemsize * numel
-    return reduced + 2 * work.micro_batches * share * work.itemsize * numel
+        return 2 * work.micro_batches * gradients + parameters
+    return work.micro_batches * (gradients + 2 * parameters)

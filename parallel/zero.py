@@ -4,11 +4,15 @@ Megatron's schedule drives the micro-batches, so DeepSpeed sees one accumulation
 
 - stage 1 (the only one with pipeline stages): the schedule runs the bare module; gradients
   accumulate in float32 (in the parameters' gradients, or in BF16_Optimizer's buffers, which its
-  hooks fill during backward) and are reduced once, after the schedule. Stage 0 is the same with
-  nothing sharded: DeepSpeed is told that every rank is alone, and gradients are averaged here.
+  hooks fill during backward) and are reduced once, after the schedule: BF16_Optimizer's to the rank
+  that owns them. Stage 0 is the same with nothing sharded: DeepSpeed is told that every rank is
+  alone, and gradients are averaged here.
 - stages 2 and 3, and every stage with an offloaded optimizer: the schedule runs the engine, whose
   hooks reduce and partition every micro-batch's gradients during backward; only the last one is an
   accumulation boundary.
+
+The gradient norm is computed here, for all optimizers alike, and read by the host once a step, with
+the losses: its one wait. Clipping is a factor that Adam's kernel applies as it reads the gradients.
 
 This is the one file that knows DeepSpeed's inner layout of master weights and optimizer state.
 """
@@ -17,7 +21,7 @@ import io
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +29,6 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import is_invalid_grad_norm as _is_invalid
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -33,6 +36,7 @@ from torch import Tensor, nn
 
 from parallel.build import BuiltStage
 from parallel.config import ParallelConfig
+from parallel.grad_norm import GradNorm, counts_here
 from parallel.groups import MpuAdapter, group_of_this_rank, replicas_group
 from parallel.model import PipelineStage
 from parallel.params import EMBEDDING, ParamInfo
@@ -85,10 +89,6 @@ class ZeroOptimizer:
         self.offload = parallel.offload == "optimizer"
         self.reduces_in_backward = parallel.reduces_in_backward
         parameters = dict(built.named_parameters())
-        for name, parameter in parameters.items():
-            # DeepSpeed's gradient norm counts each parameter once by these
-            parameter.tensor_model_parallel = self.infos[name].tensor_parallel  # type: ignore[attr-defined]
-            parameter.ds_pipe_replicated = self.infos[name].duplicate  # type: ignore[attr-defined]
         decays = [p for name, p in parameters.items() if self.infos[name].decays]
         rest = [p for name, p in parameters.items() if not self.infos[name].decays]
         groups = [
@@ -100,33 +100,35 @@ class ZeroOptimizer:
         )
         self.tied_weight = parameters.get(EMBEDDING) if self._embedding_is_shared() else None
         first = built.chunks[0]
-        config = self._deepspeed_config(first.config.params_dtype, clip_grad_norm)
+        config = self._deepspeed_config(first.config.params_dtype)
+        shards = replicas_group() if self.zero_stage else group_of_this_rank()
         with redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory tables
             self.engine = deepspeed.initialize(
                 model=first if len(built.chunks) == 1 else nn.ModuleList(built.chunks),
                 optimizer=adam,
-                mpu=MpuAdapter(replicas_group() if self.zero_stage else group_of_this_rank()),
+                mpu=MpuAdapter(shards),
                 config=config,
                 dist_init_required=False,
             )[0]
         self.optimizer: Any = self.engine.optimizer
         self.adam = adam
-        self._refuse: Callable[[float], bool] | None = None
-        self._norm = 0.0
-        sys.modules[type(self.optimizer).__module__].is_invalid_grad_norm = self._is_refused  # type: ignore[attr-defined]
-        # a pass over all gradients, for what their norm tells
+        self.clip_grad_norm = clip_grad_norm
+        counted = {id(p) for name, p in parameters.items() if counts_here(self.infos[name])}
+        self._grad_norm = GradNorm(self.optimizer, lambda p: id(p) in counted, shards)
+        # passes over all gradients, for what their norm tells and what Adam does
         self.optimizer.check_overflow = lambda *_, **__: None
+        self.optimizer.unscale_and_clip_grads = lambda *_, **__: None
         if self.zero_stage == 3:
             _register_weights_used_by_parents(first)
         self._create_adam_state()
 
-    def _deepspeed_config(self, dtype: torch.dtype, clip_grad_norm: float) -> dict[str, Any]:
+    def _deepspeed_config(self, dtype: torch.dtype) -> dict[str, Any]:
         numel = sum(p.numel() for _, p in self.built.named_parameters())
         bucket = min(BUCKET_ELEMENTS, numel + numel % 2)  # DeepSpeed wants a multiple of two
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": clip_grad_norm,
+            "gradient_clipping": 0.0,  # see _clip
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": max(1, self.zero_stage),
@@ -193,39 +195,75 @@ class ZeroOptimizer:
         self.engine.set_gradient_accumulation_boundary(True)
         if self.zero_stage == 0:
             self._average_gradients()
-        if not self.reduces_in_backward:
+        if isinstance(self.optimizer, BF16_Optimizer):
+            self._scatter_gradients()
+        elif not self.reduces_in_backward:
             self.engine.allreduce_gradients(bucket_size=BUCKET_ELEMENTS)
 
     def _average_gradients(self) -> None:
         """Over the ranks that hold the same parameters, each of which makes the whole update."""
         group = replicas_group()
-        gradients = [self._accumulated_gradient(p) for _, p in self.built.named_parameters()]
+        if group.size() == 1:
+            return
+        if isinstance(self.optimizer, BF16_Optimizer):
+            gradients = self.optimizer.fp32_groups_gradients_flat
+        else:
+            gradients = [self._accumulated_gradient(p) for _, p in self.built.named_parameters()]
         sums = [torch.distributed.all_reduce(g, group=group, async_op=True) for g in gradients]
         for work in sums:
             work.wait()
         torch._foreach_div_(gradients, group.size())
 
-    def step(self, lr: float, refuse: Callable[[float], bool] = lambda _: False) -> Update:
+    def _scatter_gradients(self) -> None:
+        """Average over the ranks that hold the same parameters, each rank its own part of them."""
+        group = replicas_group()
+        if self.zero_stage == 0 or group.size() == 1:
+            return
+        for whole, own in self._flat_gradients():
+            torch.distributed.reduce_scatter_tensor(own, whole, group=group)
+            own.div_(group.size())
+
+    def _flat_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """BF16_Optimizer's buffers, and in each the part that this rank updates."""
+        own = self.optimizer.fp32_groups_gradient_flat_partition
+        yield from zip(self.optimizer.fp32_groups_gradients_flat, own, strict=True)
+
+    def grad_norm(self) -> Tensor:
+        """Norm of all gradients before clipping, between reduce_gradients and step: a float32
+        scalar on the device, the same on every rank. Collective."""
+        return self._grad_norm(next(self.built.chunks[0].parameters()).device)
+
+    def step(self, lr: float, norm: float | None = None, *, refused: bool = False) -> Update:
         """Clip by the global norm, update, zero gradients.
 
-        refuse: told the norm, which is the same on every rank, whether to leave the state as it is;
-        where the norm is not finite that is so anyway.
+        norm: what grad_norm() came to, where the host has read it; refused: leave the state as it
+        is, which is done where the norm is not finite anyway. Both are the same on every rank.
         """
         for group in self.adam.param_groups:
             group["lr"] = lr
-        self._refuse = refuse
+        norm = float(self.grad_norm()) if norm is None else norm
+        finite = math.isfinite(norm)
+        refused = refused or not finite
+        self._clip(norm)
+        # what DeepSpeed's optimizers ask for before an update, and then leave it out
+        module: Any = sys.modules[type(self.optimizer).__module__]
+        module.is_invalid_grad_norm = lambda _: refused
+        if isinstance(self.optimizer, BF16_Optimizer):
+            module.get_global_norm_of_tensors = lambda **_: norm
+            self.optimizer.get_grads_for_norm = lambda: ([], {})
+        elif self.zero_stage == 3:
+            self.optimizer._get_norm_groups = lambda: [norm]
+        else:
+            self.optimizer.scaled_global_norm = lambda: norm
         self.engine.step()
-        return Update(self._norm, applied=not self.optimizer.overflow)
+        return Update(norm if finite else math.nan, applied=not self.optimizer.overflow)
 
-    def _is_refused(self, norm: Any) -> bool:
-        """In place of DeepSpeed's is_invalid_grad_norm, which every optimizer asks before it
-        updates, and then leaves out the update."""
-        invalid = _is_invalid(norm)
-        if self._refuse is not None:  # they ask again when they clip
-            self._norm, refuse = math.nan if invalid else float(norm), self._refuse
-            self._refuse = None
-            return refuse(self._norm) or invalid
-        return invalid
+    def _clip(self, norm: float) -> None:
+        """Have Adam divide the gradients, as it reads them, where their norm is too large."""
+        scale = (norm + 1e-6) / self.clip_grad_norm if self.clip_grad_norm else 1.0
+        device = self._flat_masters()[0].device
+        # not a copy from the host, which would wait
+        self.adam.grad_scale = torch.full((), scale, device=device) if scale > 1 else None  # type: ignore[attr-defined]
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Reduced float32 gradients of this rank's parameters [local shape], between
@@ -234,9 +272,15 @@ class ZeroOptimizer:
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """The same, one after the other."""
+        bf16 = isinstance(self.optimizer, BF16_Optimizer)
+        if bf16 and self.zero_stage and (group := replicas_group()).size() > 1:
+            for whole, own in self._flat_gradients():
+                torch.distributed.all_gather_into_tensor(whole, own.clone(), group=group)
         for name, parameter in self.built.named_parameters():
-            gradient = safe_get_full_grad(parameter).detach().float()
-            yield name, gradient.reshape(self.infos[name].local_shape)
+            gradient = (
+                self._accumulated_gradient(parameter) if bf16 else safe_get_full_grad(parameter)
+            )
+            yield name, gradient.detach().float().reshape(self.infos[name].local_shape)
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Float32 masters of this rank's parameters [local shape]. A collective over the

@@ -37,7 +37,7 @@ tokenizer_app = typer.Typer(
     help="Train or inspect a byte-level BPE tokenizer.", no_args_is_help=True
 )
 data_app = typer.Typer(help="Look into prepared shards.", no_args_is_help=True)
-kernels_app = typer.Typer(help="Audit, time and tune the Triton kernels.", no_args_is_help=True)
+kernels_app = typer.Typer(help="Audit, count, time and tune the kernels.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
@@ -132,6 +132,8 @@ FULL = {
     errno.ENOSPC: "free space",
     errno.EDQUOT: "free space",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EIO: "look at the disk or the file system",
+    errno.ESTALE: "look at the disk or the file system",
 }
 # What torch and the system's loader say when there is no memory, and Python of a thread
 WITHOUT_MEMORY = (
@@ -542,6 +544,37 @@ def kernels_audit(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     raise typer.Exit(code)
+
+
+@kernels_app.command("launches", context_settings=WITH_OVERRIDES)
+def kernels_launches(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="TOML file.")],
+    layer: Annotated[
+        Literal["ssd", "attention"] | None,
+        typer.Option(help="One layer by its operations, and what the host does for it."),
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Accept the counts as golden.")] = False,
+) -> None:
+    """Count what one training step asks of a GPU, without one: operations, bytes and waits.
+
+    Fields are overridden by --section.field VALUE.
+    """
+    from kernels.target import interpreting
+    from pretrain.config import ConfigError, load_config
+
+    loaded = load_config(config, context.args)
+    if update and context.args:
+        raise ConfigError("--update accepts the counts of a file as it is; leave overrides out")
+    if interpreting():
+        raise ConfigError("TRITON_INTERPRET is set: unset it, so that launches are counted")
+    # before torch and DeepSpeed look for a GPU: none is used
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    from pretrain.launches_report import run
+
+    name = "" if context.args else config.name
+    run(loaded, name, layer, as_json=json_output, update=update)
 
 
 @kernels_app.command(

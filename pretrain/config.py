@@ -462,7 +462,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     for name, text in _override_pairs(overrides or []):
         _apply_override(tree, name, text)
-    return parse_config(restored(tree))
+    try:
+        return parse_config(restored(tree))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def parse_config(tree: dict[str, Any]) -> Config:

@@ -67,7 +67,7 @@ def _of_python(state: dict[str, Any], tokenizer_json: Path, length: int) -> tupl
     for path in texts:
         ids: list[int] = tokenizer.encode(path.read_text("utf-8"), add_special_tokens=False).ids
         ids = [i for i in ids if i < vocab_size][:length]
-        if len(ids) > 1:
+        if len(ids) >= min(2, length):
             return ids, str(path)
     raise DataError(
         f"{tokenizer_json} makes no tokens of the text of {folder}; use --no-verify, or make the "

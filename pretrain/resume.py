@@ -17,6 +17,7 @@ from checkpoints_tools.manifest import damaged_files, listed, read_manifest
 from checkpoints_tools.safetensors_files import is_exported
 from checkpoints_tools.sharded import load_stored_weights
 from checkpoints_tools.single_gpu import ModelError
+from checkpoints_tools.stored import StoredTensors
 from checkpoints_tools.tokenizer_file import TOKENIZER, read_tokenizer
 from data_pipeline.blend import Blend
 from parallel.groups import from_rank_0
@@ -91,6 +92,8 @@ def _candidates(config: Config) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # now, rather than at the first save
             pass
+        if (folder / folders.LATEST).is_dir():
+            raise IsADirectoryError(f"{folder / folders.LATEST} is a folder; remove it")
     except OSError as error:
         raise CheckpointError(
             f"checkpoint.dir {folder} cannot be written ({error}); mend its permissions, free "
@@ -131,7 +134,7 @@ def _fault(candidate: Path) -> str | None:
     dist.all_gather_object(found, damaged_files(candidate, manifest, names))
     faults = {name: what for share in found for name, what in share.items()}
     said = [f"{candidate / name} {what}" for name, what in sorted(faults.items())]
-    return listed(said) if said else None
+    return listed(said) if said else from_rank_0(lambda: _index_fault(candidate, manifest))
 
 
 def _manifest_or_fault(candidate: Path) -> tuple[dict[str, Any] | None, str]:
@@ -141,6 +144,15 @@ def _manifest_or_fault(candidate: Path) -> tuple[dict[str, Any] | None, str]:
         return None, str(error)
     except OSError as error:
         return None, f"{candidate}: {error}"
+
+
+def _index_fault(candidate: Path, manifest: dict[str, Any]) -> str | None:
+    """What is wrong with the index, or with what the manifest does not list, if anything is."""
+    try:
+        StoredTensors(candidate, manifest["files"])
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -180,7 +180,8 @@ def test_files_larger_than_any_run_s_are_not_parsed(name: str, most: int, tmp_pa
     with (step_dir / name).open("r+b" if name != INDEX else "wb") as file:
         file.truncate(most + 1)
     if name != MANIFEST:
-        sign(step_dir)
+        entry = file_entry(step_dir / name)
+        sign(step_dir, lambda manifest: manifest["files"].update({name: entry}))
     with pytest.raises(CheckpointError, match=rf"{name} is larger than"):
         inspect_checkpoint(step_dir)
 
@@ -203,4 +204,4 @@ def test_huge_sizes_are_refused_before_they_are_allocated(tmp_path: Path) -> Non
     with pytest.raises(
         CheckpointError, match=r"f has 1 bytes, tensors\.json uses 4503599627370496"
     ):
-        StoredTensors(tmp_path)
+        StoredTensors(tmp_path, {"f", INDEX})

@@ -309,7 +309,10 @@ def test_text_for_comparing_falls_back_to_python(trained: Path, tmp_path: Path) 
     assert len(ids) == 100
     assert where.endswith(("LICENSE.txt", ".py"))
     assert max(ids) < 300
-    assert StoredTensors(step_dir).shapes("weight")["model.word_embed.weight"] == (301, 32)
+    assert StoredTensors(step_dir, state["files"]).shapes("weight")["model.word_embed.weight"] == (
+        301,
+        32,
+    )
 
 
 def test_no_engine_is_imported_without_comparing(trained: Path, tmp_path: Path) -> None:

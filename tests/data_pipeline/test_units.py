@@ -111,6 +111,17 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, mess
         list(documents([tmp_path]))
 
 
+def test_rows_without_text_cost_nothing_each(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    values = pyarrow.array(["a"] + [None] * 10**7 + ["b"], pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "nulls.parquet")
+    begin = time.process_time()
+    assert [d.text for d in documents([tmp_path / "nulls.parquet"])] == ["a", "b"]
+    assert time.process_time() - begin < 5
+
+
 def test_parquet_without_the_column(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
