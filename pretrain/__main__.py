@@ -36,6 +36,11 @@ def main() -> None:
         command()
     except KeyboardInterrupt:
         _interrupted(signal.SIGINT, None)
+    except SystemExit:
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # while the interpreter ends, handlers are gone
+        raise
 
 
 def _open_closed_streams() -> None:

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline import prepare as preparing
+from data_pipeline.arrays import read_labels
 from data_pipeline.corpus import units
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import prepare
@@ -245,3 +246,9 @@ def test_killed_at_random_with_workers(
     if not (tmp_path / "o").exists():
         run(corpus, tokenizer_file, tmp_path / "o", 2)
     assert contents(tmp_path / "o") == expected
+
+
+def test_labels_are_read_from_regular_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "labels.npz").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"labels\.npz is damaged \(.*link.*remove it"):
+        read_labels(tmp_path / "labels.npz", str(tmp_path / "labels.npz"), (2, 3))
