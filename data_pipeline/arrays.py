@@ -1,6 +1,9 @@
 """NumPy's files of the shape and type that is expected; nothing is allocated for others."""
 
+import lzma
+import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,7 +15,11 @@ from numpy.typing import NDArray
 from data_pipeline.errors import DataError
 from untrusted.files import open_regular
 
-NPZ_FAULTS = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError)
+# of zipfile: RuntimeError where a password is wanted
+NPZ_FAULTS = (
+    OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, NotImplementedError,
+    struct.error, zlib.error, lzma.LZMAError,
+)  # fmt: skip
 
 
 def read_int64(file: IO[bytes], shape: Sequence[int]) -> NDArray[np.int64]:
