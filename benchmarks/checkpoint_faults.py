@@ -257,10 +257,10 @@ class Campaign:
             return
         ranks, options = LAYOUTS[layout]
         whole = self.start(f"whole/{layout}", None)
-        self.run(whole, ranks, options)
+        expect_end(self.run(whole, ranks, options), whole)
         self.curves[layout] = curve(whole)
         begun = self.start(f"begun/{layout}", None)
-        self.run(begun, ranks, options, before=stop_after_first_save)
+        expect_end(self.run(begun, ranks, options, before=stop_after_first_save), begun)
 
     def start(self, name: str, source: str | None) -> Path:
         """A run's folder, new or a copy of another's."""
@@ -274,6 +274,15 @@ class Campaign:
     def run(self, folder: Path, ranks: int, options: list[str], **how: Any) -> list[Ended]:
         how = {"kill_after": HANG} | how
         return run_command("pretrain", folder / "config.toml", *options, ranks=ranks, **how)
+
+
+def expect_end(ends: list[Ended], folder: Path) -> None:
+    """Raise RuntimeError, with what each rank said last, unless all ended, or were killed, as they
+    were to."""
+    if any(e.code not in (0, -signal.SIGKILL) or e.seconds >= HANG for e in ends):
+        said = [f"rank {r}: {e.code} after {e.seconds:.0f} s: {e.output[-2000:]}"
+                for r, e in enumerate(ends)]  # fmt: skip
+        raise RuntimeError(f"{folder}, which meets no fault yet, failed\n" + "\n".join(said))
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
@@ -330,7 +339,7 @@ def one_run(campaign: Campaign, number: int, kind: str) -> dict[str, Any]:
         if kind == "disk full":
             (checkpoints.parent / "filler").unlink(missing_ok=True)
     else:
-        campaign.run(folder, ranks, options, before=partial(stop_at, step))
+        expect_end(campaign.run(folder, ranks, options, before=partial(stop_at, step)), folder)
         newest = checkpoints / f"step-{step:08d}"
         skipped = damage(newest, kind, choice)
         if kind == "unreadable":

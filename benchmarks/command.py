@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ranks import _context
+from benchmarks.ranks import _context, free_port
 
 LIMIT_SECONDS = 60.0
 
@@ -36,9 +35,7 @@ def run_command(
 
     `before` is importable and is called in each rank first: the place to inject a fault.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / f"rank-{rank}" for rank in range(ranks)]

@@ -1,8 +1,10 @@
 """Run a function on several gloo ranks, in processes forked from one that imported everything."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -18,9 +20,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
     `function` must be importable. Any rank's exception fails the call, with every traceback.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         receiver, sender = _context.Pipe(duplex=False)
@@ -50,6 +50,16 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     if failures:
         raise AssertionError("\n".join(failures))
     return results
+
+
+def free_port() -> int:
+    """A port of this host for ranks to meet at, from below those that connections get by
+    themselves, so that none of these takes it before the ranks do."""
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _run_rank(

@@ -103,7 +103,7 @@ def _of_a_step(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 SHOWN_METRICS = ("loss", "grad_norm", "lr", "tokens_per_second", "memory_bytes")
-_Metrics = Annotated[dict[str, float | None], AfterValidator(_of_a_step)]
+_Metrics = Annotated[dict[str, int | float | None], AfterValidator(_of_a_step)]
 _SkippedShard = Annotated[
     list[str | Count], Field(min_length=2, max_length=2), AfterValidator(_shard)
 ]

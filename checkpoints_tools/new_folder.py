@@ -51,6 +51,7 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     try:
         refuse_existing(out)
         target = out.resolve()  # a link to an empty folder stays a link
+        refuse_existing(target)  # `new/..` is a folder once `new` is made
         target.parent.mkdir(parents=True, exist_ok=True)
         workplace = target.with_name(f".{_short(target.name)}.unfinished")
         lock = _enter(workplace, out)
@@ -63,7 +64,12 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
             content.rename(target)
             sync_folder(target.parent)
         finally:
-            shutil.rmtree(workplace, ignore_errors=True)  # what stays is for the next command
+            shutil.rmtree(workplace, ignore_errors=True)
+            if workplace.exists():
+                log.warning(
+                    "%s could not be removed: the next command that writes %s does, or remove it",
+                    *(workplace, out),
+                )
             os.close(lock)
     except UnsafeFileError as error:  # in the place of what a command left
         raise CheckpointError(str(error)) from error

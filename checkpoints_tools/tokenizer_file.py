@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
 from checkpoints_tools.single_gpu import ModelError
-from untrusted.errors import UntrustedError
+from untrusted.errors import UntrustedError, check_refusal
 from untrusted.files import read_regular
 from untrusted.text import printable
 
@@ -34,6 +34,7 @@ def parse_tokenizer(content: bytes, path: Path) -> Tokenizer:
     """Return the tokenizer that the content of a tokenizer.json describes. Raises ModelError."""
     try:
         return Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:  # the library raises bare Exception, and panics
+        check_refusal(error)
         reason = printable(str(error))[:300]
         raise ModelError(f"{path} is not a Hugging Face tokenizer: {reason}.") from error

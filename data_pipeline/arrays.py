@@ -1,7 +1,11 @@
 """NumPy's files of the shape and type that is expected; nothing is allocated for others."""
 
+import lzma
+import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO
 
@@ -9,8 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
+from untrusted.files import open_regular
 
-NPZ_FAULTS = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError)
+# of zipfile: RuntimeError where a password is wanted
+NPZ_FAULTS = (
+    OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, NotImplementedError,
+    struct.error, zlib.error, lzma.LZMAError,
+)  # fmt: skip
 
 
 def read_int64(file: IO[bytes], shape: Sequence[int]) -> NDArray[np.int64]:
@@ -31,8 +40,8 @@ def read_int64(file: IO[bytes], shape: Sequence[int]) -> NDArray[np.int64]:
 def read_labels(file: Path | IO[bytes], name: str, shape: Sequence[int]) -> NDArray[np.int64]:
     """Return the array `labels` of an .npz file. Raises DataError, naming `name`."""
     try:
-        with zipfile.ZipFile(file) as archive, archive.open("labels.npy") as content:
-            labels = read_int64(content, shape)
+        with _opened(file) as regular, zipfile.ZipFile(regular) as archive:
+            labels = read_int64(archive.open("labels.npy"), shape)
     except NPZ_FAULTS as error:
         raise damaged(name, error) from error
     if labels.min(initial=0) < 0:
@@ -43,7 +52,7 @@ def read_labels(file: Path | IO[bytes], name: str, shape: Sequence[int]) -> NDAr
 def read_note(file: Path | IO[bytes], name: str, max_bytes: int) -> str:
     """Return the text `note` of an .npz file. Raises DataError, naming `name`."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with _opened(file) as regular, zipfile.ZipFile(regular) as archive:
             if archive.getinfo("note.npy").file_size > max_bytes:
                 raise ValueError(f"a note of more than {max_bytes} bytes")
             with archive.open("note.npy") as content:
@@ -53,6 +62,10 @@ def read_note(file: Path | IO[bytes], name: str, max_bytes: int) -> str:
     if note.shape != () or note.dtype.kind != "U":
         raise damaged(name, f"a note of {note.dtype} {list(note.shape)}")
     return str(note)
+
+
+def _opened(file: Path | IO[bytes]) -> AbstractContextManager[IO[bytes]]:
+    return open_regular(file) if isinstance(file, Path) else nullcontext(file)
 
 
 def damaged(name: str, why: object) -> DataError:

@@ -13,7 +13,7 @@ from typing import IO, Any
 from data_pipeline.errors import DataError
 from data_pipeline.thrift import binary, integer, items, list_of, skip, struct, struct_of
 
-BATCH_ROWS, BATCH_BYTES = 256, 1 << 26
+BATCH_ROWS, BATCH_BYTES = 1 << 16, 1 << 26
 MAX_PAGE_BYTES = 1 << 29  # usual are 1 MiB; pyarrow puts 1024 rows, however long, into one
 HEADER_BYTES, MAX_HEADER_BYTES = 1 << 10, 1 << 24
 FOOTER_TAIL = 8  # bytes at the end of a file: the footer's length, and what says that it is Parquet
@@ -29,6 +29,7 @@ def text_rows(
     one without such a column of text, and one with pages too large to be decoded.
     """
     import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.compute  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
@@ -48,9 +49,9 @@ def text_rows(
                 largest = _largest_page(content, path, column, chunk)
                 rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
                 for batch in file.iter_batches(rows, [group], [column]):
-                    for number, value in enumerate(batch.column(0), row):
-                        if value.is_valid:
-                            yield number, value.as_buffer()
+                    values = batch.column(0)
+                    for number in pyarrow.compute.indices_nonzero(values.is_valid()).to_pylist():
+                        yield row + number, values[number].as_buffer()
                     row += batch.num_rows
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise damaged(path, error) from error  # of names that are no UTF-8, among others

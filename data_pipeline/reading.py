@@ -25,7 +25,7 @@ from data_pipeline.parquet import damaged, text_rows
 from untrusted.errors import UntrustedError
 from untrusted.files import open_regular
 
-PART_BYTES = 8 << 20
+PART_BYTES = 1 << 20  # one token a byte, encoded, takes a hundred bytes of memory
 MAX_LINE_BYTES = 64 << 20
 MAX_VALUES = 1 << 21  # of a .jsonl line, which take up to a hundred times their bytes
 # what a value of JSON begins with or is followed by: strings whole, also one that is cut off

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # 
 from data_pipeline.errors import DataError
 from data_pipeline.reading import documents
 from parallel import bounds
-from untrusted.errors import UnsafeFileError
+from untrusted.errors import UnsafeFileError, check_refusal
 from untrusted.files import read_regular, replace_file
 from untrusted.text import printable
 
@@ -151,7 +151,8 @@ def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
     """
     try:
         tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:  # the library raises bare Exception, and panics
+        check_refusal(error)
         reason = printable(str(error))[:300]
         raise DataError(f"{name}: not a Hugging Face tokenizer.json ({reason}).") from error
     vocab_size = vocab_size_of(tokenizer)

@@ -29,7 +29,7 @@ def attention(
     if cu_seqlens.numel() == batch + 1:  # every row start is a border, so rows are documents
         return _causal(q, k, v, scale)
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))  # [B·L, H, D]
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    if q.device.type != "cpu" and q.dtype in (torch.float16, torch.bfloat16):
         borders = cu_seqlens.int()
         # a row bounds its documents: the longest one is not worth waiting for the device
         out = varlen_attn(

@@ -74,8 +74,12 @@ def build_stage(
     seed: int,
     deterministic: bool,
     device: torch.device,
+    z_loss: float = 0.0,
 ) -> BuiltStage:
-    """This rank's pipeline stage with its initial weights, on `device`. Groups must exist."""
+    """This rank's pipeline stage with its initial weights, on `device`. Groups must exist.
+
+    z_loss: coefficient of the squared log-normaliser in the gradient of the loss.
+    """
     stage = parallel_state.get_pipeline_model_parallel_rank()
     megatron = megatron_config(model, parallel, dtype, deterministic)
     layers = layer_chunks(model, parallel, seq_len)
@@ -92,6 +96,7 @@ def build_stage(
             recompute=parallel.recompute_of,
             seq_len=seq_len,
             device=device,
+            z_loss=z_loss,
         )
         described = describe_parameters(chunk, model, tensor_rank, parallel.tensor)
         initialize(chunk, described, model, seed)

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 RETIRED_ARGUMENTS = {"async_tensor_model_parallel_allreduce"}  # gone in Megatron-core 0.19
 
 
-class _CudaFactoriesOnCpu(TorchFunctionMode):
-    """Rewrites device="cuda" in factory calls to the CPU."""
+class _CudaFactoriesElsewhere(TorchFunctionMode):
+    """Rewrites device="cuda" in factory calls to what stands in for the current CUDA device."""
 
     def __torch_function__(
         self,
@@ -29,7 +29,7 @@ class _CudaFactoriesOnCpu(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if kwargs and (device := kwargs.get("device")) is not None and "cuda" in str(device):
-            kwargs = kwargs | {"device": "cpu"}
+            kwargs = kwargs | {"device": torch.cuda.current_device()}
         return func(*args, **(kwargs or {}))
 
 
@@ -61,7 +61,7 @@ def prepare_host(local_rank: int = 0) -> torch.device:
 
 @contextmanager
 def factory_device(device: torch.device) -> Iterator[None]:
-    """Megatron-core's communication buffers on `device`, for shapes without memory."""
+    """Megatron-core's buffers on `device`, for shapes without memory."""
     before = torch.cuda.current_device
     torch.cuda.current_device = lambda: device  # type: ignore[assignment,return-value]
     try:
@@ -70,9 +70,35 @@ def factory_device(device: torch.device) -> Iterator[None]:
         torch.cuda.current_device = before
 
 
+@contextmanager
+def gpu_stand_in(device: torch.device) -> Iterator[None]:
+    """`device` in place of the GPU: for Megatron-core, DeepSpeed and torch's fused optimizers."""
+    from deepspeed.accelerator import get_accelerator
+    from torch.optim import optimizer
+
+    accelerator, fused = get_accelerator(), optimizer._get_fused_kernels_supported_devices
+    pretended: dict[str, Callable[..., Any]] = {
+        "device_name": lambda index=None: device.type,
+        "current_device_name": lambda: device.type,
+        "on_accelerator": lambda tensor: tensor.device.type == device.type,
+    }
+    vars(accelerator).update(pretended)
+    optimizer._get_fused_kernels_supported_devices = lambda: [*fused(), device.type]
+    try:
+        with factory_device(device):
+            yield
+    finally:
+        optimizer._get_fused_kernels_supported_devices = fused
+        for name in pretended:
+            del vars(accelerator)[name]
+
+
 def cuda_calls_on_cpu() -> TorchFunctionMode:
-    """Context for calls into Megatron-core's schedules on a host without CUDA."""
-    return _CudaFactoriesOnCpu()
+    """Context for calls into Megatron-core's schedules on a host without CUDA.
+
+    Their factory calls go to the CPU, or to the device of `factory_device`.
+    """
+    return _CudaFactoriesElsewhere()
 
 
 def without_retired(function: Callable[..., Any], **kwargs: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ tensor-parallel peers are neighbours on a node and pipeline stages are far apart
 """
 
 import os
-import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from parallel.config import ParallelConfig
-from parallel.launch import Launch
+from parallel.launch import Launch, LaunchError
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -45,19 +44,30 @@ def init_distributed(
     if dist.is_initialized():
         return
     env = os.environ
+    store: dist.Store | None = None
     if launch.world_size == 1 and "MASTER_PORT" not in env:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(probe.getsockname()[1])
+        # a port that is looked for first may be another's by the time it is listened on
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(store.port)
     # DeepSpeed reads these itself
     env["RANK"], env["WORLD_SIZE"] = str(launch.rank), str(launch.world_size)
     env["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed selects this device once more
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timeout,
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise LaunchError(
+            f"port {env['MASTER_PORT']} of {env['MASTER_ADDR']} is in use, so that the processes "
+            "cannot meet there; choose another MASTER_PORT (torchrun: --master-port), or end the "
+            "job that has it"
+        ) from error
 
 
 def init_groups(config: ParallelConfig) -> None:

@@ -9,6 +9,7 @@ and what the allocator loses to fragments.
 
 from dataclasses import dataclass, fields
 
+from kernels.cross_entropy.sizes import rows_at_once
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.footprint import (
     Workload,
@@ -156,14 +157,18 @@ def chunk_activations(
 
 
 def head_bytes(model: ModelConfig, parallel: ParallelConfig, work: Workload) -> int:
-    """A block's logits, in float32 (in 16 bits beside what they came from, which ends as their
-    gradient), and its gradients; those of the rank's rows are summed in float32."""
+    """Besides what the head keeps, the most of three moments: a block's loss, whose gradient takes
+    the logits' place; its share of the rows' gradient, which is summed in float32, and which a GPU
+    adds as it computes it; the sum beside its rounded copy."""
     vocab, hidden = model.padded_vocab_size // parallel.tensor, model.hidden_size
-    item = work.itemsize
-    block = min(work.tokens(parallel), head_block_tokens(vocab, work.on_gpu))
-    logits = 4 * block * vocab + (item * block * vocab if item < 4 else 0)
-    gradients = item * (block * vocab + (block + vocab) * hidden)
-    return (4 - item) * vocab * hidden + max(logits, gradients)
+    tokens, item = work.tokens(parallel), work.itemsize
+    block = min(tokens, head_block_tokens(vocab, work.on_gpu))
+    logits, kept, total = item * block * vocab, item * vocab * hidden, 4 * vocab * hidden
+    exponentials = 0 if work.on_gpu else 4 * min(block, rows_at_once(vocab, on_cpu=True)) * vocab
+    loss = logits + exponentials + (total if block < tokens else 0)
+    product = logits + total + (0 if work.on_gpu or item == 4 else kept)
+    rounding = total + (kept if item < 4 else 0)
+    return max(loss, product, rounding) - kept
 
 
 def head_gradients(model: ModelConfig, parallel: ParallelConfig, work: Workload) -> int:

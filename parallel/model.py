@@ -124,9 +124,10 @@ class PipelineStage(nn.Module):
         recompute: Recompute,
         seq_len: int,
         device: torch.device,
+        z_loss: float = 0.0,
     ) -> None:
         super().__init__()
-        self.config, self.model_config = config, model
+        self.config, self.model_config, self.z_loss = config, model, z_loss
         self.first, self.last = first, last
         self.recomputes = [recompute(n) == "full" for n in range(len(layers))]
         self.tied_head = last and model.tie_word_embeddings
@@ -196,8 +197,8 @@ class PipelineStage(nn.Module):
             return h
         u = enter_tensor_parallel(h, self.config).squeeze(1)  # [T, hidden]
         weight, valid = self._head()
-        head = head_loss if torch.is_grad_enabled() else head_scores
-        return head(u, weight, labels.reshape(-1), loss_mask.reshape(-1), valid)
+        given = u, weight, labels.reshape(-1), loss_mask.reshape(-1), valid
+        return head_loss(*given, self.z_loss) if torch.is_grad_enabled() else head_scores(*given)
 
     def hidden(
         self,

@@ -1,4 +1,4 @@
-"""A lower bound of a step's time: every resource at its peak, nothing overlapped.
+"""A step's time: a bound, with every resource at its peak, and what is to be expected.
 
 A layer's time is its FLOPs at the GPU's dense peak plus the traffic of what it keeps for backward
 at the memory's peak (written once and read twice, its gradient written and read: five times).
@@ -8,10 +8,12 @@ micro-batches in (m + (p - 1) / v) times its slowest stage.
 Peaks are the vendor's (NVIDIA's A100, H100, H200 and B200 datasheets: SXM, bf16 without sparsity,
 NVLink in one direction); the network is taken as one 400 Gb/s port a GPU (200 Gb/s beside an A100),
 a rank's share of its host's memory, where an offloaded optimizer works, as 50 GB/s.
-Measured runs are slower; what the figures are for is comparing layouts.
+
+The bound lets nothing overlap. What is expected divides it by efficiencies and leaves out the
+communication that goes on beside products (`expected_time`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.flops import head_flops, layer_flops
@@ -22,6 +24,10 @@ from parallel.traffic import traffic
 
 KEPT_TENSOR_PASSES = 5
 HOST_MEMORY = 50e9  # bytes a second, assumed
+# Share of the bound's rate that was reached: 0.52, 0.48 and 0.47 by configs/320m.toml at 1,024 and
+# 4,096 tokens and its attention rival at 4,096, on one H200 (docs/gpu.md); their mean
+COMPUTE_EFFICIENCY = 0.49
+LINK_EFFICIENCY = 0.8  # of a link's peak, assumed: nothing has run on several GPUs
 UPDATE_BYTES = 4 * (3 + 3 + 1)  # Adam reads and writes weight and moments, and reads a gradient
 
 
@@ -120,3 +126,30 @@ def step_time(
     memory = gpu.memory if parallel.offload == "none" else HOST_MEMORY
     update = UPDATE_BYTES * numel / work.shards(parallel) / memory
     return StepTime(compute, bubble, seconds, update)
+
+
+def expected_time(bound: StepTime, parallel: ParallelConfig) -> StepTime:
+    """What a step is to be expected to take, by its bound.
+
+    Computation and update at COMPUTE_EFFICIENCY, communication at LINK_EFFICIENCY and only as far
+    as nothing hides it: under sequence parallelism backward gathers and scatters tokens beside
+    products; interleaved stages send beside other chunks; ZeRO 2 and 3 reduce gradients, and gather
+    parameters, beside two thirds of the computation, backward.
+    """
+    compute = bound.compute / COMPUTE_EFFICIENCY
+    seconds = {axis: time / LINK_EFFICIENCY for axis, time in bound.communication.items()}
+    if parallel.sequence_parallel:
+        # of two and a half passes (three and a half with recomputation), see parallel.traffic
+        passes = 2.5 + (parallel.recompute == "full")
+        seconds["tensor"] *= 1 - 1 / passes
+    if parallel.virtual_pipeline > 1:
+        seconds["pipeline"] = 0.0
+    if parallel.zero_stage >= 2:
+        seconds["data"] = max(0.0, seconds["data"] - compute * 2 / 3)
+    return replace(
+        bound,
+        compute=compute,
+        bubble=bound.bubble / COMPUTE_EFFICIENCY,
+        communication=seconds,
+        update=bound.update / COMPUTE_EFFICIENCY,
+    )

@@ -53,6 +53,17 @@ class LossSums:
         """Per token of all sources, float64 scalar."""
         return self.loss.sum() / self.tokens.sum().clamp(min=1)
 
+    def on_host(self, scalar: Tensor) -> tuple[list[float], list[float], float]:
+        """Losses, tokens, and another value of the step; waits for the device, once."""
+        both = torch.cat((self.loss, self.tokens, scalar.double().reshape(1))).tolist()
+        count = len(self.loss)
+        return both[:count], both[count:-1], both[-1]
+
+
+def mean_loss(losses: Sequence[float], tokens: Sequence[float]) -> float | None:
+    """Per token of all sources; None where no token has a loss."""
+    return sum(losses) / sum(tokens) if sum(tokens) else None
+
 
 def count_tokens(batches: Sequence[LocalBatch], device: torch.device) -> Tensor:
     """Tokens with a loss in the global batch: float64 scalar, the same on every rank."""

@@ -2,10 +2,11 @@
 
 BUCKET_ELEMENTS = 50_000_000  # of gradients reduced, or updated parameters gathered, at once
 GATHERED_ELEMENTS = 1_000_000_000  # of parameters that ZeRO 3 keeps gathered for their next use
-LOGITS_ELEMENTS = 1 << 22  # of the output head's block, where it is taller: 16 MiB in float32
-# Blocks must be tall enough for their products to fill a GPU; on a CPU the gradient of a head of
-# 32,768 rows takes 1.6 times as long (bf16) in blocks of 128 tokens as of 1,024
-GPU_BLOCK_TOKENS, CPU_BLOCK_TOKENS = 2048, 1024
+LOGITS_ELEMENTS = 1 << 22  # of the output head's block, where it is taller: 8 MiB in bfloat16
+# Blocks must be tall enough for their products to fill a GPU, and few enough for the sums of their
+# weight gradients; on a CPU the gradient of a head of 32,768 rows takes 1.6 times as long (bf16) in
+# blocks of 128 tokens as of 1,024
+GPU_BLOCK_TOKENS, CPU_BLOCK_TOKENS = 8192, 1024
 
 
 def head_block_tokens(rows: int, on_gpu: bool) -> int:

@@ -11,8 +11,8 @@ Megatron's schedule drives the micro-batches, so DeepSpeed sees one accumulation
   hooks reduce and partition every micro-batch's gradients during backward; only the last one is an
   accumulation boundary.
 
-The gradient norm is computed here, for all optimizers alike, and read by the host once a step: the
-one wait of an update. Clipping is a factor that Adam's kernel applies as it reads the gradients.
+The gradient norm is computed here, for all optimizers alike, and read by the host once a step, with
+the losses: its one wait. Clipping is a factor that Adam's kernel applies as it reads the gradients.
 
 This is the one file that knows DeepSpeed's inner layout of master weights and optimizer state.
 """
@@ -21,7 +21,7 @@ import io
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -228,19 +228,23 @@ class ZeroOptimizer:
         own = self.optimizer.fp32_groups_gradient_flat_partition
         yield from zip(self.optimizer.fp32_groups_gradients_flat, own, strict=True)
 
-    def step(self, lr: float, refuse: Callable[[float], bool] = lambda _: False) -> Update:
+    def grad_norm(self) -> Tensor:
+        """Norm of all gradients before clipping, between reduce_gradients and step: a float32
+        scalar on the device, the same on every rank. Collective."""
+        return self._grad_norm(next(self.built.chunks[0].parameters()).device)
+
+    def step(self, lr: float, norm: float | None = None, *, refused: bool = False) -> Update:
         """Clip by the global norm, update, zero gradients.
 
-        refuse: told the norm, which is the same on every rank, whether to leave the state as it is;
-        where the norm is not finite that is so anyway.
+        norm: what grad_norm() came to, where the host has read it; refused: leave the state as it
+        is, which is done where the norm is not finite anyway. Both are the same on every rank.
         """
         for group in self.adam.param_groups:
             group["lr"] = lr
-        norm = self._grad_norm(self._device())
-        value = float(norm)  # waits for the device
-        finite = math.isfinite(value)
-        refused = refuse(value if finite else math.nan) or not finite
-        self._clip(value)
+        norm = float(self.grad_norm()) if norm is None else norm
+        finite = math.isfinite(norm)
+        refused = refused or not finite
+        self._clip(norm)
         # what DeepSpeed's optimizers ask for before an update, and then leave it out
         module: Any = sys.modules[type(self.optimizer).__module__]
         module.is_invalid_grad_norm = lambda _: refused
@@ -252,7 +256,7 @@ class ZeroOptimizer:
         else:
             self.optimizer.scaled_global_norm = lambda: norm
         self.engine.step()
-        return Update(value if finite else math.nan, applied=not self.optimizer.overflow)
+        return Update(norm if finite else math.nan, applied=not self.optimizer.overflow)
 
     def _clip(self, norm: float) -> None:
         """Have Adam divide the gradients, as it reads them, where their norm is too large."""
@@ -260,10 +264,6 @@ class ZeroOptimizer:
         device = self._flat_masters()[0].device
         # not a copy from the host, which would wait
         self.adam.grad_scale = torch.full((), scale, device=device) if scale > 1 else None  # type: ignore[attr-defined]
-
-    def _device(self) -> torch.device:
-        """Where the collectives of this rank find their tensors."""
-        return next(self.built.chunks[0].parameters()).device
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Reduced float32 gradients of this rank's parameters [local shape], between

@@ -32,10 +32,15 @@ def main() -> None:
         os._exit(1)
     try:
         if not listens:  # from here on, commands may clean up first
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, _interrupt)
         command()
     except KeyboardInterrupt:
         _interrupted(signal.SIGINT, None)
+    except SystemExit:
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # while the interpreter ends, handlers are gone
+        raise
 
 
 def _open_closed_streams() -> None:
@@ -49,6 +54,12 @@ def _open_closed_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
             setattr(sys, name, os.fdopen(number, "w" if number else "r"))
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    """Let the command clean up; the next signal ends it at once."""
+    signal.signal(signal.SIGINT, _interrupted)
+    raise KeyboardInterrupt
 
 
 def _interrupted(number: int, _: object) -> None:

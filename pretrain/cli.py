@@ -24,6 +24,7 @@ from pretrain.checkpoint_cli import checkpoint_app
 from pretrain.console import LogFormatter, local, say, shown, whole_console
 from pretrain.evaluation import cli as evaluation_command
 from slurm import cli as job_commands
+from untrusted.errors import is_panic
 from untrusted.secrets import remember
 
 app = typer.Typer(
@@ -37,7 +38,7 @@ tokenizer_app = typer.Typer(
     help="Train or inspect a byte-level BPE tokenizer.", no_args_is_help=True
 )
 data_app = typer.Typer(help="Look into prepared shards.", no_args_is_help=True)
-kernels_app = typer.Typer(help="Audit, time and tune the Triton kernels.", no_args_is_help=True)
+kernels_app = typer.Typer(help="Audit, count, time and tune the kernels.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
@@ -70,7 +71,9 @@ def main() -> None:
         os._exit(1)
     except MemoryError:
         stop.end_without_memory()
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         try:
             _fail(error, started)
         except MemoryError:
@@ -81,7 +84,7 @@ def main() -> None:
             os._exit(1)
 
 
-def _fail(error: Exception, started: float) -> NoReturn:
+def _fail(error: BaseException, started: float) -> NoReturn:
     """Report the error, or the one of another rank that broke this one's collectives, and exit."""
     from checkpoints_tools.errors import CheckpointError
     from data_pipeline.errors import DataError
@@ -132,6 +135,8 @@ FULL = {
     errno.ENOSPC: "free space",
     errno.EDQUOT: "free space",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EIO: "look at the disk or the file system",
+    errno.ESTALE: "look at the disk or the file system",
 }
 # What torch and the system's loader say when there is no memory, and Python of a thread
 WITHOUT_MEMORY = (
@@ -141,7 +146,7 @@ WITHOUT_MEMORY = (
 )  # fmt: skip
 
 
-def _exhausted(error: Exception) -> str | None:
+def _exhausted(error: BaseException) -> str | None:
     """What ran out or is in the way, and what to do, for errors that say so: disk, file size,
     files, memory; the file that an operation failed on."""
     text = " ".join(str(error).split())[:300]
@@ -150,6 +155,8 @@ def _exhausted(error: Exception) -> str | None:
     # torch and gloo say so in RuntimeErrors
     if any(words in text.lower() for words in ("too many open files", "init uv loop")):
         return f"{text}; raise ulimit -n, to 1024 or more, and run the same command again"
+    if is_panic(error):
+        return f"a library gave up over what it was given ({text}); look for a damaged file"
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{text}; use a shorter name"
     if _without_memory(error):
@@ -159,7 +166,7 @@ def _exhausted(error: Exception) -> str | None:
     return None
 
 
-def _without_memory(error: Exception) -> bool:
+def _without_memory(error: BaseException) -> bool:
     """Whether memory, or a thread's stack, was refused."""
     if isinstance(error, OSError) and error.errno is not None:  # ctypes sets none
         return error.errno == errno.ENOMEM
@@ -542,6 +549,37 @@ def kernels_audit(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     raise typer.Exit(code)
+
+
+@kernels_app.command("launches", context_settings=WITH_OVERRIDES)
+def kernels_launches(
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(help="TOML file.")],
+    layer: Annotated[
+        Literal["ssd", "attention"] | None,
+        typer.Option(help="One layer by its operations, and what the host does for it."),
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Accept the counts as golden.")] = False,
+) -> None:
+    """Count what one training step asks of a GPU, without one: operations, bytes and waits.
+
+    Fields are overridden by --section.field VALUE.
+    """
+    from kernels.target import interpreting
+    from pretrain.config import ConfigError, load_config
+
+    loaded = load_config(config, context.args)
+    if update and context.args:
+        raise ConfigError("--update accepts the counts of a file as it is; leave overrides out")
+    if interpreting():
+        raise ConfigError("TRITON_INTERPRET is set: unset it, so that launches are counted")
+    # before torch and DeepSpeed look for a GPU: none is used
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    from pretrain.launches_report import run
+
+    name = "" if context.args else config.name
+    run(loaded, name, layer, as_json=json_output, update=update)
 
 
 @kernels_app.command(

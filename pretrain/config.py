@@ -79,6 +79,10 @@ class TrainingConfig(Section):
     """Of parameters and activations; master weights and gradient sums are float32 always."""
     seed: int = Field(1234, ge=0, le=bounds.SEED)
     """Of the initial weights."""
+    z_loss: float = Field(0.0, ge=0, le=1)
+    """Coefficient of z-loss: the gradient is that of the loss plus z_loss · (log Σ exp(logits))² of
+    every token, which keeps the logits from drifting. PaLM uses 1e-4, OLMo 2 1e-5. The reported
+    losses never include it."""
     eval_every: int = Field(50, ge=0, le=bounds.STEPS)
     """Steps between evaluations on data.validation, besides the one at the end; 0: never."""
     eval_batches: int = Field(8, ge=1, le=bounds.COUNT)
@@ -458,7 +462,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     for name, text in _override_pairs(overrides or []):
         _apply_override(tree, name, text)
-    return parse_config(restored(tree))
+    try:
+        return parse_config(restored(tree))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def parse_config(tree: dict[str, Any]) -> Config:

@@ -5,14 +5,21 @@ Imports no torch: it answers in a second, on any machine.
 
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from parallel.flops import training_flops_per_token
 from parallel.footprint import Workload
 from parallel.memory import RankMemory, memory_by_stage
-from parallel.roofline import GPUS, StepTime, bubble_share, stage_seconds, step_time
+from parallel.roofline import (
+    GPUS,
+    StepTime,
+    bubble_share,
+    expected_time,
+    stage_seconds,
+    step_time,
+)
 from parallel.split import layer_chunks
 from parallel.topology import AXES, Topology, topology
 from parallel.traffic import traffic
@@ -20,6 +27,7 @@ from pretrain.config import Config, ConfigError, parse_config
 
 RESERVED = 0.08  # of a GPU's memory, assumed: CUDA context, NCCL's buffers, fragments
 GIB = 2**30
+AS_GOOD = 0.05  # by how much a simpler layout may be slower than the fastest
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,12 @@ class Estimate:
     top: Topology
     chunks: list[range]
     memory: list[RankMemory]  # of a rank of each stage
-    time: StepTime
+    bound: StepTime
+
+    @property
+    def expected(self) -> StepTime:
+        """Of a step that runs, rather than of one at all peaks."""
+        return expected_time(self.bound, self.config.parallel)
 
     @property
     def peak(self) -> int:
@@ -63,9 +76,23 @@ class Estimate:
         parallel = self.config.parallel
         return bubble_share(parallel.pipeline, parallel.virtual_pipeline, self.work.micro_batches)
 
-    @property
-    def tokens_per_second(self) -> float:
-        return self.work.tokens_per_step / self.time.total
+    def tokens_per_second(self, time: StepTime) -> float:
+        """Of all GPUs, at this time of a step."""
+        return self.work.tokens_per_step / time.total
+
+    def complexity(self) -> tuple[int, ...]:
+        """Smaller for layouts that are simpler to run: fewer axes and ranks that share a model, one
+        model chunk a stage, less ZeRO and less recomputation."""
+        parallel = self.config.parallel
+        sizes = (parallel.tensor, parallel.context, parallel.pipeline)
+        again = ("none", "selective", "full").index(parallel.recompute)
+        return (
+            sum(size > 1 for size in sizes),
+            math.prod(sizes),
+            parallel.virtual_pipeline,
+            parallel.zero_stage,
+            again,
+        )
 
 
 def one_replica(config: Config) -> tuple[int, int]:
@@ -111,8 +138,8 @@ def estimate(config: Config, job: Job) -> Estimate:
     top = topology(parallel, data, job.gpus_per_node)
     chunks = layer_chunks(model, parallel, max(config.seq_lens))
     memory = memory_by_stage(model, parallel, work, chunks)
-    time = step_time(model, parallel, work, chunks, GPUS[job.gpu], top)
-    return Estimate(config, work, top, chunks, memory, time)
+    bound = step_time(model, parallel, work, chunks, GPUS[job.gpu], top)
+    return Estimate(config, work, top, chunks, memory, bound)
 
 
 def as_plain(result: Estimate, job: Job) -> dict[str, Any]:
@@ -143,7 +170,14 @@ def as_plain(result: Estimate, job: Job) -> dict[str, Any]:
 
 
 def _times(result: Estimate, job: Job) -> dict[str, Any]:
-    time = result.time
+    return {
+        "peaks": asdict(GPUS[job.gpu]),
+        "bound": _time(result, job, result.bound),
+        "expected": _time(result, job, result.expected),
+    }
+
+
+def _time(result: Estimate, job: Job, time: StepTime) -> dict[str, Any]:
     return {
         "step_seconds": {
             "compute": time.compute,
@@ -151,15 +185,15 @@ def _times(result: Estimate, job: Job) -> dict[str, Any]:
             "update": time.update,
             **{f"{axis} communication": seconds for axis, seconds in time.communication.items()},
         },
-        "tokens_per_second": result.tokens_per_second,
-        "model_flops_utilization": utilization(result, job),
+        "tokens_per_second": result.tokens_per_second(time),
+        "model_flops_utilization": utilization(result, job, time),
     }
 
 
-def utilization(result: Estimate, job: Job) -> float:
+def utilization(result: Estimate, job: Job, time: StepTime) -> float:
     """Model FLOPs a second over the GPUs' peak."""
     flops = training_flops_per_token(result.config.model, result.work.seq_len)
-    return result.tokens_per_second * flops / job.world_size / GPUS[job.gpu].flops
+    return result.tokens_per_second(time) * flops / job.world_size / GPUS[job.gpu].flops
 
 
 def overrides(config: Config) -> str:
@@ -203,6 +237,17 @@ def layouts(config: Config, job: Job) -> Iterator[Estimate]:
                     yield estimate(changed, job)
                 except ConfigError:  # the batch does not divide
                     continue
+
+
+def best_first(found: Iterable[Estimate]) -> list[Estimate]:
+    """Layouts in the order in which to try them: those expected to be within 5 % of the fastest,
+    the simplest first (of these the one with the most work in an operation, which the expected time
+    knows nothing of), then the others by time."""
+    by_time = sorted(found, key=lambda e: (e.expected.total, e.peak))
+    most = by_time[0].expected.total * (1 + AS_GOOD) if by_time else 0.0
+    good = [e for e in by_time if e.expected.total <= most]
+    good.sort(key=lambda e: (e.complexity(), -e.work.micro_batch_size, e.expected.total))
+    return good + by_time[len(good) :]
 
 
 def _with(config: Config, micro_batch: int, **parallel: Any) -> Config | None:

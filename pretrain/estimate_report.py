@@ -6,15 +6,18 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel.flops import head_flops, layer_flops, training_flops_per_token
+from parallel.roofline import COMPUTE_EFFICIENCY, GPUS, LINK_EFFICIENCY
 from parallel.topology import AXES
 from parallel.traffic import traffic
 from pretrain.config import Config, ConfigError
 from pretrain.console import whole_console
 from pretrain.estimate import (
+    AS_GOOD,
     GIB,
     Estimate,
     Job,
     as_plain,
+    best_first,
     estimate,
     layouts,
     overrides,
@@ -28,16 +31,16 @@ def run(config: Config, job: Job, *, search: bool, as_json: bool) -> None:
     """Print the estimate, or the best layouts. Raises ConfigError when nothing fits."""
     console = whole_console()
     if search:
-        found = sorted(
-            (e for e in layouts(config, job) if e.peak <= job.usable),
-            key=lambda e: (e.time.total, e.peak),
-        )
+        found = best_first(e for e in layouts(config, job) if e.peak <= job.usable)
         if as_json:
             print(json.dumps([as_plain(e, job) for e in found[:SHOWN]]))
         elif found:
             console.print(_layout_table(found[:SHOWN]))
             console.print(f"{len(found)} layouts fit {_gpus(job)}")
-            console.print(f"take the first: {overrides(found[0].config)}")
+            console.print(
+                f"take the first, the simplest within {AS_GOOD:.0%} of the fastest: "
+                f"{overrides(found[0].config)}"
+            )
         if not found:
             raise ConfigError(
                 f"no layout of this model fits {_gpus(job)}; give more --nodes, or shorten "
@@ -104,25 +107,43 @@ def _print(console: Console, result: Estimate, job: Job) -> None:
             str(getattr(result.top, axis)),
             "a node" if nodes == 1 else f"{nodes} nodes",
             f"{max(stage[axis] for stage in stages) / 1e9:,.3f}",
-            f"{result.time.communication[axis]:.4f}",
+            f"{result.bound.communication[axis]:.4f}",
         )
     console.print(volume)
     console.print(f"pipeline bubble: {result.bubble:.1%} of a stage's time, of equal stages")
     if config.training.dtype != "bf16":
         console.print("step time: not predicted, peaks are those of bf16 products")
         return
-    time = result.time
+    peaks = GPUS[job.gpu]
     console.print(
-        f"step, at least: {time.total:.3f} s = compute {time.compute:.3f} + bubble "
-        f"{time.bubble:.3f} + communication {sum(time.communication.values()):.3f} + update "
-        f"{time.update:.3f}, on {job.gpu} at its peaks, nothing overlapped"
+        f"peaks of {job.gpu}: {peaks.flops / 1e12:,.0f} TFLOP/s, memory {peaks.memory / 1e12:.2f} "
+        f"TB/s, a node's links {peaks.node_link / 1e9:,.0f} GB/s, network "
+        f"{peaks.network / 1e9:,.0f} GB/s"
     )
-    day = result.tokens_per_second * 86400
+    console.print(_time_table(result, job))
     console.print(
-        f"at most {result.tokens_per_second:,.0f} tokens/s, {day / 1e9:,.2f} billion a day, "
-        f"{utilization(result, job):.0%} of the GPUs' FLOPs; the run: "
-        f"{config.total_steps * time.total / 86400:,.2f} days at least"
+        "bound: all at these peaks, nothing overlapped. Expected: computation at "
+        f"{COMPUTE_EFFICIENCY:.0%} of its bound's rate, as three runs of 320M models on one H200 "
+        f"were, links at {LINK_EFFICIENCY:.0%} (assumed), what overlaps left out"
     )
+
+
+def _time_table(result: Estimate, job: Job) -> Table:
+    table = Table("a step", "bound", "expected")
+    times = (result.bound, result.expected)
+    for part in ("compute", "bubble", "update", "total"):
+        table.add_row(part, *(f"{getattr(time, part):.3f} s" for time in times))
+        if part == "bubble":
+            sums = (sum(time.communication.values()) for time in times)
+            table.add_row("communication", *(f"{seconds:.3f} s" for seconds in sums))
+    rates = [result.tokens_per_second(time) for time in times]
+    table.add_row("tokens/s", *(f"{rate:,.0f}" for rate in rates))
+    table.add_row("billion tokens a day", *(f"{rate * 86400 / 1e9:,.2f}" for rate in rates))
+    shares = (utilization(result, job, time) for time in times)
+    table.add_row("of the GPUs' FLOPs", *(f"{share:.0%}" for share in shares))
+    days = (result.config.total_steps * time.total / 86400 for time in times)
+    table.add_row("days of the run", *(f"{value:,.2f}" for value in days))
+    return table
 
 
 def _flops_table(config: Config) -> Table:
@@ -141,15 +162,18 @@ def _flops_table(config: Config) -> Table:
 
 
 def _layout_table(found: list[Estimate]) -> Table:
-    table = Table("layout", "micro-batch", "GiB", "bubble", "step s", "tokens/s")
+    table = Table(
+        "layout", "micro-batch", "GiB", "bubble", "expected step s", "tokens/s", "bound s"
+    )
     for result in found:
         table.add_row(
             _describe(result),
             str(result.work.micro_batch_size),
             f"{result.peak / GIB:.1f}",
             f"{result.bubble:.1%}",
-            f"{result.time.total:.3f}",
-            f"{result.tokens_per_second:,.0f}",
+            f"{result.expected.total:.3f}",
+            f"{result.tokens_per_second(result.expected):,.0f}",
+            f"{result.bound.total:.3f}",
         )
     return table
 

@@ -92,6 +92,8 @@ def _candidates(config: Config) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # now, rather than at the first save
             pass
+        if (folder / folders.LATEST).is_dir():
+            raise IsADirectoryError(f"{folder / folders.LATEST} is a folder; remove it")
     except OSError as error:
         raise CheckpointError(
             f"checkpoint.dir {folder} cannot be written ({error}); mend its permissions, free "

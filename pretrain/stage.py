@@ -16,4 +16,5 @@ def configured_stage(config: Config, device: torch.device) -> BuiltStage:
         seed=config.training.seed,
         deterministic=config.training.deterministic,
         device=device,
+        z_loss=config.training.z_loss,
     )

@@ -17,21 +17,18 @@ log = logging.getLogger("transxssm")
 
 @dataclass
 class Stopwatch:
-    """Seconds per phase of the current step."""
+    """Seconds of the host per phase of the current step; none waits for the device by itself."""
 
-    device: torch.device
     step: int
     progress: Callable[[str], None]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the body to a phase; waits for the device at its end."""
+        """Add the time of the body to a phase."""
         self.progress(f"step {self.step}: {name}")
         begin = time.perf_counter()
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 

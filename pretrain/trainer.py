@@ -23,7 +23,7 @@ from parallel.flops import training_flops_per_token
 from parallel.groups import (
     from_rank_0,
 )
-from parallel.schedule import LossSums, Mark, count_tokens, forward_backward
+from parallel.schedule import Mark, count_tokens, forward_backward, mean_loss
 from parallel.vitals import Vitals, gpu_peak
 from parallel.zero import ZeroOptimizer
 from pretrain import stop
@@ -232,7 +232,7 @@ class Trainer:
         """One update. Returns the step's metrics; None, and nothing is done, if any rank was asked
         to stop."""
         config, phase = self.config, self.config.phase_at(self.step)
-        watch = Stopwatch(self.device, self.step + 1, self.progress)
+        watch = Stopwatch(self.step + 1, self.progress)
         every = config.logging.vitals_every
         vitals = Vitals(self.zero) if every and (self.step + 1) % every == 0 else None
         begin = time.perf_counter()
@@ -246,28 +246,22 @@ class Trainer:
             begun = Mark(self.device)
             with vitals.watching() if vitals else nullcontext():
                 sums = forward_backward(self.zero, read, tokens_here, len(self.data.names))
+            losses, counts, norm = sums.on_host(self.zero.grad_norm())  # the step's one wait
         if vitals:
             with watch.phase("vitals"):
                 vitals.gradients()
         tokens = phase.tokens_at(self.step + 1)
         lr = learning_rate(config.optimizer, tokens, config.total_tokens)
-        # of a step of nothing but padding and skipped shards there is no loss
-        loss = float(sums.mean) if float(sums.tokens.sum()) else None
-        faults: list[str] = []
-
-        def refuse(grad_norm: float) -> bool:
-            if loss is not None and (fault := self.judge.fault(loss, grad_norm)):
-                faults.append(fault)
-            return bool(faults)
-
+        loss = mean_loss(losses, counts)  # None for nothing but padding and skipped shards
+        fault = None if loss is None else self.judge.fault(loss, norm)
         self.saver.before_update()
         with watch.phase("step"):
-            update = self.zero.step(lr, refuse)
+            update = self.zero.step(lr, norm, refused=fault is not None)
         first_sample = self.samples
         self.step, self.samples = self.step + 1, batches.samples_consumed
         self.skipped = batches.skipped
         if not update.applied:
-            self._leave_out(first_sample, faults[0] if faults else "gradient norm nan")
+            self._leave_out(first_sample, fault or "gradient norm nan")
         elif loss is not None:
             self.judge.good(loss, update.grad_norm)
         slow = self.stragglers.add(batches.seconds_reading, sums.computed.seconds_since(begun))
@@ -285,7 +279,7 @@ class Trainer:
             "samples": self.samples,
             "loss": loss,
             "perplexity": None if loss is None else perplexity(loss),
-            **self._by_source(sums),
+            **self._by_source(losses, counts),
             "grad_norm": update.grad_norm,
             "skipped_updates": self.skipped_updates,
             "rollbacks": len(self.windows),
@@ -394,12 +388,11 @@ class Trainer:
             log.warning("%s at step %d: %s", event, self.step, said)
             record_event(self.run_dir, event, step=self.step, said=said, **fields)
 
-    def _by_source(self, sums: LossSums) -> dict[str, float]:
+    def _by_source(self, losses: list[float], tokens: list[float]) -> dict[str, float]:
         """Where there are several: the step's loss and the run's tokens so far, of each."""
         names = self.data.names
         if len(names) == 1:
             return {}
-        losses, tokens = sums.loss.tolist(), sums.tokens.tolist()
         found = {
             f"loss_{name}": loss / count
             for name, loss, count in zip(names, losses, tokens, strict=True)

@@ -5,10 +5,11 @@ import io
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 from rich.live import Live
@@ -213,15 +214,24 @@ def logs(
             raise ConfigError(f"{run}: nothing is logged yet; see transxssm status {run}")
         return max(found, key=lambda path: path.stat().st_mtime)
 
+    def blocks(file: IO[bytes], begin: int, path: Path) -> Iterator[bytes]:
+        try:
+            file.seek(begin)
+            while block := file.read(LOG_BLOCK):
+                yield block
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be read ({error.strerror}); look at the file and its file system"
+            ) from error
+
     path, at, decoder = newest(), 0, _decoder()
     while True:
         with open_regular(path, follow_link=True) as file:
-            file.seek(at)
-            while block := file.read(LOG_BLOCK):
+            for block in blocks(file, at, path):
                 text = printable_lines(decoder.decode(block))
                 sys.stdout.buffer.write(text.encode())
+                at += len(block)
             sys.stdout.flush()
-            at = file.tell()
         if not follow:
             return
         time.sleep(0.5)

@@ -32,6 +32,7 @@ ELSEWHERE = {
     "transxssm logs": "slurm/test_submit.py",
     "sbatch": "slurm/test_training.py",
     "transxssm kernels audit": "compiled/test_sheet.py",
+    "transxssm kernels launches": "pretrain/test_launches.py",
     "make gpu-check": "benchmarks/test_gpu_check.py",
     "make demo": "../Makefile",
     "make setup": "../.ci/run",

@@ -15,3 +15,17 @@ class UnsafeFileError(UntrustedError):
 
 class RecordError(UntrustedError):
     """JSON that is damaged, or whose values have other types or ranges than the program reads."""
+
+
+def check_refusal(error: BaseException) -> None:
+    """Raise `error` again unless a library refused its input with it.
+
+    What pyo3 makes of a panic in a library written in Rust is no Exception.
+    """
+    if not isinstance(error, Exception) and not is_panic(error):
+        raise error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Return whether a library written in Rust gave up over its input."""
+    return type(error).__name__ == "PanicException"

@@ -110,6 +110,8 @@ def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
         with create_file(temporary, mode=mode) as file:
             file.write(content)
         temporary.rename(path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        if error.filename is None:  # a write names none
+            error.filename = str(path)
         raise

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 HIDDEN = "***"
 # up to the last "@" of the host part; after a colon up to the last "@" of all, since keys of object
 # stores have slashes: a port with an "@" in the path behind it is taken for one, too
-_SCHEME = r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)"
+_SCHEME = r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:/+)"  # also of a URL with a slash too few
 _USER = re.compile(_SCHEME + r'(?P<user>[^/\s?#"]*|[^/\s?#":@]*:[^\s"]*)@')
 _USER_OF_VALUE = re.compile(  # of a text that is one URL: blanks and quotes do not end it
     _SCHEME + r"(?P<user>[^/?#]*|[^/?#:@]*:.*)@", re.DOTALL
@@ -38,7 +38,7 @@ def is_secret_name(name: str) -> bool:
 
 def redact(text: str) -> str:
     """Return `text` without the user information and secret parameters of the URLs in it."""
-    if "://" not in text:
+    if ":/" not in text:
         return text
     return _PARAMETER.sub(rf"\g<name>{HIDDEN}", _USER.sub(rf"\g<scheme>{HIDDEN}@", text))
 
@@ -55,7 +55,7 @@ def remember(text: str, *, is_value: bool = False) -> None:
     `redact_value`.
     """
     users = _USER_OF_VALUE if is_value else _USER
-    for match in users.finditer(text) if "://" in text else ():
+    for match in users.finditer(text) if ":/" in text else ():
         user, colon, password = match["user"].partition(":")
         _note(password if colon else user, _LEAST if colon else _LEAST_OF_NAME)
     for match in _PARAMETER.finditer(text):
@@ -64,7 +64,7 @@ def remember(text: str, *, is_value: bool = False) -> None:
 
 def _note(secret: str, least: int) -> None:
     if len(secret) >= least and secret != HIDDEN and len(_known) < 1000:
-        _known.update((secret, unquote(secret)))
+        _known.update((secret, unquote(secret), ascii(secret)[1:-1]))
 
 
 def redact_message(text: str) -> str:
@@ -87,7 +87,7 @@ def redact_arguments(arguments: Iterable[str]) -> list[str]:
             words.append(HIDDEN)
         elif is_secret and equals:
             words.append(f"{name}={HIDDEN}")
-        elif "://" in name:
+        elif ":/" in name:
             words.append(redact_value(word))
         else:
             words.append(name + equals + redact_value(value))

@@ -4,7 +4,15 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.audit.problems import Problem, gate, norm, rope, scan, step
+from kernels.audit.problems import (
+    Problem,
+    cross_entropy,
+    gate,
+    norm,
+    rope,
+    scan,
+    step,
+)
 from kernels.ssd.traffic import Problem as Scan
 from kernels.target import Target
 
@@ -30,7 +38,7 @@ def find(name: str) -> Case:
 
 def cases() -> list[Case]:
     """All cases, those that take longest to compile first."""
-    return [*_scans(), *_steps(), *_ropes(), *_norms(), *_gates()]
+    return [*_scans(), *_steps(), *_ropes(), *_norms(), *_gates(), *_losses()]
 
 
 def _scans() -> list[Case]:
@@ -102,6 +110,20 @@ def _gates() -> list[Case]:
         )
         for dtype in (BF16, FP32)
     ]
+
+
+def _losses() -> list[Case]:
+    """A block of the output head, and that of a rank of four."""
+    return [
+        Case(
+            f"cross_entropy T8192 V{columns}{' of 4 ranks' if ranks > 1 else ''} {_name(dtype)}",
+            cross_entropy(dtype, rows=8192, columns=columns, ranks=ranks),
+            cross_entropy(dtype, rows=3, columns=9000, ranks=ranks),
+        )
+        for columns, ranks, dtype in [
+            (32768, 1, BF16), (262144, 1, BF16), (32768, 1, FP32), (8192, 4, BF16),
+        ]
+    ]  # fmt: skip
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -80,7 +80,7 @@ def compile_only(target: Target) -> Iterator[list[Launch]]:
     pretended = _Driver(target, launches)
     knobs, before = triton.knobs, drivers._active
     with (
-        _forced("triton"),
+        forced("triton"),
         knobs.cache.scope(),
         knobs.compilation.scope(),
         knobs.nvidia.scope(),
@@ -100,7 +100,8 @@ def compile_only(target: Target) -> Iterator[list[Launch]]:
 
 
 @contextlib.contextmanager
-def _forced(choice: str) -> Iterator[None]:
+def forced(choice: str) -> Iterator[None]:
+    """Within it, TRANSXSSM_KERNELS is `choice`."""
     before = os.environ.get("TRANSXSSM_KERNELS")
     os.environ["TRANSXSSM_KERNELS"] = choice
     try:
@@ -110,6 +111,11 @@ def _forced(choice: str) -> Iterator[None]:
             del os.environ["TRANSXSSM_KERNELS"]
         else:
             os.environ["TRANSXSSM_KERNELS"] = before
+
+
+def pretended_driver(target: Target) -> DriverBase:
+    """A driver that knows its target and launches nothing."""
+    return _Driver(target, [])
 
 
 class _Driver(DriverBase):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.audit.roofline import Traffic, Work
+from kernels.cross_entropy.cross_entropy import cross_entropy_
 from kernels.norm.norm import add_rms_norm, rms_norm, weighted_residual
 from kernels.rope.rope import rotate_qkv
 from kernels.slices import ROW_ELEMENTS
@@ -155,6 +156,38 @@ def gate(dtype: torch.dtype, *, rows: int, channels: int) -> Problem:
             "forward": Work(forward, 3 * array, flops=0),
             "backward": Work(backward, 5 * array, flops=0),
         }
+
+    return Problem(run, work)
+
+
+def cross_entropy(dtype: torch.dtype, *, rows: int, columns: int, ranks: int = 1) -> Problem:
+    """Loss and gradient at once, in place: "forward" alone. ranks: that the vocabulary is split
+    over, of which the first runs, with so many columns."""
+
+    def run(device: torch.device) -> Iterator[str]:
+        from kernels.cross_entropy import fused
+
+        logits = torch.rand(rows, columns, dtype=dtype, device=device)
+        labels = torch.randint(columns, (rows,), device=device)
+        weights, loss, missed = (torch.rand(rows, device=device) for _ in range(3))
+        if ranks == 1:
+            cross_entropy_(logits, labels, weights, valid=columns - 7, out=(loss, missed))
+        else:
+            found = fused.statistics(logits, labels, 0, columns)
+            found = found.expand(ranks, -1, -1).contiguous()  # as if the ranks were alike
+            fused.finish(
+                logits, labels, weights, found, (loss, missed), 0, columns, ranks * columns, 0.0,
+                True,
+            )  # fmt: skip
+        yield "forward"
+
+    def work(target: Target) -> dict[str, Work]:
+        from kernels.cross_entropy import fused
+
+        moved = Traffic(*fused.traffic(rows, columns, dtype.itemsize, ranks))
+        # read logits, label and weight, write gradient, loss and whether it was missed
+        minimum = rows * (2 * columns * dtype.itemsize + 8 + 4 + 2 * 4)
+        return {"forward": Work(moved, minimum, flops=0, allowed=1.6)}
 
     return Problem(run, work)
 

@@ -13,7 +13,9 @@ from benchmarks import mutations
 from benchmarks.mutations import ROOT, CampaignError, Mutant, load_mutants, report, run_campaign
 
 MUTANTS = load_mutants()
-REWRITTEN = {f"parallel/{name}.py" for name in ("zero", "layers", "projections", "loss", "schedule")}
+REWRITTEN = {
+    f"parallel/{name}.py" for name in ("zero", "layers", "projections", "loss", "schedule")
+}
 
 
 @pytest.mark.parametrize("file", sorted({mutant.file for mutant in MUTANTS}))

@@ -160,6 +160,7 @@ def test_what_exists_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("dangling", "a link to nothing"),
         ("mounted", "a mount point"),
         ("file/below", "failed: .*exists: .*/file"),
+        ("new/..", "exists and is not empty"),
     ):
         with pytest.raises(CheckpointError, match=found):
             write(tmp_path / name)

@@ -112,6 +112,11 @@ def test_state_of_another_kind_is_refused(field: str, value: Any, steps: Path) -
     step_dir = steps / "step-00000004"
     manifest = json.loads((step_dir / MANIFEST).read_text())
     del manifest[DIGEST]
+    metrics = {"step": 4, "loss": None, "grad_norm": float("nan"), "lr": 1e-3, "extra": 1.5}
+    metrics |= {"tokens_per_second": 10.0, "memory_bytes": 1 << 40}
+    manifest |= {"unwritten_metrics": metrics, "skipped_shards": [["a", 1]]}
+    (step_dir / MANIFEST).write_text(manifest_text(manifest))
+    assert read_manifest(step_dir)["unwritten_metrics"]["step"] == 4
     (step_dir / MANIFEST).write_text(manifest_text(manifest | {field: value}))
     with pytest.raises(CheckpointError, match=r"manifest\.json (describes no|is damaged)"):
         read_manifest(step_dir)

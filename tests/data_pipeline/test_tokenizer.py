@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checkpoints_tools.single_gpu import ModelError
+from checkpoints_tools.tokenizer_file import parse_tokenizer
 from data_pipeline.errors import DataError
 from data_pipeline.tokenizer import _texts as texts_of
 from data_pipeline.tokenizer import inspect_tokenizer, load_tokenizer, train_tokenizer
@@ -93,6 +95,17 @@ def test_bad_tokenizers_are_refused(tmp_path, corpus):
         load_tokenizer(tmp_path)
     with pytest.raises(DataError, match="at least 258"):
         train_tokenizer([corpus], tmp_path, 200)
+
+
+def test_a_tokenizer_over_which_its_library_panics_is_refused(tmp_path, corpus):
+    path = train_tokenizer([corpus], tmp_path, 300)
+    described = json.loads(path.read_text())
+    described["model"]["continuing_subword_prefix"] = "a long prefix"
+    path.write_text(json.dumps(described))
+    with pytest.raises(DataError, match=r"not a Hugging Face tokenizer\.json \(byte index"):
+        load_tokenizer(path)
+    with pytest.raises(ModelError, match=r"is not a Hugging Face tokenizer: byte index"):
+        parse_tokenizer(path.read_bytes(), path)
 
 
 def test_a_link_in_the_way_is_replaced_and_not_written_through(corpus, tmp_path):

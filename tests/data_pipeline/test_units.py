@@ -1,6 +1,7 @@
 """Units: whoever does the work, and however often it is killed, the bytes are the same."""
 
 import gzip
+import io
 import json
 import multiprocessing
 import os
@@ -10,12 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline import prepare as preparing
+from data_pipeline.arrays import read_labels
 from data_pipeline.corpus import units
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import prepare
@@ -109,6 +112,17 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, mess
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{name}.*{message}"):
         list(documents([tmp_path]))
+
+
+def test_rows_without_text_cost_nothing_each(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    values = pyarrow.array(["a"] + [None] * 10**7 + ["b"], pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "nulls.parquet")
+    begin = time.process_time()
+    assert [d.text for d in documents([tmp_path / "nulls.parquet"])] == ["a", "b"]
+    assert time.process_time() - begin < 5
 
 
 def test_parquet_without_the_column(tmp_path: Path) -> None:
@@ -234,3 +248,34 @@ def test_killed_at_random_with_workers(
     if not (tmp_path / "o").exists():
         run(corpus, tokenizer_file, tmp_path / "o", 2)
     assert contents(tmp_path / "o") == expected
+
+
+def test_labels_are_read_from_regular_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "labels.npz").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"labels\.npz is damaged \(.*link.*remove it"):
+        read_labels(tmp_path / "labels.npz", str(tmp_path / "labels.npz"), (2, 3))
+
+
+@pytest.mark.parametrize("method", ["stored", "deflated", "bzip2", "lzma"])
+def test_damaged_labels_are_one_sentence(method: str, tmp_path: Path) -> None:
+    import zipfile
+
+    path, labels = tmp_path / "labels.npz", np.arange(6_000, dtype=np.int64).reshape(2, 3_000)
+    content = io.BytesIO()
+    np.save(content, labels)
+    with zipfile.ZipFile(path, "w", getattr(zipfile, f"ZIP_{method.upper()}")) as archive:
+        archive.writestr("labels.npy", content.getvalue())
+    assert (read_labels(path, "it", (2, 3_000)) == labels).all()
+    sound, choice = path.read_bytes(), random.Random(0)
+    refused = []
+    for _ in range(300):
+        damaged = bytearray(sound)
+        for _ in range(choice.randrange(1, 4)):
+            damaged[choice.randrange(len(damaged))] = choice.randrange(256)
+        path.write_bytes(damaged[: choice.choice([len(damaged), choice.randrange(len(damaged))])])
+        try:
+            read_labels(path, "it", (2, 3_000))
+        except DataError as error:
+            refused.append(str(error))
+    assert len(refused) > 200
+    assert all(message.startswith("it is damaged (") for message in refused)

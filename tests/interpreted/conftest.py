@@ -19,6 +19,7 @@ if ON_GPU:  # the tests of the interpreter itself stay behind
         f"test_{name}.py"
         for name in (
             "interpreter", "memory", "launch", "traffic", "case_traffic", "operation_traffic",
+            "head",
         )
     ]  # fmt: skip
 else:

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from kernels.audit.launch import GuardedLaunch
+from kernels.cross_entropy import cross_entropy
 from kernels.norm import norm
 from kernels.rope import rope
 from kernels.ssd import ssd, step
 from kernels.swiglu import swiglu
+from tests.kernels.cross_entropy_cases import inputs as cross_entropy_inputs
+from tests.kernels.cross_entropy_cases import run
 from tests.kernels.scan_cases import make_inputs
 from tests.kernels.step_cases import step_inputs
 
@@ -34,10 +37,15 @@ def multiply():
     swiglu.swiglu(torch.ones(8), torch.ones(8))
 
 
+def lose():
+    run(*cross_entropy_inputs(7, 7), 7)
+
+
 @pytest.mark.parametrize(
     ("module", "operation"),
-    [(ssd, scan), (step, one_step), (rope, rotate), (norm, normalise), (swiglu, multiply)],
-)
+    [(ssd, scan), (step, one_step), (rope, rotate), (norm, normalise), (swiglu, multiply),
+     (cross_entropy, lose)],
+)  # fmt: skip
 def test_every_launch_is_on_the_tensors_device(module, operation, monkeypatch):
     inside: list[bool] = []
     launches: list[bool] = []

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kernels.audit.builder import Builder
+from kernels.cross_entropy import fused as fused_loss
 from kernels.norm import fused as fused_norm
 from kernels.ssd import fused as fused_scan
 from kernels.ssd.naive import ssd_naive
@@ -18,6 +19,9 @@ from kernels.ssd.ssd import ssd
 from kernels.swiglu import fused as fused_product
 from kernels.swiglu.naive import swiglu_naive
 from kernels.swiglu.swiglu import swiglu
+from tests.kernels.cross_entropy_cases import assert_no_worse_than_megatron, run_split
+from tests.kernels.cross_entropy_cases import inputs as loss_inputs
+from tests.kernels.cross_entropy_cases import run as run_loss
 from tests.kernels.norm_cases import OPERATIONS
 from tests.kernels.norm_cases import inputs as norm_inputs
 from tests.kernels.operation_cases import assert_matches
@@ -96,3 +100,12 @@ def test_swiglu(bound_int32: Callable[[int], None], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fused_product, "BLOCK", 64)
     bound_int32(100)
     assert_matches(swiglu, swiglu_naive, product_inputs(7, 40))
+
+
+def test_cross_entropy(bound_int32: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row has 300 columns, in blocks of 64; 30 rows have 9,000."""
+    monkeypatch.setattr(fused_loss, "BLOCK", 64)
+    given = loss_inputs(300, 257, rows=30)
+    bound_int32(700)
+    assert_no_worse_than_megatron(run_loss(*given, 257), *given, 257)
+    assert_no_worse_than_megatron(run_split(fused_loss, 4, *given, 257), *given, 257)

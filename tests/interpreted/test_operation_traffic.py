@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.audit.traffic import count_traffic
+from kernels.cross_entropy import fused as cross_entropy
 from kernels.norm import fused as norm
 from kernels.rope import fused as rope
 from kernels.ssd import fused_step
@@ -11,6 +12,9 @@ from kernels.ssd.step import ssd_step
 from kernels.swiglu import fused as product
 from kernels.swiglu.swiglu import swiglu
 from kernels.target import INTERPRETED
+from tests.kernels.cross_entropy_cases import inputs as cross_entropy_inputs
+from tests.kernels.cross_entropy_cases import run as run_cross_entropy
+from tests.kernels.cross_entropy_cases import run_split
 from tests.kernels.norm_cases import OPERATIONS
 from tests.kernels.norm_cases import inputs as norm_inputs
 from tests.kernels.operation_cases import assert_repeatable, outputs_and_gradients
@@ -52,6 +56,23 @@ def test_a_swiglu_product_is_one_launch_each_way(dtype):
     assert forward.launches == backward.launches == 1
     assert (forward.loaded, forward.stored) == product.forward_traffic(2997, dtype.itemsize)
     assert (backward.loaded, backward.stored) == product.backward_traffic(2997, dtype.itemsize)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cross_entropy_is_one_launch_and_two_over_ranks(dtype):
+    given = cross_entropy_inputs(300, 257, dtype)
+    with count_traffic() as traffic:
+        run_cross_entropy(*given, 257)
+    (kernel,) = traffic.values()
+    assert kernel.launches == 1
+    assert (kernel.loaded, kernel.stored) == cross_entropy.traffic(9, 300, dtype.itemsize, 1)
+    with count_traffic() as traffic:
+        run_split(cross_entropy, 3, *given, 257)
+    statistics, finish = traffic["statistics_kernel"], traffic["cross_entropy_kernel"]
+    assert statistics.launches == finish.launches == 3
+    loaded, stored = cross_entropy.traffic(9, 100, dtype.itemsize, 3)
+    assert statistics.loaded + finish.loaded == 3 * loaded
+    assert statistics.stored + finish.stored == 3 * stored
 
 
 @pytest.mark.parametrize("size", [(2, 4, 2, 16, 8), (1, 3, 1, 128, 128)], ids=str)

@@ -85,6 +85,32 @@ def test_layout_reproduces_single_process(
         assert error < 1e-4, f"{parameter}: gradient differs by {error:.1e}"
 
 
+def test_z_loss_is_the_same_in_every_layout(tiny_data: Path, tmp_path: Path) -> None:
+    """Its gradient in all parameters; the loss reported is without it, and so at first the same."""
+    fields = {"z_loss": 0.1}
+    one = run_ranks(1, train_trace, tiny_config(tiny_data, tmp_path, training=fields), 3)
+    plain = run_ranks(1, train_trace, tiny_config(tiny_data, tmp_path), 3)
+    assert one[0][0][0] == plain[0][0][0]
+    assert abs(one[0][1][0] / plain[0][1][0] - 1) > 1e-2
+    expected = assemble([trace[2] for trace in one])
+    for ranks, layout in (
+        (2, {"tensor": 2}),
+        (2, {"tensor": 2, "sequence": False}),
+        (8, {"tensor": 2, "pipeline": 2, "context": 2}),
+        (2, {"pipeline": 2, "virtual_pipeline": 2}),
+        (2, {"zero_stage": 3}),
+    ):
+        config = tiny_config(tiny_data, tmp_path, training=fields, parallel=layout)
+        traces = run_ranks(ranks, train_trace, config, 3)
+        for losses, norms, _ in traces:
+            assert losses == pytest.approx(one[0][0], rel=1e-4), layout
+            assert norms == pytest.approx(one[0][1], rel=1e-4), layout
+        found = assemble([trace[2] for trace in traces])
+        for parameter, gradient in expected.items():
+            error = (found[parameter] - gradient).norm() / gradient.norm()
+            assert error < 1e-4, (layout, parameter)
+
+
 def test_bf16_follows_float32(single: Trace, tiny_data: Path, tmp_path: Path) -> None:
     for parallel in ({"zero_stage": 1}, {"zero_stage": 3}, {"pipeline": 2}, {"tensor": 2}):
         config = tiny_config(tiny_data, tmp_path, parallel=parallel, training={"dtype": "bf16"})

@@ -200,6 +200,7 @@ def test_section_that_is_a_value(tmp_path: Path) -> None:
     path = tmp_path / "flat.toml"
     path.write_text('data = {train = "t", validation = "v"}\ntraining = 3\n')
     assert "training" in error_of(path)
+    assert f"{path}: invalid configuration: " in error_of(path)
     assert "write it as [training]" in error_of(path, "--training.steps=3")
 
 

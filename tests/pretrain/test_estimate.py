@@ -10,12 +10,13 @@ from benchmarks.ranks import run_ranks
 from parallel.config import ModelConfig, ParallelConfig
 from parallel.flops import head_flops, layer_flops
 from parallel.footprint import chunks_in_flight
-from parallel.roofline import bubble_share
-from pretrain.config import Config, ConfigError, parse_config
+from parallel.roofline import StepTime, bubble_share, expected_time
+from pretrain.config import Config, ConfigError, load_config, parse_config
 from pretrain.estimate import (
     GIB,
     Job,
     as_plain,
+    best_first,
     estimate,
     layouts,
     one_replica,
@@ -150,9 +151,78 @@ def test_search_finds_layouts_that_fit_best_first() -> None:
     end = run_command(
         "estimate", CONFIGS / "demo.toml", "--gpus-per-node", "4", "--search", "--json"
     )
-    times = [sum(e["step_seconds"].values()) for e in json.loads(end[0].output)]
+    shown = json.loads(end[0].output)
+    assert len(shown) == 10
+    assert shown[0]["parallel"]["pipeline"] == shown[0]["parallel"]["tensor"] == 1
+
+
+def test_the_simplest_layout_of_the_fastest_is_first() -> None:
+    job = Job(nodes=8, gpus_per_node=8, gpu_memory=80 * GIB, gpu="h100")
+    found = [e for e in layouts(load_config(CONFIGS / "1.3b.toml"), job) if e.peak <= job.usable]
+    ordered = best_first(found)
+    assert sorted(map(id, ordered)) == sorted(map(id, found))
+    fastest = min(e.expected.total for e in found)
+    within = [e.expected.total <= fastest * 1.05 for e in ordered]
+    good = within.index(False)
+    assert not any(within[good:])
+    first, parallel = ordered[0], ordered[0].config.parallel
+    assert (parallel.tensor, parallel.context, parallel.pipeline) == (1, 1, 1)
+    assert parallel.recompute == "none"
+    assert first.work.data == 64
+    simplest = first.complexity()
+    assert all(e.complexity() >= simplest for e in ordered[:good])
+    times = [e.expected.total for e in ordered[good:]]
     assert times == sorted(times)
-    assert len(times) == 10
+
+
+def test_expected_time_leaves_out_what_overlaps() -> None:
+    bound = StepTime(
+        compute=1.0,
+        bubble=0.1,
+        communication={"tensor": 0.5, "context": 0.1, "data": 1.2, "pipeline": 0.2},
+        update=0.01,
+    )
+
+    def parts(**parallel: Any) -> dict[str, float]:
+        return dict(expected_time(bound, ParallelConfig(**parallel)).communication)
+
+    plain = {"tensor": 0.625, "context": 0.125, "data": 1.5, "pipeline": 0.25}
+    assert parts() == pytest.approx(plain)
+    assert parts(tensor=2, sequence=False) == pytest.approx(plain)
+    # gathered again, and scattered, beside products: one pass of two and a half
+    assert parts(tensor=2)["tensor"] == pytest.approx(0.625 * 1.5 / 2.5)
+    assert parts(tensor=2, recompute="full")["tensor"] == pytest.approx(0.625 * 2.5 / 3.5)
+    assert parts(pipeline=2, virtual_pipeline=2)["pipeline"] == 0
+    hidden = 1 / 0.49 * 2 / 3
+    assert parts(zero_stage=2)["data"] == pytest.approx(1.5 - hidden)
+    assert expected_time(bound, ParallelConfig()).compute == pytest.approx(1 / 0.49)
+
+
+def test_the_rates_of_one_gpu_are_what_was_measured() -> None:
+    """Of the three runs that the efficiency comes from, within their spread."""
+    job = Job(nodes=1, gpus_per_node=1, gpu_memory=140 * GIB, gpu="h200")
+    for name, seq_len, micro_batch, measured in (
+        ("320m", 1024, 32, 169_000),
+        ("320m", 4096, 8, 154_600),
+        ("rivals/attention", 4096, 8, 141_100),
+    ):
+        words = [f"--data.seq_len={seq_len}", f"--training.micro_batch_size={micro_batch}"]
+        words += [f"--training.global_batch_size={2 * micro_batch}"]
+        words += ["--model.max_position_embeddings=4096"]
+        found = estimate(load_config(CONFIGS / f"{name}.toml", words), job)
+        assert found.tokens_per_second(found.expected) == pytest.approx(measured, rel=0.07)
+
+
+def test_weights_are_sent_once_and_gradients_as_the_engine_does() -> None:
+    config = config_of({})
+    numel = estimate(config, JOB).memory[0].by_category()["weights"] // 2
+    share, micro_batches = 15 / 16, 2
+    for zero_stage, gradients, parameters in (
+        (0, 2, 0), (1, 1, 1), (2, 2 * micro_batches, 1), (3, micro_batches, 2 * micro_batches),
+    ):  # fmt: skip
+        stage = as_plain(estimate(config_of({"zero_stage": zero_stage}), JOB), JOB)["stages"][0]
+        wanted = share * numel * (4 * gradients + 2 * parameters)
+        assert stage["traffic"]["data"] == pytest.approx(wanted, rel=1e-6), zero_stage
 
 
 def test_nothing_fits() -> None:

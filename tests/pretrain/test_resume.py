@@ -206,3 +206,8 @@ def test_a_checkpoint_folder_that_cannot_be_written_is_found_at_the_start(
     assert end.code == 1
     assert f"checkpoint.dir {tmp_path}/file/checkpoints cannot be written" in paragraph(end.output)
     assert not (tmp_path / "run/metrics.jsonl").exists()
+    (tmp_path / "there/latest").mkdir(parents=True)
+    saves = {"dir": str(tmp_path / "there"), "every": 0}
+    (end,) = run_command("pretrain", write_config(tmp_path, tiny_data, checkpoint=saves))
+    assert end.code == 1
+    assert f"{tmp_path}/there/latest is a folder; remove it" in paragraph(end.output)

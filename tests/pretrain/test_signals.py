@@ -125,6 +125,21 @@ def test_interrupted_command_is_one_line(tmp_path: Path) -> None:
         assert len(stderr.strip().splitlines()) <= 1
 
 
+def test_a_second_interrupt_ends_a_command_as_the_first(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some words\n" * 100_000)
+    words = ["tokenizer", "train", str(text), "--out", str(tmp_path / "t"), "--vocab-size", "3000"]
+    for pause in (0.0, 0.001, 0.05):
+        process = start(words)
+        time.sleep(2.0)
+        for _ in range(4):
+            process.send_signal(signal.SIGINT)
+            time.sleep(pause)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode in (0, 130), stderr
+        assert "Traceback" not in stderr
+
+
 # -- the launcher --------------------------------------------------------------------------------
 
 

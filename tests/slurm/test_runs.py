@@ -245,6 +245,14 @@ def test_no_escape_reaches_the_terminal(runs: Path) -> None:
     assert result.stdout == "a\tb \\x1b]0;owned\\x07\\x1b[2J\\x9b31m\\u202e\nc \u00e9\ufffd\n"
 
 
+def test_a_log_that_cannot_be_read_is_named(runs: Path) -> None:
+    log = runs / "good/logs/rank-0.log"
+    log.unlink(missing_ok=True)
+    log.symlink_to("/proc/self/mem")  # reading at its beginning is an input/output error
+    with pytest.raises(ConfigError, match=r"rank-0\.log cannot be read \(Input/output error\)"):
+        CliRunner().invoke(app, ["logs", str(runs / "good"), "--rank", "0"], catch_exceptions=False)
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_the_running_job_of_an_array_stands_for_it(
     order: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -52,6 +52,7 @@ def test_text_in_any_language_keeps_its_formats() -> None:
         ("http://h/x?code=hunter2&access=hunter2", "http://h/x?code=***&access=***"),
         ("http://h/x?encoded=1", "http://h/x?encoded=1"),
         ("s3://AKIA:hunter/2+@bucket/x", "s3://***@bucket/x"),
+        ("s3:/AKIA:hunter2@bucket/x", "s3:/***@bucket/x"),
         ("sftp://u:hunter2?#@h:22/x and ftp://a:hunter2@b", "sftp://***@h:22/x and ftp://***@b"),
         ("simplecache::s3://k:hunter2@b", "simplecache::s3://***@b"),
         (
@@ -64,7 +65,9 @@ def test_credentials_in_urls_are_hidden(text: str, hidden: str) -> None:
     assert redact(text) == hidden
 
 
-@pytest.mark.parametrize("secret", ["hunter2", 'h"unter2', "h unter2", "7/hunter2", "h\nunter2"])
+@pytest.mark.parametrize(
+    "secret", ["hunter2", 'h"unter2', "h unter2", "7/hunter2", "h\nunter2", "h\u2028unter2"]
+)
 def test_a_field_ends_where_its_text_does(secret: str) -> None:
     url, hidden = f"s3://AKIA:{secret}@bucket/x y", "s3://***@bucket/x y"
     assert redact_value(url) == hidden
