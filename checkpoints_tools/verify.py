@@ -63,7 +63,7 @@ def _file_named(message: str, step_dir: Path) -> str:
 def _index_problems(step_dir: Path, index: str, manifest: dict[str, Any]) -> list[Problem]:
     """Does the index describe the model of the manifest, in the files of the manifest?"""
     try:
-        # what the index uses and the manifest does not list is told file by file below
+        # Accept every file of the folder: files that the manifest does not list are reported below.
         present = {path.name for path in step_dir.iterdir()}
         stored = StoredTensors(step_dir, present)
         shapes = parameter_shapes(single_gpu_config(manifest, "fp32"))

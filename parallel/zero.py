@@ -4,9 +4,9 @@ Megatron's schedule drives the micro-batches, so DeepSpeed sees one accumulation
 
 - stage 1 (the only one with pipeline stages): the schedule runs the bare module; gradients
   accumulate in float32 (in the parameters' gradients, or in BF16_Optimizer's buffers, which its
-  hooks fill during backward) and are reduced once, after the schedule: BF16_Optimizer's to the rank
-  that owns them. Stage 0 is the same with nothing sharded: DeepSpeed is told that every rank is
-  alone, and gradients are averaged here.
+  hooks fill during backward) and are reduced once, after the schedule. BF16_Optimizer's gradients
+  are reduced to the rank that owns them. Stage 0 shards nothing: DeepSpeed gets a group of one
+  rank, and gradients are averaged here.
 - stages 2 and 3, and every stage with an offloaded optimizer: the schedule runs the engine, whose
   hooks reduce and partition every micro-batch's gradients during backward; only the last one is an
   accumulation boundary.
@@ -115,7 +115,7 @@ class ZeroOptimizer:
         self.clip_grad_norm = clip_grad_norm
         counted = {id(p) for name, p in parameters.items() if counts_here(self.infos[name])}
         self._grad_norm = GradNorm(self.optimizer, lambda p: id(p) in counted, shards)
-        # passes over all gradients, for what their norm tells and what Adam does
+        # Skip two passes over all gradients: the norm reports overflow, and Adam clips.
         self.optimizer.check_overflow = lambda *_, **__: None
         self.optimizer.unscale_and_clip_grads = lambda *_, **__: None
         if self.zero_stage == 3:
@@ -245,7 +245,7 @@ class ZeroOptimizer:
         finite = math.isfinite(norm)
         refused = refused or not finite
         self._clip(norm)
-        # what DeepSpeed's optimizers ask for before an update, and then leave it out
+        # DeepSpeed's optimizers call these before an update, and skip it if the norm is invalid.
         module: Any = sys.modules[type(self.optimizer).__module__]
         module.is_invalid_grad_norm = lambda _: refused
         if isinstance(self.optimizer, BF16_Optimizer):

@@ -100,9 +100,9 @@ def _layer_calls(
         model, ParallelConfig(), seq_len=TOKENS, dtype=dtype, seed=0, deterministic=False,
         device=device,
     ).chunks[0]  # fmt: skip
-    borders = torch.arange(SEQUENCES + 1, dtype=torch.int32) * TOKENS
+    boundaries = torch.arange(SEQUENCES + 1, dtype=torch.int32) * TOKENS
     ids = torch.arange(TOKENS, dtype=torch.int32).repeat(SEQUENCES, 1)
-    positions = stage.positions(ids, borders, None)
+    positions = stage.positions(ids, boundaries, None)
     layer = stage.model.layers["0"]
     shape = (SEQUENCES * TOKENS, 1, model.hidden_size)
     h = torch.randn(shape, dtype=dtype, requires_grad=True)

@@ -30,7 +30,7 @@ from parallel.sizes import head_block_tokens
 from parallel.zero import ZeroOptimizer
 from pretrain.config import Config, ConfigError
 from pretrain.estimate import workload
-from pretrain.stage import configured_stage
+from pretrain.stage import configured_optimizer
 
 META = torch.device("meta")
 DOCUMENTS = 2  # of each row: packed, as training data is
@@ -113,7 +113,7 @@ def count(config: Config, rank: int = 0) -> Counts:
     with _fake_job(rank, ranks), gpu_stand_in(META), _attention_of_cuda():
         init_groups(parallel)
         with META:
-            zero = _optimizer(config)
+            zero = configured_optimizer(config, META)
         ledger = Ledger(META, _answer(work.seq_len // DOCUMENTS))
         watch(ledger, zero)
         few = parallel.pipeline  # as interleaved schedules want
@@ -184,32 +184,19 @@ def step(
     return mean_loss(losses, counts)
 
 
-def _optimizer(config: Config) -> ZeroOptimizer:
-    options = config.optimizer
-    return ZeroOptimizer(
-        configured_stage(config, META),
-        config.parallel,
-        lr=options.lr,
-        betas=(options.betas[0], options.betas[1]),
-        eps=options.eps,
-        weight_decay=options.weight_decay,
-        clip_grad_norm=options.clip_grad_norm,
-    )
-
-
 def _batch(config: Config) -> LocalBatch:
     """A micro-batch of rows of DOCUMENTS documents of one length, without contents."""
     work = workload(config, 1)
     rows, part = work.micro_batch_size, work.seq_len // config.parallel.context
     shape = (rows, part)
-    borders = torch.empty(rows * DOCUMENTS + 1, dtype=torch.int32, device=META)
+    boundaries = torch.empty(rows * DOCUMENTS + 1, dtype=torch.int32, device=META)
     return LocalBatch(
         torch.empty(shape, dtype=torch.int64, device=META),
         torch.empty(shape, dtype=torch.int64, device=META),
         torch.empty(shape, device=META),
         torch.empty(shape, dtype=torch.int32, device=META),
-        borders,
-        borders,
+        boundaries,
+        boundaries,
         torch.empty(rows, dtype=torch.int64, device=META),
     )
 

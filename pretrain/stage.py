@@ -1,8 +1,9 @@
-"""The configured model's stage of this rank."""
+"""The configured model's stage of this rank, and its optimizer."""
 
 import torch
 
 from parallel.build import DTYPES, BuiltStage, build_stage
+from parallel.zero import ZeroOptimizer
 from pretrain.config import Config
 
 
@@ -17,4 +18,18 @@ def configured_stage(config: Config, device: torch.device) -> BuiltStage:
         deterministic=config.training.deterministic,
         device=device,
         z_loss=config.training.z_loss,
+    )
+
+
+def configured_optimizer(config: Config, device: torch.device) -> ZeroOptimizer:
+    """Build the stage and its sharded optimizer. Collective."""
+    optimizer = config.optimizer
+    return ZeroOptimizer(
+        configured_stage(config, device),
+        config.parallel,
+        lr=optimizer.lr,
+        betas=(optimizer.betas[0], optimizer.betas[1]),
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        clip_grad_norm=optimizer.clip_grad_norm,
     )

@@ -25,7 +25,6 @@ from parallel.groups import (
 )
 from parallel.schedule import Mark, count_tokens, forward_backward, mean_loss
 from parallel.vitals import Vitals, gpu_peak
-from parallel.zero import ZeroOptimizer
 from pretrain import stop
 from pretrain.bad_steps import (
     EVENTS,
@@ -46,7 +45,7 @@ from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
 from pretrain.resume import newest_sound
 from pretrain.run_dir import git_revision, package_versions
-from pretrain.stage import configured_stage
+from pretrain.stage import configured_optimizer
 from pretrain.stragglers import Stragglers
 from pretrain.timing import Stopwatch, profiled
 from pretrain.trackers import open_trackers
@@ -90,16 +89,7 @@ class Trainer:
         self.trackers = open_trackers(config) if dist.get_rank() == 0 else []
         self.revision = git_revision() if dist.get_rank() == 0 else ""
         self.versions = package_versions()
-        optimizer = config.optimizer
-        self.zero = ZeroOptimizer(
-            configured_stage(config, device),
-            config.parallel,
-            lr=optimizer.lr,
-            betas=(optimizer.betas[0], optimizer.betas[1]),
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            clip_grad_norm=optimizer.clip_grad_norm,
-        )
+        self.zero = configured_optimizer(config, device)
         self.saver = CheckpointSaver(
             config.checkpoint_dir,
             self.zero,
