@@ -11,13 +11,13 @@ from parallel.compat import prepare_host
 from parallel.groups import destroy_groups, from_rank_0, init_distributed, init_groups
 from parallel.launch import Launch
 from parallel.topology import topology
-from pretrain import stop
+from pretrain import run_lock, stop
 from pretrain.config import Config, ConfigError
 from pretrain.data import warn_of_cache, warn_of_epochs
 from pretrain.lost_checkpoints import record_saves
 from pretrain.memory import refuse_too_large
 from pretrain.resume import find_start, load_weights
-from pretrain.run_dir import record_start, start_log
+from pretrain.run_dir import lock_run, record_start, start_log
 from pretrain.sources import keep_tokenizer, open_data
 from pretrain.trackers import check_trackers
 from pretrain.trainer import Trainer
@@ -40,10 +40,14 @@ def train(config: Config, launch: Launch) -> str | None:
     init_distributed(launch, device)
     refuse_too_large(config, launch, device)
     run_dir = Path(config.logging.run_dir)
-    start_log(run_dir, launch.rank)
-    timeout = config.training.hang_timeout
-    with Watchdog(launch, timeout, run_dir / "logs", started) as watchdog:
-        reason = _train(config, launch, device, watchdog)
+    from_rank_0(lambda: lock_run(run_dir))
+    try:
+        start_log(run_dir, launch.rank)
+        timeout = config.training.hang_timeout
+        with Watchdog(launch, timeout, run_dir / "logs", started) as watchdog:
+            reason = _train(config, launch, device, watchdog)
+    finally:
+        run_lock.release()
     destroy_groups()
     return reason
 

@@ -22,6 +22,7 @@ from checkpoints_tools.tokenizer_file import TOKENIZER, read_tokenizer
 from data_pipeline.blend import Blend
 from parallel.groups import from_rank_0
 from parallel.zero import ZeroOptimizer
+from pretrain import run_lock
 from pretrain.config import Config
 from pretrain.credentials import recorded
 from pretrain.lost_checkpoints import keep_record
@@ -86,10 +87,13 @@ def _candidates(config: Config) -> list[Path]:
     """Step folders to try, the best first."""
     folder, resume = config.checkpoint_dir, config.checkpoint.resume
     try:
+        if folder.is_dir():
+            run_lock.hold(folder)  # a run with another run_dir may save there
         folders.remove_temporary(folder)
         steps = folders.committed_steps(folder)
         keep_record(config, steps)  # before a folder is made where another is to be mounted
         folder.mkdir(parents=True, exist_ok=True)
+        run_lock.hold(folder)
         with tempfile.TemporaryFile(dir=folder):  # now, rather than at the first save
             pass
         if (folder / folders.LATEST).is_dir():

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.logging import RichHandler
 
-from pretrain import failure
+from pretrain import failure, run_lock
 from pretrain.bad_steps import EVENTS
 from pretrain.config import Config, ConfigError
 from pretrain.console import LogFormatter
@@ -33,6 +33,17 @@ from untrusted.secrets import redact_arguments
 log = logging.getLogger("transxssm")
 
 METRICS = "metrics.jsonl"
+
+
+def lock_run(run_dir: Path) -> None:
+    """Make this job the only one that writes into the run directory. Rank 0 only.
+
+    Raises ConfigError where another one does, or the run directory cannot be written; nothing in it
+    has been changed then.
+    """
+    with _writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        run_lock.hold(run_dir)
 
 
 def start_log(run_dir: Path, rank: int) -> None:

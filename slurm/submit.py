@@ -18,6 +18,7 @@ from pretrain.console import shown
 from pretrain.credentials import check_credentials, dump_recorded, environment_of_job
 from pretrain.estimate import Job, estimate, parse_memory
 from pretrain.estimate_report import check_fits
+from pretrain.run_lock import refuse_held
 from slurm.cluster import ClusterConfig
 from slurm.jobs import WAITING_OR_RUNNING, JobLog, active_jobs, read_job_id, slurm
 from slurm.script import Request, check_values, job_script
@@ -118,6 +119,7 @@ def submit(config: Config, request: Request, cluster: ClusterConfig) -> str:
                 f"`transxssm cancel {shlex.quote(str(run_dir))}`, "
                 f"continue it with --after {job_id}, or choose another"
             )
+    refuse_held(run_dir, except_job=request.after)
     script = job_script(request, cluster, run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
