@@ -23,6 +23,7 @@ from pretrain.phases import Phase, run_phases
 from untrusted.errors import UnsafeFileError
 from untrusted.files import read_regular
 from untrusted.names import check_local
+from untrusted.paths import ConfiguredPath
 
 MAX_BYTES = 1 << 20  # of a configuration file
 
@@ -121,7 +122,7 @@ class TrainingConfig(Section):
 class LoggingConfig(Section):
     """The run directory and what goes into it."""
 
-    run_dir: str = "runs/demo"
+    run_dir: ConfiguredPath = "runs/demo"
     """Folder of the run: configuration, metrics, logs, checkpoints."""
     every: int = Field(1, ge=1, le=bounds.STEPS)
     """Steps between progress lines; metrics.jsonl has every step."""
@@ -136,7 +137,7 @@ class LoggingConfig(Section):
     profile_ranks: list[Annotated[int, Field(ge=0, lt=bounds.RANKS)]] = Field(default=[0])
     wandb_project: str = ""
     """Send the metrics to Weights & Biases, too."""
-    prometheus_file: str = ""
+    prometheus_file: ConfiguredPath = ""
     """Keep the newest metrics in a file of Prometheus's text format (*.prom), too."""
 
 
@@ -453,7 +454,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     try:
         content = read_regular(Path(path), MAX_BYTES, follow_link=True)
-        tree = tomllib.loads(content.decode())
+        tree = tomllib.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except UnsafeFileError as error:

@@ -9,15 +9,16 @@ from data_pipeline.blend import Blend, Stage
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.node_cache import default_cache_dir
 from data_pipeline.storage import Cache
-from pretrain.config import Config
+from pretrain.config import Config, ConfigError
 from pretrain.credentials import check_credentials
 from untrusted.files import replace_file
+from untrusted.paths import expand_path
 
 
 def open_data(config: Config) -> tuple[Blend, dict[str, PackedDataset]]:
     """Training sources and validation sets, checked against the configuration and each other.
 
-    Raises UntrustedError or DataError.
+    Raises ConfigError, UntrustedError or DataError.
     """
     data = open_blend(config)
     data.sources[0].tokenizer()  # missing? now rather than at the first save
@@ -55,8 +56,12 @@ def open_blend(config: Config) -> Blend:
 
 def _cache(config: Config) -> Cache:
     data = config.data
+    try:
+        cache_dir = expand_path(data.cache_dir)
+    except ValueError as error:
+        raise ConfigError(f"data.cache_dir={data.cache_dir}: {error}") from error
     return Cache(
-        Path(data.cache_dir) if data.cache_dir else default_cache_dir(),
+        Path(cache_dir) if data.cache_dir else default_cache_dir(),
         int(data.cache_gib * 2**30),
         data.download_attempts,
         data.download_timeout,
