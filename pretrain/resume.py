@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -66,14 +65,10 @@ def find_start(config: Config, data: Blend) -> Path | None:
 
 
 def newest_sound(folder: Path, last_step: int) -> Path | None:
-    """The newest sound checkpoint of at most this step; later ones are removed. A collective."""
+    """The newest sound checkpoint of at most this step. A collective."""
 
     def earlier() -> list[Path]:
         steps = folders.committed_steps(folder)
-        for step in steps:
-            if step > last_step:
-                log.warning("removing %s, of steps that are made anew", step)
-                shutil.rmtree(folders.step_folder(folder, step))
         return [folders.step_folder(folder, s) for s in reversed(steps) if s <= last_step]
 
     for candidate in from_rank_0(earlier):

@@ -27,7 +27,7 @@ from pretrain.console import LogFormatter
 from pretrain.credentials import dump_recorded
 from pretrain.records import read_starts
 from untrusted.errors import UntrustedError
-from untrusted.files import check_place, replace_file
+from untrusted.files import check_place, write_durably
 from untrusted.secrets import redact_arguments
 
 log = logging.getLogger("transxssm")
@@ -68,7 +68,7 @@ def record_start(config: Config, world_size: int) -> None:
         check_place(run_dir / name)
     with _writing(run_dir):
         (run_dir / "logs" / failure.FILE).unlink(missing_ok=True)  # of an earlier start
-        replace_file(run_dir / "config.toml", dump_recorded(config).encode())
+        write_durably(run_dir / "config.toml", dump_recorded(config).encode())
         _record_environment(run_dir / "environment.json", world_size)
 
 
@@ -142,7 +142,7 @@ def _record_environment(path: Path, world_size: int) -> None:
             "packages": installed_packages(),
         }
     )
-    replace_file(path, json.dumps(starts, indent=1).encode())
+    write_durably(path, json.dumps(starts, indent=1).encode())
 
 
 @cache

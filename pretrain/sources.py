@@ -11,7 +11,7 @@ from data_pipeline.node_cache import default_cache_dir
 from data_pipeline.storage import Cache
 from pretrain.config import Config, ConfigError
 from pretrain.credentials import check_credentials
-from untrusted.files import replace_file
+from untrusted.files import write_durably
 from untrusted.paths import expand_path
 
 
@@ -71,5 +71,5 @@ def _cache(config: Config) -> Cache:
 def keep_tokenizer(data: Blend, run_dir: Path) -> Path:
     """The data's tokenizer.json in the run directory, from where checkpoints take it."""
     path = run_dir / "tokenizer.json"
-    replace_file(path, data.sources[0].tokenizer())
+    write_durably(path, data.sources[0].tokenizer())
     return path

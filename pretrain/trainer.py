@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from checkpoints_tools.folder import go_back_to
 from checkpoints_tools.saving import CheckpointSaver
 from checkpoints_tools.sharded import load_checkpoint
 from data_pipeline.blend import Blend
@@ -332,8 +333,6 @@ class Trainer:
             )
         self.progress("going back")
         self.saver.drain()
-        if dist.get_rank() == 0:  # first: a run that dies now has not lost what is removed
-            record_saves(self.config, last_step=first_step - 1)
         start = newest_sound(self.config.checkpoint_dir, first_step - 1)
         if start is None:
             raise TrainingError(
@@ -341,8 +340,13 @@ class Trainer:
                 "more often with checkpoint.every"
             )
         windows, skipped_updates = [*self.windows, window], self.skipped_updates
-        # first: a run that dies now passes over them, too
-        from_rank_0(lambda: write_windows(self.run_dir, windows))
+
+        def go_back() -> None:  # may be cut off anywhere: a later start passes over them, too
+            write_windows(self.run_dir, windows)
+            record_saves(self.config, last_step=first_step - 1)
+            go_back_to(self.config.checkpoint_dir, start, first_step - 1)
+
+        from_rank_0(go_back)
         self._record("rollback", f"to {start.name}, for {report}", window=window)
         self.resume(start)
         self.windows = merged(self.windows, windows)
@@ -412,5 +416,6 @@ class Trainer:
             "versions": self.versions,
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        self.saver.save(self.step, state)
+        bad = self.judge.bad  # before which there must be something to go back to
+        self.saver.save(self.step, state, keep_up_to=bad[0][0] - 1 if bad else None)
         self.saved_step = self.step

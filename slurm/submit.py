@@ -22,7 +22,7 @@ from pretrain.run_lock import refuse_held
 from slurm.cluster import ClusterConfig
 from slurm.jobs import WAITING_OR_RUNNING, JobLog, active_jobs, read_job_id, slurm
 from slurm.script import Request, check_values, job_script
-from untrusted.files import replace_file
+from untrusted.files import write_durably
 
 NODE_LOCAL = ("/tmp/", "/dev/shm/", "/var/tmp/")
 
@@ -123,8 +123,8 @@ def submit(config: Config, request: Request, cluster: ClusterConfig) -> str:
     script = job_script(request, cluster, run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        replace_file(run_dir / "config.toml", dump_recorded(config).encode())
-        replace_file(run_dir / "job.sbatch", script.encode(), 0o600)
+        write_durably(run_dir / "config.toml", dump_recorded(config).encode())
+        write_durably(run_dir / "job.sbatch", script.encode(), 0o600)
         record.check_writable()
     except OSError as error:
         raise ConfigError(f"logging.run_dir={run_dir} cannot be written ({error})") from error
