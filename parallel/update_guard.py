@@ -33,7 +33,7 @@ class UpdateGuard:
             )
         self._engine_optimizer, self._update = engine_optimizer, adam.step
         self._refused = self._called = False
-        adam.step = self._step  # type: ignore[method-assign]
+        adam.step = self._step
 
     def open(self, refused: bool) -> None:
         """Begin a step; refused: without an update."""

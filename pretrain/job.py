@@ -16,6 +16,7 @@ from pretrain.config import Config, ConfigError
 from pretrain.data import warn_of_cache, warn_of_epochs
 from pretrain.lost_checkpoints import record_saves
 from pretrain.memory import refuse_too_large
+from pretrain.model_check import model_warnings
 from pretrain.resume import find_start, load_weights
 from pretrain.run_dir import lock_run, record_start, start_log
 from pretrain.sources import keep_tokenizer, open_data
@@ -65,6 +66,8 @@ def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watch
     trainer = Trainer(config, data, validation, device, watchdog.at)
     _tell_of_layout(config, launch, device)
     if launch.rank == 0:
+        for warning in model_warnings(config.model, data.meta.vocab_size):
+            log.warning("%s", warning)
         warn_of_epochs(config, data)
         warn_of_cache(config, data)
     if start is not None:
