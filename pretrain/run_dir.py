@@ -49,6 +49,7 @@ def lock_run(run_dir: Path) -> None:
 def start_log(run_dir: Path, rank: int) -> None:
     """Begin, or go on with, this rank's log file; rank 0 also reports on the console.
 
+    The file is first written to by `begin_log`, or with an error.
     Raises ConfigError when the run directory cannot be written.
     """
     with _writing(run_dir):
@@ -83,12 +84,44 @@ def _writing(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
+class _HeldFile(logging.FileHandler):
+    """A log file that is not written to before the run is known to begin, or fails: a start that
+    finds nothing to do changes no file."""
+
+    held: list[logging.LogRecord] | None
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.held = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, or keep it."""
+        if self.held is not None and record.levelname != "ERROR":
+            self.held.append(record)
+            return
+        self.write_held()
+        super().emit(record)
+
+    def write_held(self) -> None:
+        """Write what was kept, and whatever comes from now on."""
+        held, self.held = self.held or [], None
+        for record in held:
+            super().emit(record)
+
+
+def begin_log() -> None:
+    """Write to this rank's log file from now on: the run is known to begin."""
+    for handler in log.handlers:
+        if isinstance(handler, _HeldFile):
+            handler.write_held()
+
+
 def _add_handlers(path: Path, console: bool) -> None:
     for handler in list(log.handlers):
         log.removeHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    file = logging.FileHandler(path)
+    file = _HeldFile(path)
     file.handleError = _report_once(str(path))  # type: ignore[method-assign,assignment]
     file.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)

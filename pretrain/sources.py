@@ -3,6 +3,7 @@
 Does not import Megatron-core.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.blend import Blend, Stage
@@ -11,6 +12,7 @@ from data_pipeline.node_cache import default_cache_dir
 from data_pipeline.storage import Cache
 from pretrain.config import Config, ConfigError
 from pretrain.credentials import check_credentials
+from pretrain.phases import Phase
 from untrusted.files import write_durably
 from untrusted.paths import expand_path
 
@@ -45,13 +47,24 @@ def open_blend(config: Config) -> Blend:
         )
         for path, seq_len in listed or [(data.train, data.seq_len)]
     ]
+    return blend(sources, config)
+
+
+def blend(sources: list[PackedDataset], config: Config) -> Blend:
+    """Opened sources in the order that a configuration gives them. Raises DataError."""
+    data = config.data
     return Blend(
         sources,
         seed=data.seed,
         names=[source.name for source in data.sources] or ["train"],
-        stages=[Stage(phase.first_sample, phase.weights) for phase in config.phases],
+        stages=stages_of(config.phases),
         window_tokens=data.shuffle_window,
     )
+
+
+def stages_of(phases: Sequence[Phase]) -> list[Stage]:
+    """The phases as a blend knows them."""
+    return [Stage(phase.first_sample, phase.weights) for phase in phases]
 
 
 def _cache(config: Config) -> Cache:

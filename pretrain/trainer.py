@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,6 @@ class Trainer:
         Returns why all ranks stopped before it, everything being saved, or None.
         """
         total = self.config.total_steps
-        if self.step >= total and self.unwritten is None:
-            log.info("nothing to do: step %d of %d", self.step, total)
-            return None
         self.windows = merged(self.windows, from_rank_0(lambda: read_windows(self.run_dir)))
         batches, writer = self.batches(), self._writer()
         try:
@@ -257,7 +255,7 @@ class Trainer:
             self.judge.good(loss, update.grad_norm)
         slow = self.stragglers.add(batches.seconds_reading, sums.computed.seconds_since(begun))
         for said in slow:
-            self._record("straggler", said)
+            self.record("straggler", said)
         seen = {}
         if vitals:
             with watch.phase("vitals"):
@@ -301,7 +299,7 @@ class Trainer:
         """Of a step whose update was not made. Raises TrainingError where that ends the run."""
         self.skipped_updates += 1
         self.judge.bad.append((self.step, first_sample, fault))
-        self._record("update skipped", fault)
+        self.record("update skipped", fault)
         if self.config.training.on_bad_step == "stop":
             raise TrainingError(
                 f"step {self.step}: {fault}; stopped before the update. The newest checkpoint in "
@@ -347,7 +345,7 @@ class Trainer:
             go_back_to(self.config.checkpoint_dir, start, first_step - 1)
 
         from_rank_0(go_back)
-        self._record("rollback", f"to {start.name}, for {report}", window=window)
+        self.record("rollback", f"to {start.name}, for {report}", window=window)
         self.resume(start)
         self.windows = merged(self.windows, windows)
         self.skipped_updates = skipped_updates
@@ -363,7 +361,7 @@ class Trainer:
             phase = self.config.phase_at(self.step)
             self.step += 1
             self.samples = phase.samples_at(self.step)
-        self._record("window passed over", f"steps {first} to {self.step}", window=(begin, end))
+        self.record("window passed over", f"steps {first} to {self.step}", window=(begin, end))
         return True
 
     def _note(self, writer: MetricsWriter) -> None:
@@ -376,7 +374,8 @@ class Trainer:
             self.kernels = kernels
             writer.text("run/kernels", kernels, self.step)
 
-    def _record(self, event: str, said: str, **fields: Any) -> None:
+    def record(self, event: str, said: str, **fields: Any) -> None:
+        """Note an event of the present step, in the log and in events.jsonl."""
         if dist.get_rank() == 0:
             self.events.append((event, said))
             log.warning("%s at step %d: %s", event, self.step, said)
@@ -406,6 +405,8 @@ class Trainer:
             "skipped_windows": self.windows,
             "skipped_updates": self.skipped_updates,
             "config": recorded(self.config),
+            "phases": [asdict(phase) for phase in self.config.phases],
+            "sources": self.data.fingerprints,
             "layout": parallel.model_dump(mode="json")
             | {"data": parallel_state.get_data_parallel_world_size()},
             "data_fingerprint": self.data.fingerprint,
