@@ -22,8 +22,9 @@ from data_pipeline.blend import Blend
 from parallel.groups import from_rank_0
 from parallel.zero import ZeroOptimizer
 from pretrain import run_lock
+from pretrain.bad_steps import Windows, write_windows
 from pretrain.config import Config
-from pretrain.lost_checkpoints import keep_record
+from pretrain.lost_checkpoints import keep_record, record_saves
 from pretrain.same_run import FREE_MODEL_FIELDS, Start, check_same_run, differences, model_advice
 
 log = logging.getLogger("transxssm")
@@ -66,6 +67,17 @@ def newest_sound(folder: Path, last_step: int) -> Path | None:
             return candidate
         log.warning("passing over a damaged checkpoint: %s", fault)
     return None
+
+
+def go_back(config: Config, start: Path, last_step: int, windows: Windows) -> None:
+    """Make a checkpoint the one that the run goes on from, its later ones after `last_step` being
+    removed, and exclude samples from now on. Rank 0 only.
+
+    May be cut off anywhere: what a later start finds is whole, and leads past the same samples.
+    """
+    write_windows(Path(config.logging.run_dir), windows)
+    record_saves(config, last_step=last_step)
+    folders.go_back_to(config.checkpoint_dir, start, last_step)
 
 
 def _candidates(config: Config) -> list[Path]:

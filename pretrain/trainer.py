@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from checkpoints_tools.folder import go_back_to
 from checkpoints_tools.saving import CheckpointSaver
 from checkpoints_tools.sharded import load_checkpoint
 from data_pipeline.blend import Blend
@@ -36,7 +35,6 @@ from pretrain.bad_steps import (
     passed_to,
     read_windows,
     record_event,
-    write_windows,
 )
 from pretrain.config import Config
 from pretrain.credentials import dump_recorded, recorded
@@ -45,7 +43,7 @@ from pretrain.evaluation.scores import perplexity, token_bytes
 from pretrain.lost_checkpoints import record_saves
 from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
-from pretrain.resume import newest_sound
+from pretrain.resume import go_back, newest_sound
 from pretrain.run_dir import git_revision, package_versions
 from pretrain.stage import configured_optimizer
 from pretrain.stragglers import Stragglers
@@ -338,13 +336,7 @@ class Trainer:
                 "more often with checkpoint.every"
             )
         windows, skipped_updates = [*self.windows, window], self.skipped_updates
-
-        def go_back() -> None:  # may be cut off anywhere: a later start passes over them, too
-            write_windows(self.run_dir, windows)
-            record_saves(self.config, last_step=first_step - 1)
-            go_back_to(self.config.checkpoint_dir, start, first_step - 1)
-
-        from_rank_0(go_back)
+        from_rank_0(lambda: go_back(self.config, start, first_step - 1, windows))
         self.record("rollback", f"to {start.name}, for {report}", window=window)
         self.resume(start)
         self.windows = merged(self.windows, windows)
