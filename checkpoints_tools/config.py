@@ -4,12 +4,13 @@ from pydantic import Field
 
 from parallel import bounds
 from parallel.config import Section
+from untrusted.paths import ConfiguredPath
 
 
 class CheckpointConfig(Section):
     """When training state is saved, how much of it is kept, and what a run starts from."""
 
-    dir: str = ""
+    dir: ConfiguredPath = ""
     """Folder of the step-* folders; empty: checkpoints/ in the run directory."""
     every: int = Field(100, ge=0, le=bounds.STEPS)
     """Steps between checkpoints, besides the one at the end; 0 saves only that one."""
@@ -20,10 +21,10 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept; older ones go once a newer one is committed."""
     keep_every: int = Field(0, ge=0, le=bounds.STEPS)
     """Steps whose multiples are never removed; 0 has no such milestones."""
-    resume: str = "auto"
+    resume: ConfiguredPath = "auto"
     """auto: the newest checkpoint if there is one; none: start anew; or a folder
     of another run, to start from its state."""
-    load_weights_only: str = ""
+    load_weights_only: ConfiguredPath = ""
     """Begin a new run with these weights: of a checkpoint, or of an exported model's folder."""
     allow_data_change: bool = False
     """Go on from a checkpoint over other data, or in another order, than it was trained on."""

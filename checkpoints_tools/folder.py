@@ -6,7 +6,6 @@ named step-N is whole. `latest` is moved after the rename, old steps are removed
 
 import contextlib
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.manifest import FORMAT_VERSION, MANIFEST, file_entry, manifest_text
-from untrusted.files import create_file, read_regular
+from untrusted.files import read_regular, sync_folder, write_durably
 
 log = logging.getLogger("transxssm")
 
@@ -101,18 +100,19 @@ def commit(
     temporary.rename(target)
     sync_folder(folder)
     shutil.rmtree(target.with_suffix(".old"), ignore_errors=True)
-    written = folder / f"{LATEST}.tmp"
-    write_durably(written, f"{target.name}\n".encode())
-    written.rename(folder / LATEST)
-    sync_folder(folder)
+    write_durably(folder / LATEST, f"{target.name}\n".encode())
     return target
 
 
-def remove_old(folder: Path, newest: int, keep_last: int, keep_every: int) -> None:
-    """Of the steps up to `newest`, keep the last `keep_last` and the multiples of `keep_every`."""
+def remove_old(
+    folder: Path, newest: int, keep_last: int, keep_every: int, keep_up_to: int | None = None
+) -> None:
+    """Of the steps up to `newest`, keep the last `keep_last`, the multiples of `keep_every`, and
+    the newest one up to `keep_up_to`."""
     steps = [step for step in committed_steps(folder) if step <= newest]
+    kept = max((step for step in steps if keep_up_to is not None and step <= keep_up_to), default=0)
     for step in steps[:-keep_last]:
-        if not keep_every or step % keep_every:
+        if step != kept and (not keep_every or step % keep_every):
             path = step_folder(folder, step)
             try:
                 path.rename(path.with_suffix(".tmp"))  # what is half removed has no step's name
@@ -120,6 +120,27 @@ def remove_old(folder: Path, newest: int, keep_last: int, keep_every: int) -> No
                 log.warning("%s cannot be removed: %s", path, error)
                 continue
             _remove(path.with_suffix(".tmp"))
+
+
+def go_back_to(folder: Path, start: Path, last_step: int) -> None:
+    """Make `start`, a step folder, what a run goes on from: the steps after `last_step` go.
+
+    They lose their names first, the newest first, so that whatever is left when this is cut off is
+    whole. Raises OSError.
+    """
+    later = [step for step in committed_steps(folder) if step > last_step]
+    if not later:
+        return
+    write_durably(folder / LATEST, f"{start.name}\n".encode())
+    for step in reversed(later):
+        path = step_folder(folder, step)
+        log.warning("removing %s: its steps are made again", path)
+        if (left := path.with_suffix(".tmp")).exists():
+            _remove(left)
+        path.rename(left)
+    sync_folder(folder)
+    for step in later:
+        _remove(step_folder(folder, step).with_suffix(".tmp"))
 
 
 def _remove(path: Path) -> None:
@@ -131,20 +152,3 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path)
     except OSError as error:
         log.warning("%s cannot be removed: %s", path, error)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a new file that is on disk when this returns."""
-    with create_file(path) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

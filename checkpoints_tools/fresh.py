@@ -8,6 +8,7 @@ from checkpoints_tools import folder as folders
 from checkpoints_tools.new_folder import new_folder
 from checkpoints_tools.stored import KINDS
 from checkpoints_tools.stored_writer import Reader, write_untrained_state
+from untrusted.files import write_durably
 from untrusted.secrets import redact_values
 
 # Of a run that has not begun.
@@ -35,7 +36,7 @@ def write_fresh_checkpoint(
     num_bytes = 4 * len(KINDS) * sum(prod(shape) for shape in shapes.values())
     with new_folder(out, num_bytes) as content:
         temporary = folders.begin(content, 0)
-        folders.write_durably(temporary / "tokenizer.json", tokenizer)
+        write_durably(temporary / "tokenizer.json", tokenizer)
         entries = write_untrained_state(temporary, shapes, read)
         folders.commit(content, 0, START | redact_values(state), entries)
     return folders.step_folder(out, 0)

@@ -109,6 +109,16 @@ _SkippedShard = Annotated[
 ]
 
 
+class _Phase(TypedDict):
+    first_step: Count
+    first_sample: Count
+    first_token: Count
+    seq_len: Count
+    global_batch_size: Count
+    micro_batch_size: Count
+    weights: list[float]
+
+
 class _Manifest(TypedDict, total=False):
     """What the program reads of a manifest; it may hold more."""
 
@@ -134,6 +144,8 @@ class _Manifest(TypedDict, total=False):
     judge: _SpikeState
     unwritten_metrics: _Metrics | None
     skipped_updates: Count
+    phases: list[_Phase]
+    sources: dict[str, str]
     skipped_shards: list[_SkippedShard]
     skipped_windows: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
 

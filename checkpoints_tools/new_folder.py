@@ -17,9 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from checkpoints_tools.errors import CheckpointError
-from checkpoints_tools.folder import sync_folder
 from untrusted.errors import UnsafeFileError
-from untrusted.files import NO_LOCKS, open_lock
+from untrusted.files import NO_LOCKS, open_lock, sync_folder
 from untrusted.private import check_ours
 
 log = logging.getLogger("transxssm")

@@ -40,6 +40,7 @@ from checkpoints_tools.sharded import tensors_to_save
 from checkpoints_tools.tensor_index import INDEX, check_covers, index_text
 from parallel.groups import from_rank_0, host_group
 from parallel.zero import ZeroOptimizer
+from untrusted.files import write_durably
 
 log = logging.getLogger("transxssm")
 
@@ -65,6 +66,7 @@ class _Flight:
     step: int
     state: dict[str, Any]
     begun: float
+    keep_up_to: int | None = None
     work: "Future[Any]" = field(default_factory=Future)  # this rank's thread
     copied: threading.Event = field(default_factory=threading.Event)
     committing: bool = False
@@ -97,8 +99,10 @@ class CheckpointSaver:
         self._flight: _Flight | None = None
         self._stalled = 0.0
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], keep_up_to: int | None = None) -> None:
         """Begin to save; `state`: what else a resumed run needs (JSON). A collective.
+
+        keep_up_to: the newest checkpoint up to this step stays, whatever keep_last is.
 
         Returns when the checkpoint is committed, or soon with `asynchronous`. Raises
         CheckpointError, the same on every rank; earlier checkpoints are intact then.
@@ -111,7 +115,7 @@ class CheckpointSaver:
 
         def make_folder() -> None:
             folders.begin(self.folder, step)
-            folders.write_durably(temporary / "tokenizer.json", self.tokenizer.read_bytes())
+            write_durably(temporary / "tokenizer.json", self.tokenizer.read_bytes())
 
         self._on_rank_0(make_folder, f"cannot begin {temporary}")
         tensors = tensors_to_save(self.zero)
@@ -119,7 +123,7 @@ class CheckpointSaver:
         state = state | {"adam_step": self.zero.adam_step(), "world_size": dist.get_world_size()}
         self._host = self._host or HostCopy(tensors)
         copy = self._host.begin(tensors)
-        flight = self._flight = _Flight(temporary, step, state, begin)
+        flight = self._flight = _Flight(temporary, step, state, begin, keep_up_to)
         flight.work = self._pool.submit(_copy_and_write, copy, flight, plan)
         if not self.asynchronous:
             self.drain()
@@ -192,13 +196,15 @@ class CheckpointSaver:
     def _commit(self, flight: _Flight, gathered: list[Entries]) -> None:
         """Of rank 0. `gathered`: what every rank wrote."""
         assert self._plan is not None
-        folders.write_durably(flight.temporary / INDEX, self._plan.index)
+        write_durably(flight.temporary / INDEX, self._plan.index)
         entries = {name: entry for files in gathered for name, entry in files.items()}
         _check_all_files_here(flight.temporary, entries)
         folders.commit(self.folder, flight.step, flight.state, entries)
         if self.committed is not None:
             self.committed(flight.step)
-        folders.remove_old(self.folder, flight.step, self.keep_last, self.keep_every)
+        folders.remove_old(
+            self.folder, flight.step, self.keep_last, self.keep_every, flight.keep_up_to
+        )
 
     def _end(self, flight: _Flight) -> None:
         """Rank 0 has committed, or failed."""

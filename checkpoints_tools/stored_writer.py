@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.errors import CheckpointError
-from checkpoints_tools.folder import write_durably
 from checkpoints_tools.pieces_file import (
     PlannedPiece,
     header_of,
@@ -18,6 +17,7 @@ from checkpoints_tools.pieces_file import (
 )
 from checkpoints_tools.stored import KINDS, row_blocks
 from checkpoints_tools.tensor_index import INDEX, index_text
+from untrusted.files import write_durably
 
 Blocks = Iterator[tuple[range, Tensor]]
 Reader = Callable[[str], Blocks]

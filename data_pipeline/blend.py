@@ -155,12 +155,14 @@ class Blend:
         )
         self._warn_of_shares(stages)
         self._page = lru_cache(maxsize=64)(self._located_page)
+        self.fingerprint = self.fingerprint_with(stages)
+
+    def fingerprint_with(self, stages: Sequence[Stage]) -> str:
+        """The identity of the stream in which these sources come by such stages."""
+        if len(self.sources) == 1:
+            return self.meta.fingerprint
         parts = [[s.meta.fingerprint for s in self.sources], [[s.first, s.weights] for s in stages]]
-        self.fingerprint = (
-            self.meta.fingerprint
-            if len(self.sources) == 1
-            else hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        )
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _warn_of_shares(self, stages: Sequence[Stage]) -> None:
         """Say which sources come more or less often than asked, their shares being rounded."""
@@ -210,6 +212,11 @@ class Blend:
         for source in np.unique(sources).tolist():
             self.sources[source].make_ready(indices[sources == source])
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of each source by its name."""
+        return dict(zip(self.names, (s.meta.fingerprint for s in self.sources), strict=True))
+
     def fingerprint_of(self, folder: str) -> str:
         """Of the source in a folder."""
         return next(s.meta.fingerprint for s in self.sources if s.folder == folder)
@@ -217,7 +224,7 @@ class Blend:
     def known_fingerprint(self, source: str) -> str | None:
         """`source` itself if it is a source's fingerprint; that of the source of this name; or
         None."""
-        named = dict(zip(self.names, (s.meta.fingerprint for s in self.sources), strict=True))
+        named = self.fingerprints
         return source if source in named.values() else named.get(source)
 
     def skip(self, fingerprint: str, shard: int) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from parallel import bounds
+from untrusted.paths import ConfiguredPath, NamedPaths
 
 
 class SourceConfig(BaseModel):
@@ -13,7 +14,7 @@ class SourceConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    path: str
+    path: ConfiguredPath
     """Folder or URL of training shards, as written by `transxssm prepare` (OUT/train)."""
     seq_len: int = Field(0, ge=0, le=bounds.LENGTH)
     """That of its shards; 0: data.seq_len."""
@@ -45,13 +46,13 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    train: str = ""
+    train: ConfiguredPath = ""
     """Folder or URL of training shards, as written by `transxssm prepare` (OUT/train)."""
     sources: list[SourceConfig] = Field(default_factory=list, max_length=bounds.SOURCES)
     """Several such folders instead, blended by weight."""
     stages: list[StageConfig] = Field(default_factory=list, max_length=bounds.STAGES)
     """Later parts of the run in which the sources' weights, or sequences, are others."""
-    validation: str | dict[str, str] = ""
+    validation: NamedPaths = ""
     """Folder or URL of validation shards (OUT/validation), or several by name; empty: none."""
     seq_len: int = Field(1024, ge=1, le=bounds.LENGTH)
     """Tokens a sequence; must equal the --seq-len the shards were packed with."""
@@ -65,7 +66,8 @@ class DataConfig(BaseModel):
     """How many bad training shards a run may pass over, their samples without loss; 0: the first
     ends it. A bad validation shard always does: losses over other samples do not compare."""
     cache_dir: str = ""
-    """This node's folder for copies of remote and compressed shards; empty: below $TMPDIR."""
+    """This node's folder for copies of remote and compressed shards; empty: below $TMPDIR. Its
+    variables are those of the node."""
     cache_gib: float = Field(256.0, ge=1e-6, le=bounds.COUNT)
     """How large the copies may be together."""
     download_attempts: int = Field(4, ge=1, le=20)

@@ -18,7 +18,7 @@ from data_pipeline.shard_index import ShardEntry
 from data_pipeline.shard_names import rename_shard, stored_files
 from data_pipeline.tokenizer import TextTokenizer
 from data_pipeline.unit import Counts, Options, load_index
-from untrusted.files import replace_file
+from untrusted.files import write_durably
 from untrusted.private import check_ours
 
 
@@ -109,7 +109,7 @@ def move_shards(sources: Iterable[Path], target: Path) -> bytes:
                     )
             shards.append(shard)
     index = index_of(shards)
-    replace_file(target / INDEX, index)
+    write_durably(target / INDEX, index)
     return index
 
 

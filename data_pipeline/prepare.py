@@ -49,7 +49,7 @@ from data_pipeline.remote_units import RemoteUnits
 from data_pipeline.shard_index import ShardEntry
 from data_pipeline.tokenizer import TextTokenizer, load_tokenizer, read_tokenizer
 from data_pipeline.unit import Compression, Done, Options, load_counts, load_labels, write_unit
-from untrusted.files import read_regular, replace_file
+from untrusted.files import read_regular, write_durably
 from untrusted.records import MAX_BYTES
 
 SHARD_BYTES = 1 << 26
@@ -329,8 +329,8 @@ def _merge(place: Workplace, keys: list[str], tokenizer: TextTokenizer, options:
     for split in options.splits:
         index = move_shards([place.units / key / split for key in keys], place.folder / split)
         meta = describe_split(totals, split, index, tokenizer, options)
-        replace_file(place.folder / split / META, meta.encode())
-    replace_file(place.folder / "tokenizer.json", read_tokenizer(tokenizer.file))
+        write_durably(place.folder / split / META, meta.encode())
+    write_durably(place.folder / "tokenizer.json", read_tokenizer(tokenizer.file))
     place.set_merged()
 
 

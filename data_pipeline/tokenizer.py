@@ -17,7 +17,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.reading import documents
 from parallel import bounds
 from untrusted.errors import UnsafeFileError, check_refusal
-from untrusted.files import read_regular, replace_file
+from untrusted.files import read_regular, write_durably
 from untrusted.text import printable
 
 END_OF_TEXT = "<|endoftext|>"
@@ -77,7 +77,7 @@ def train_tokenizer(
 
     file = out if out.suffix == ".json" else out / "tokenizer.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, tokenizer.to_str(pretty=True).encode())
+    write_durably(file, tokenizer.to_str(pretty=True).encode())
     return file
 
 

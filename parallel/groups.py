@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from parallel.config import ParallelConfig
-from parallel.launch import Launch, LaunchError
+from parallel.launch import Launch
+from parallel.rendezvous import join_store
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -40,34 +41,24 @@ def from_rank_0(action: Callable[[], T]) -> T:
 def init_distributed(
     launch: Launch, device: torch.device, timeout: timedelta = COLLECTIVE_TIMEOUT
 ) -> None:
-    """Join the job's process group: NCCL on GPUs, gloo on CPUs. One process needs no address."""
+    """Join the job's process group: NCCL on GPUs, gloo on CPUs. One process needs no address.
+
+    Raises LaunchError.
+    """
     if dist.is_initialized():
         return
+    store = join_store(launch, timeout)
     env = os.environ
-    store: dist.Store | None = None
-    if launch.world_size == 1 and "MASTER_PORT" not in env:
-        # a port that is looked for first may be another's by the time it is listened on
-        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(store.port)
     # DeepSpeed reads these itself
     env["RANK"], env["WORLD_SIZE"] = str(launch.rank), str(launch.world_size)
     env["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed selects this device once more
-    try:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=timeout,
-        )
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise LaunchError(
-            f"port {env['MASTER_PORT']} of {env['MASTER_ADDR']} is in use, so that the processes "
-            "cannot meet there; choose another MASTER_PORT (torchrun: --master-port), or end the "
-            "job that has it"
-        ) from error
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
+    )
 
 
 def init_groups(config: ParallelConfig) -> None:

@@ -41,6 +41,7 @@ from parallel.groups import MpuAdapter, group_of_this_rank, replicas_group
 from parallel.model import PipelineStage
 from parallel.params import EMBEDDING, ParamInfo
 from parallel.sizes import BUCKET_ELEMENTS, GATHERED_ELEMENTS
+from parallel.update_guard import UpdateGuard
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it reports memory at every start
 
@@ -112,6 +113,7 @@ class ZeroOptimizer:
             )[0]
         self.optimizer: Any = self.engine.optimizer
         self.adam = adam
+        self._guard = UpdateGuard(adam, self.optimizer)
         self.clip_grad_norm = clip_grad_norm
         counted = {id(p) for name, p in parameters.items() if counts_here(self.infos[name])}
         self._grad_norm = GradNorm(self.optimizer, lambda p: id(p) in counted, shards)
@@ -245,18 +247,31 @@ class ZeroOptimizer:
         finite = math.isfinite(norm)
         refused = refused or not finite
         self._clip(norm)
-        # DeepSpeed's optimizers call these before an update, and skip it if the norm is invalid.
-        module: Any = sys.modules[type(self.optimizer).__module__]
-        module.is_invalid_grad_norm = lambda _: refused
-        if isinstance(self.optimizer, BF16_Optimizer):
-            module.get_global_norm_of_tensors = lambda **_: norm
-            self.optimizer.get_grads_for_norm = lambda: ([], {})
-        elif self.zero_stage == 3:
-            self.optimizer._get_norm_groups = lambda: [norm]
-        else:
-            self.optimizer.scaled_global_norm = lambda: norm
-        self.engine.step()
-        return Update(norm if finite else math.nan, applied=not self.optimizer.overflow)
+        self._guard.open(refused)
+        # Not the way of its own that DeepSpeed has for a norm that is not finite: with an offloaded
+        # optimizer that keeps the bad gradients, and adds those of the next step to them
+        with self._norm_is_known(norm if finite else 0.0):
+            self.engine.step()
+        return Update(norm if finite else math.nan, applied=self._guard.close())
+
+    @contextmanager
+    def _norm_is_known(self, norm: float) -> Iterator[None]:
+        """Spare DeepSpeed's optimizers, of which each has its own way, to compute it again."""
+        if not isinstance(self.optimizer, BF16_Optimizer):
+            if self.zero_stage == 3:
+                self.optimizer._get_norm_groups = lambda: [norm]
+            else:
+                self.optimizer.scaled_global_norm = lambda: norm
+            yield
+            return
+        self.optimizer.get_grads_for_norm = lambda: ([], {})
+        module: Any = sys.modules[type(self.optimizer).__module__]  # of all such optimizers
+        computed = module.get_global_norm_of_tensors
+        module.get_global_norm_of_tensors = lambda **_: norm
+        try:
+            yield
+        finally:
+            module.get_global_norm_of_tensors = computed
 
     def _clip(self, norm: float) -> None:
         """Have Adam divide the gradients, as it reads them, where their norm is too large."""

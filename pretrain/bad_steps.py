@@ -23,8 +23,8 @@ from typing_extensions import TypedDict
 
 from pretrain.config import TrainingConfig
 from pretrain.records import WINDOWS as WINDOWS_KIND
-from untrusted.files import replace_file
-from untrusted.records import Finite, check_value, read_json
+from untrusted.files import write_durably
+from untrusted.records import Finite, check_value, read_state
 from untrusted.secrets import redact_message, redact_values
 
 log = logging.getLogger("transxssm")
@@ -123,16 +123,13 @@ Windows = list[tuple[int, int]]
 def read_windows(run_dir: Path) -> Windows:
     """Those that the run has recorded. Raises RecordError and UnsafeFileError."""
     remedy = "restore the file, or remove it to train on the samples that the run had left out"
-    try:
-        pairs = read_json(run_dir / WINDOWS, WINDOWS_KIND, remedy)
-    except FileNotFoundError:
-        return []
-    return [(first, end) for first, end in pairs]
+    pairs = read_state(run_dir / WINDOWS, WINDOWS_KIND, remedy)
+    return [(first, end) for first, end in pairs or []]
 
 
 def write_windows(run_dir: Path, windows: Windows) -> None:
     """At once and whole: a run that dies before its next checkpoint passes over them, too."""
-    replace_file(run_dir / WINDOWS, json.dumps(windows).encode())
+    write_durably(run_dir / WINDOWS, json.dumps(windows).encode())
 
 
 def merged(windows: Windows, others: Windows) -> Windows:

@@ -97,7 +97,7 @@ def _fail(error: BaseException, started: float) -> NoReturn:
     bad_configuration = isinstance(error, (ConfigError, LaunchError))
     mendable = (DataError, CheckpointError, SlurmError, UntrustedError)
     known = bad_configuration or isinstance(error, mendable)
-    importing_torch = ("ModelError", "TrainingError", "RankLost", "PreflightError")
+    importing_torch = ("EngineError", "ModelError", "TrainingError", "RankLost", "PreflightError")
     known = known or type(error).__name__ in importing_torch
     files = [h for h in logging.getLogger("transxssm").handlers if isinstance(h, FileHandler)]
     logs = Path(files[0].baseFilename).parent if files else None

@@ -7,6 +7,7 @@ configuration dies before anything is built.
 import difflib
 import math
 import tomllib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,10 +20,11 @@ from data_pipeline.config import DataConfig
 from parallel import bounds
 from parallel.config import ModelConfig, ParallelConfig, Section, printed, some_divisors
 from pretrain.credentials import restored
-from pretrain.phases import Phase, run_phases
+from pretrain.phases import Phase, length, phase_at, run_phases
 from untrusted.errors import UnsafeFileError
 from untrusted.files import read_regular
 from untrusted.names import check_local
+from untrusted.paths import ConfiguredPath
 
 MAX_BYTES = 1 << 20  # of a configuration file
 
@@ -121,7 +123,7 @@ class TrainingConfig(Section):
 class LoggingConfig(Section):
     """The run directory and what goes into it."""
 
-    run_dir: str = "runs/demo"
+    run_dir: ConfiguredPath = "runs/demo"
     """Folder of the run: configuration, metrics, logs, checkpoints."""
     every: int = Field(1, ge=1, le=bounds.STEPS)
     """Steps between progress lines; metrics.jsonl has every step."""
@@ -136,7 +138,7 @@ class LoggingConfig(Section):
     profile_ranks: list[Annotated[int, Field(ge=0, lt=bounds.RANKS)]] = Field(default=[0])
     wandb_project: str = ""
     """Send the metrics to Weights & Biases, too."""
-    prometheus_file: str = ""
+    prometheus_file: ConfiguredPath = ""
     """Keep the newest metrics in a file of Prometheus's text format (*.prom), too."""
 
 
@@ -163,21 +165,25 @@ class Config(Section):
         copied.__dict__.pop("phases", None)
         return copied
 
+    def with_phases(self, phases: Sequence[Phase]) -> "Config":
+        """The same configuration for a run that has gone through other phases."""
+        changed = self.model_copy()
+        changed.__dict__["phases"] = tuple(phases)
+        return changed
+
     def phase_at(self, step: int) -> Phase:
         """The part of the run that makes the step after so many."""
-        return next(phase for phase in reversed(self.phases) if phase.first_step <= step)
+        return phase_at(self.phases, step)
 
     @property
     def total_steps(self) -> int:
         """Updates of the whole run."""
-        tokens = self.training.tokens
-        last = next(phase for phase in reversed(self.phases) if phase.first_token <= tokens)
-        return self.training.steps or last.step_of_token(tokens)
+        return length(self.phases, self.training.steps, self.training.tokens)[0]
 
     @property
     def total_tokens(self) -> int:
         """Of the whole run, padding included."""
-        return self.phase_at(self.total_steps).tokens_at(self.total_steps)
+        return length(self.phases, self.training.steps, self.training.tokens)[1]
 
     @property
     def seq_lens(self) -> list[int]:
@@ -453,7 +459,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     try:
         content = read_regular(Path(path), MAX_BYTES, follow_link=True)
-        tree = tomllib.loads(content.decode())
+        tree = tomllib.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except UnsafeFileError as error:

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from data_pipeline.loader import BatchLoader, BatchSize
 from parallel.groups import host_group, largest_of_all
 from pretrain import stop
 from pretrain.config import Config
+from pretrain.phases import Phase
 
 log = logging.getLogger("transxssm")
 
@@ -50,6 +52,13 @@ def warn_of_cache(config: Config, data: Blend) -> None:
         )
 
 
+def _still_read(phases: Sequence[Phase], sample: int) -> list[Phase]:
+    """Those that have not ended at a sample: batches of earlier ones may not fit these ranks."""
+    ends = [phase.first_sample for phase in phases[1:]]
+    ended = sum(end <= sample for end in ends)
+    return list(phases[ended:])
+
+
 class TrainingBatches:
     """This rank's micro-batches, step by step; bad shards are passed over by all ranks alike.
 
@@ -83,7 +92,7 @@ class TrainingBatches:
             self._data,
             [
                 BatchSize(phase.first_sample, phase.global_batch_size, phase.micro_batch_size)
-                for phase in self._config.phases
+                for phase in _still_read(self._config.phases, samples_consumed)
             ],
             data_parallel_rank=parallel_state.get_data_parallel_rank(),
             data_parallel_size=parallel_state.get_data_parallel_world_size(),

@@ -10,7 +10,7 @@ from parallel.roofline import COMPUTE_EFFICIENCY, GPUS, LINK_EFFICIENCY
 from parallel.topology import AXES
 from parallel.traffic import traffic
 from pretrain.config import Config, ConfigError
-from pretrain.console import whole_console
+from pretrain.console import warn, whole_console
 from pretrain.estimate import (
     AS_GOOD,
     GIB,
@@ -23,6 +23,7 @@ from pretrain.estimate import (
     overrides,
     utilization,
 )
+from pretrain.model_check import model_warnings, tokens_of_data
 
 SHOWN = 10
 
@@ -30,6 +31,8 @@ SHOWN = 10
 def run(config: Config, job: Job, *, search: bool, as_json: bool) -> None:
     """Print the estimate, or the best layouts. Raises ConfigError when nothing fits."""
     console = whole_console()
+    for warning in model_warnings(config.model, tokens_of_data(config)):
+        warn(warning)
     if search:
         found = best_first(e for e in layouts(config, job) if e.peak <= job.usable)
         if as_json:

@@ -11,14 +11,15 @@ from parallel.compat import prepare_host
 from parallel.groups import destroy_groups, from_rank_0, init_distributed, init_groups
 from parallel.launch import Launch
 from parallel.topology import topology
-from pretrain import stop
+from pretrain import run_lock, stop
 from pretrain.config import Config, ConfigError
 from pretrain.data import warn_of_cache, warn_of_epochs
 from pretrain.lost_checkpoints import record_saves
 from pretrain.memory import refuse_too_large
+from pretrain.model_check import model_warnings
 from pretrain.resume import find_start, load_weights
-from pretrain.run_dir import record_start, start_log
-from pretrain.sources import keep_tokenizer, open_data
+from pretrain.run_dir import begin_log, lock_run, record_start, start_log
+from pretrain.sources import blend, keep_tokenizer, open_data
 from pretrain.trackers import check_trackers
 from pretrain.trainer import Trainer
 from pretrain.watchdog import Watchdog
@@ -40,10 +41,14 @@ def train(config: Config, launch: Launch) -> str | None:
     init_distributed(launch, device)
     refuse_too_large(config, launch, device)
     run_dir = Path(config.logging.run_dir)
-    start_log(run_dir, launch.rank)
-    timeout = config.training.hang_timeout
-    with Watchdog(launch, timeout, run_dir / "logs", started) as watchdog:
-        reason = _train(config, launch, device, watchdog)
+    from_rank_0(lambda: lock_run(run_dir))
+    try:
+        start_log(run_dir, launch.rank)
+        timeout = config.training.hang_timeout
+        with Watchdog(launch, timeout, run_dir / "logs", started) as watchdog:
+            reason = _train(config, launch, device, watchdog)
+    finally:
+        run_lock.release()
     destroy_groups()
     return reason
 
@@ -54,19 +59,31 @@ def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watch
     from_rank_0(lambda: _watch_time_left(config.training.stop_before_limit))
     data, validation = open_data(config)
     start = find_start(config, data)
+    if start is not None and start.has_ended:
+        log.info("nothing to do: %s is the end of the run", start.folder)
+        return None
+    begin_log()
     from_rank_0(lambda: record_start(config, launch.world_size))
     from_rank_0(lambda: record_saves(config))
     from_rank_0(lambda: keep_tokenizer(data, Path(config.logging.run_dir)))
     watchdog.at("building the model")
-    trainer = Trainer(config, data, validation, device, watchdog.at)
+    continued = config
+    if start is not None:
+        continued = config.with_phases(start.phases)
+        data = blend(data.sources, continued)
+    trainer = Trainer(continued, data, validation, device, watchdog.at)
     _tell_of_layout(config, launch, device)
     if launch.rank == 0:
-        warn_of_epochs(config, data)
+        for warning in model_warnings(config.model, data.meta.vocab_size):
+            log.warning("%s", warning)
+        warn_of_epochs(continued, data)
         warn_of_cache(config, data)
     if start is not None:
-        watchdog.at(f"loading {start}")
-        trainer.resume(start)
-        log.info("resumed from %s", start)
+        watchdog.at(f"loading {start.folder}")
+        trainer.resume(start.folder)
+        log.info("resumed from %s", start.folder)
+        if start.changes:
+            trainer.record("settings changed", start.changes)
     elif config.checkpoint.load_weights_only:
         load_weights(config, data, trainer.zero)
         log.info("beginning with the weights of %s", config.checkpoint.load_weights_only)

@@ -18,8 +18,8 @@ from pretrain.bad_steps import EVENTS, WINDOWS
 from pretrain.config import Config
 from pretrain.records import METRICS, SAVES, Saves
 from untrusted.errors import UntrustedError
-from untrusted.files import replace_file
-from untrusted.records import read_json, read_json_lines
+from untrusted.files import write_durably
+from untrusted.records import read_json_lines, read_state
 
 log = logging.getLogger("transxssm")
 
@@ -84,16 +84,14 @@ def record_saves(config: Config, step: int | None = None, *, last_step: int | No
             steps = committed_steps(folder)
             step = max((s for s in steps if last_step is None or s <= last_step), default=0)
         saves = Saves(folder=str(folder.absolute()), step=step)
-        replace_file(path, json.dumps(saves).encode())
+        write_durably(path, json.dumps(saves).encode())
     except OSError as error:
         log.warning("%s cannot be written (%s): training goes on", path, error)
 
 
 def _read_saves(run_dir: Path) -> Saves | None:
     try:
-        return read_json(run_dir / FILE, SAVES, "it is written again")
-    except FileNotFoundError:
-        return None
+        return read_state(run_dir / FILE, SAVES, "it is written again")
     except UntrustedError as error:
         log.warning("%s", error)
         return None

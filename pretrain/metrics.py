@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from pretrain.records import METRICS
 from pretrain.trackers import Tracker
 from untrusted.errors import RecordError, UntrustedError
-from untrusted.files import check_place, open_regular, replace_file
+from untrusted.files import check_place, open_regular, write_durably
 from untrusted.records import MAX_LINE_BYTES, parse_json
 from untrusted.secrets import redact
 
@@ -81,7 +81,7 @@ class MetricsWriter:
         self._lost: set[str] = set()  # what cannot be written, and has been reported
         self.path = run_dir / "metrics.jsonl"
         kept = _entries_before(self.path, first_step)
-        replace_file(self.path, kept)
+        write_durably(self.path, kept)
         self.file = self.path.open("a+b", buffering=0)
         self._size = len(kept)
         self._waiting = b""  # lines, or the end of one, that could not be written yet
@@ -176,7 +176,7 @@ class MetricsWriter:
             there = self.path.stat()
         except FileNotFoundError:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self.path, os.pread(self.file.fileno(), here.st_size, 0))
+            write_durably(self.path, os.pread(self.file.fileno(), here.st_size, 0))
             return "was removed: it is there again, with every step"
         check_place(self.path)
         if not os.path.samestat(there, here):

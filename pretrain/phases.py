@@ -5,7 +5,9 @@ and at a token.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from data_pipeline.config import DataConfig, StageConfig
 
@@ -22,6 +24,11 @@ class Phase:
     micro_batch_size: int
     weights: tuple[float, ...]
     """Of the sources, in tokens."""
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What decides which samples a step reads, besides where the phase begins."""
+        return self.seq_len, self.global_batch_size, self.weights
 
     @property
     def tokens_per_step(self) -> int:
@@ -44,8 +51,67 @@ class Phase:
 def run_phases(data: DataConfig, global_batch_size: int, micro_batch_size: int) -> list[Phase]:
     """In order. Raises ValueError for stages that do not go together with the batch."""
     weights = tuple(source.weight for source in data.sources) or (1.0,)
-    phases = [Phase(0, 0, 0, data.seq_len, global_batch_size, micro_batch_size, weights)]
-    for stage in data.stages:
+    first = Phase(0, 0, 0, data.seq_len, global_batch_size, micro_batch_size, weights)
+    return _followed([first], data, data.stages, first)
+
+
+def continued_phases(
+    made: Sequence[Phase],
+    data: DataConfig,
+    global_batch_size: int,
+    micro_batch_size: int,
+    step: int,
+) -> list[Phase]:
+    """Return the phases of a run that goes on after `step`: as it has `made` them, and from there
+    on as they are configured now.
+
+    Where what is configured for the present token differs from what the run did last, a phase
+    begins with the next step. Raises ValueError as `run_phases` does.
+    """
+    configured = run_phases(data, global_batch_size, micro_batch_size)
+    phases = [phase for phase in made if phase.first_step < step]
+    if not phases:
+        return configured
+    last = phases[-1]
+    begins = replace(
+        last, first_step=step, first_sample=last.samples_at(step), first_token=last.tokens_at(step)
+    )
+    number = sum(stage.from_tokens <= begins.first_token for stage in data.stages)
+    now = configured[number]
+    if now.settings == last.settings:
+        phases[-1] = replace(last, micro_batch_size=now.micro_batch_size)
+    else:
+        phases.append(
+            replace(
+                now,
+                first_step=step,
+                first_sample=begins.first_sample,
+                first_token=begins.first_token,
+            )
+        )
+    return _followed(phases, data, data.stages[number:], configured[0])
+
+
+def phase_at(phases: Sequence[Phase], step: int) -> Phase:
+    """The part of the run that makes the step after so many."""
+    return next(phase for phase in reversed(phases) if phase.first_step <= step)
+
+
+def length(phases: Sequence[Phase], steps: int, tokens: int) -> tuple[int, int]:
+    """Steps and tokens of a run of so many steps or, where these are 0, so many tokens."""
+    if not steps:
+        last = next(phase for phase in reversed(phases) if phase.first_token <= tokens)
+        steps = last.step_of_token(tokens)
+    return steps, phase_at(phases, steps).tokens_at(steps)
+
+
+def _followed(
+    phases: list[Phase], data: DataConfig, stages: Sequence[StageConfig], first: Phase
+) -> list[Phase]:
+    """`phases` and those of later stages; first: that of [training], from which stages have what
+    they do not say."""
+    phases = list(phases)
+    for stage in stages:
         before = phases[-1]
         step = before.step_of_token(stage.from_tokens)
         if step == before.first_step:
@@ -60,8 +126,8 @@ def run_phases(data: DataConfig, global_batch_size: int, micro_batch_size: int) 
                 before.samples_at(step),
                 before.tokens_at(step),
                 seq_len,
-                stage.global_batch_size or _same_tokens(stage, phases[0], seq_len),
-                stage.micro_batch_size or max(1, micro_batch_size * data.seq_len // seq_len),
+                stage.global_batch_size or _same_tokens(stage, first, seq_len),
+                stage.micro_batch_size or max(1, first.micro_batch_size * data.seq_len // seq_len),
                 tuple(stage.weights.get(source.name, 0.0) for source in data.sources),
             )
         )

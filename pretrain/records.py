@@ -6,7 +6,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from untrusted.records import Count, Finite, read_json
+from untrusted.records import Count, Finite, read_state
 
 Number = Annotated[int, Field(ge=-(2**63), lt=2**63)] | Finite
 Metrics = dict[str, Any]
@@ -66,8 +66,5 @@ def read_starts(run_dir: Path) -> list[Start]:
 
     Raises RecordError and UnsafeFileError.
     """
-    try:
-        remedy = "remove the file to go on without the record of earlier starts"
-        return read_json(run_dir / "environment.json", STARTS, remedy)
-    except FileNotFoundError:
-        return []
+    remedy = "remove the file to go on without the record of earlier starts"
+    return read_state(run_dir / "environment.json", STARTS, remedy) or []

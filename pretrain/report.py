@@ -27,7 +27,7 @@ from pretrain.config import Config, ConfigError, load_config
 from pretrain.console import literal, shown
 from pretrain.records import EVENT, METRICS, Event, Metrics, Start, read_starts
 from untrusted.errors import UntrustedError
-from untrusted.files import replace_file
+from untrusted.files import write_durably
 from untrusted.records import T, read_json_lines
 
 log = logging.getLogger("transxssm")
@@ -356,5 +356,5 @@ def write_report(run_dir: Path, out: Path) -> Path:
     """The page of a run, at `out`. Raises ConfigError."""
     text = page(read_record(run_dir))
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out, text.encode(errors="replace"))
+    write_durably(out, text.encode(errors="replace"))
     return out

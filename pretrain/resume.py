@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,23 +21,16 @@ from checkpoints_tools.tokenizer_file import TOKENIZER, read_tokenizer
 from data_pipeline.blend import Blend
 from parallel.groups import from_rank_0
 from parallel.zero import ZeroOptimizer
+from pretrain import run_lock
+from pretrain.bad_steps import Windows, write_windows
 from pretrain.config import Config
-from pretrain.credentials import recorded
-from pretrain.lost_checkpoints import keep_record
-from untrusted.secrets import redact_values
+from pretrain.lost_checkpoints import keep_record, record_saves
+from pretrain.same_run import FREE_MODEL_FIELDS, Start, check_same_run, differences, model_advice
 
 log = logging.getLogger("transxssm")
 
-# Fields that only say how the same function is computed, or from where it once began.
-FREE_MODEL_FIELDS = {"chunk_size", "init_std"}
-# With these the order of samples or the schedule would no longer be that of one run.
-ORDER_FIELDS = ("data.seed", "data.shuffle_window")
-FIXED_FIELDS = ("data.seq_len", "training.global_batch_size")
-# Where things lie and how a run is watched says nothing of what it computes.
-QUIET_FIELDS = ("checkpoint.", "logging.")
 
-
-def find_start(config: Config, data: Blend) -> Path | None:
+def find_start(config: Config, data: Blend) -> Start | None:
     """The checkpoint to go on from, by checkpoint.resume, sound to its last byte. A collective.
 
     `auto` passes over damaged ones with a warning that names the file. Raises CheckpointError, on
@@ -49,8 +41,7 @@ def find_start(config: Config, data: Blend) -> Path | None:
     for number, candidate in enumerate(candidates):
         fault = _fault(candidate)
         if fault is None:
-            from_rank_0(lambda: _check_same_run(candidate, config, data))  # noqa: B023 (called now)
-            return candidate
+            return from_rank_0(lambda: check_same_run(candidate, config, data))  # noqa: B023 (now)
         if candidate.parent.resolve() != config.checkpoint_dir.resolve():
             raise CheckpointError(fault)
         if dist.get_rank() == 0:
@@ -65,14 +56,10 @@ def find_start(config: Config, data: Blend) -> Path | None:
 
 
 def newest_sound(folder: Path, last_step: int) -> Path | None:
-    """The newest sound checkpoint of at most this step; later ones are removed. A collective."""
+    """The newest sound checkpoint of at most this step. A collective."""
 
     def earlier() -> list[Path]:
         steps = folders.committed_steps(folder)
-        for step in steps:
-            if step > last_step:
-                log.warning("removing %s, of steps that are made anew", step)
-                shutil.rmtree(folders.step_folder(folder, step))
         return [folders.step_folder(folder, s) for s in reversed(steps) if s <= last_step]
 
     for candidate in from_rank_0(earlier):
@@ -82,14 +69,28 @@ def newest_sound(folder: Path, last_step: int) -> Path | None:
     return None
 
 
+def go_back(config: Config, start: Path, last_step: int, windows: Windows) -> None:
+    """Make a checkpoint the one that the run goes on from, its later ones after `last_step` being
+    removed, and exclude samples from now on. Rank 0 only.
+
+    May be cut off anywhere: what a later start finds is whole, and leads past the same samples.
+    """
+    write_windows(Path(config.logging.run_dir), windows)
+    record_saves(config, last_step=last_step)
+    folders.go_back_to(config.checkpoint_dir, start, last_step)
+
+
 def _candidates(config: Config) -> list[Path]:
     """Step folders to try, the best first."""
     folder, resume = config.checkpoint_dir, config.checkpoint.resume
     try:
+        if folder.is_dir():
+            run_lock.hold(folder)  # a run with another run_dir may save there
         folders.remove_temporary(folder)
         steps = folders.committed_steps(folder)
         keep_record(config, steps)  # before a folder is made where another is to be mounted
         folder.mkdir(parents=True, exist_ok=True)
+        run_lock.hold(folder)
         with tempfile.TemporaryFile(dir=folder):  # now, rather than at the first save
             pass
         if (folder / folders.LATEST).is_dir():
@@ -155,70 +156,6 @@ def _index_fault(candidate: Path, manifest: dict[str, Any]) -> str | None:
     return None
 
 
-def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields of two configuration trees that differ, by dotted name: (there, here)."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for name in sorted(there.keys() | here.keys()):
-        old, new = there.get(name), here.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            inner = differences(old, new)
-            found |= {f"{name}.{field}": pair for field, pair in inner.items()}
-        elif old != new:
-            found[name] = (old, new)
-    return found
-
-
-def _check_same_run(candidate: Path, config: Config, data: Blend) -> None:
-    """Of rank 0: show what is another than when the checkpoint was written, refuse what must not be
-    unless it is allowed."""
-    manifest, allow = read_manifest(candidate), config.checkpoint
-    phase, step = config.phase_at(manifest["step"]), manifest["step"]
-    counted = (manifest["samples"], manifest["tokens"])
-    if counted != (ours := (phase.samples_at(step), phase.tokens_at(step))):
-        raise CheckpointError(
-            f"{candidate} was trained on {counted[0]} samples, {counted[1]} tokens, but by "
-            f"data.stages and training.global_batch_size step {step} comes after {ours[0]} and "
-            f"{ours[1]}; restore what was changed of them, or choose another logging.run_dir (and "
-            "checkpoint.load_weights_only for its weights)"
-        )
-    changed = differences(redact_values(manifest["config"]), recorded(config))
-    shown = {name: f"{name}: {old!r} there, {new!r} here" for name, (old, new) in changed.items()}
-    dangers: dict[str, list[str]] = {"data": [], "tokenizer": [], "model": []}
-    for name, line in shown.items():
-        if name in FIXED_FIELDS:
-            raise CheckpointError(
-                f"{candidate} was trained with another {line}. The order of the data and the "
-                "schedule would no longer be those of one run; restore it, or choose another "
-                "logging.run_dir (and checkpoint.load_weights_only for its weights)"
-            )
-        section, _, field = name.partition(".")
-        if section == "model" and field not in FREE_MODEL_FIELDS:
-            dangers["model"].append(line)
-        elif name in ORDER_FIELDS:
-            dangers["data"].append(line)
-    for danger, there, here in (
-        ("data", manifest["data_fingerprint"], data.fingerprint),
-        ("tokenizer", manifest["tokenizer_hash"], data.meta.tokenizer_hash),
-    ):
-        if there != here:
-            where = data.sources[0].folder
-            dangers[danger].append(f"{danger} of {where}: {there[:12]}… there, {here[:12]}… here")
-    for danger, lines in dangers.items():
-        if not lines:
-            continue
-        said = f"{candidate} was trained with another {danger} ({'; '.join(lines)})"
-        if not getattr(allow, f"allow_{danger}_change"):
-            raise CheckpointError(
-                f"{said}; restore it, choose another logging.run_dir, or go on with "
-                f"--checkpoint.allow_{danger}_change true"
-            )
-        log.warning("%s; going on at sample %d", said, manifest["samples"])
-    told = {line for lines in dangers.values() for line in lines}
-    for name, line in shown.items():
-        if line not in told and not name.startswith(QUIET_FIELDS):
-            log.info("changed since %s: %s", candidate.name, line)
-
-
 def load_weights(config: Config, data: Blend, zero: ZeroOptimizer) -> None:
     """Begin with the weights of checkpoint.load_weights_only, a checkpoint or an exported model.
 
@@ -258,9 +195,11 @@ def _weights_source(source: Path, config: Config, data: Blend) -> tuple[bool, Pa
         if not found:
             continue
         said = f"the weights of {folder} are of another {danger} ({'; '.join(found)})"
-        if not getattr(config.checkpoint, f"allow_{danger}_change"):
-            raise CheckpointError(
-                f"{said}; restore it, or go on with --checkpoint.allow_{danger}_change true"
-            )
+        flag = f"allow_{danger}_change"
+        if not getattr(config.checkpoint, flag):
+            advice = f"restore it, or go on with --checkpoint.{flag} true"
+            if danger == "model":
+                advice = model_advice({line.partition(":")[0] for line in found}, flag)
+            raise CheckpointError(f"{said}; {advice}")
         log.warning("%s", said)
     return exported, folder

@@ -20,14 +20,14 @@ from typing import Any
 
 from rich.logging import RichHandler
 
-from pretrain import failure
+from pretrain import failure, run_lock
 from pretrain.bad_steps import EVENTS
 from pretrain.config import Config, ConfigError
 from pretrain.console import LogFormatter
 from pretrain.credentials import dump_recorded
 from pretrain.records import read_starts
 from untrusted.errors import UntrustedError
-from untrusted.files import check_place, replace_file
+from untrusted.files import check_place, write_durably
 from untrusted.secrets import redact_arguments
 
 log = logging.getLogger("transxssm")
@@ -35,9 +35,21 @@ log = logging.getLogger("transxssm")
 METRICS = "metrics.jsonl"
 
 
+def lock_run(run_dir: Path) -> None:
+    """Make this job the only one that writes into the run directory. Rank 0 only.
+
+    Raises ConfigError where another one does, or the run directory cannot be written; nothing in it
+    has been changed then.
+    """
+    with _writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        run_lock.hold(run_dir)
+
+
 def start_log(run_dir: Path, rank: int) -> None:
     """Begin, or go on with, this rank's log file; rank 0 also reports on the console.
 
+    The file is first written to by `begin_log`, or with an error.
     Raises ConfigError when the run directory cannot be written.
     """
     with _writing(run_dir):
@@ -57,7 +69,7 @@ def record_start(config: Config, world_size: int) -> None:
         check_place(run_dir / name)
     with _writing(run_dir):
         (run_dir / "logs" / failure.FILE).unlink(missing_ok=True)  # of an earlier start
-        replace_file(run_dir / "config.toml", dump_recorded(config).encode())
+        write_durably(run_dir / "config.toml", dump_recorded(config).encode())
         _record_environment(run_dir / "environment.json", world_size)
 
 
@@ -72,12 +84,44 @@ def _writing(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
+class _HeldFile(logging.FileHandler):
+    """A log file that is not written to before the run is known to begin, or fails: a start that
+    finds nothing to do changes no file."""
+
+    held: list[logging.LogRecord] | None
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.held = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, or keep it."""
+        if self.held is not None and record.levelname != "ERROR":
+            self.held.append(record)
+            return
+        self.write_held()
+        super().emit(record)
+
+    def write_held(self) -> None:
+        """Write what was kept, and whatever comes from now on."""
+        held, self.held = self.held or [], None
+        for record in held:
+            super().emit(record)
+
+
+def begin_log() -> None:
+    """Write to this rank's log file from now on: the run is known to begin."""
+    for handler in log.handlers:
+        if isinstance(handler, _HeldFile):
+            handler.write_held()
+
+
 def _add_handlers(path: Path, console: bool) -> None:
     for handler in list(log.handlers):
         log.removeHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    file = logging.FileHandler(path)
+    file = _HeldFile(path)
     file.handleError = _report_once(str(path))  # type: ignore[method-assign,assignment]
     file.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(file)
@@ -131,7 +175,7 @@ def _record_environment(path: Path, world_size: int) -> None:
             "packages": installed_packages(),
         }
     )
-    replace_file(path, json.dumps(starts, indent=1).encode())
+    write_durably(path, json.dumps(starts, indent=1).encode())
 
 
 @cache

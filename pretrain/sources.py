@@ -3,21 +3,24 @@
 Does not import Megatron-core.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.blend import Blend, Stage
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.node_cache import default_cache_dir
 from data_pipeline.storage import Cache
-from pretrain.config import Config
+from pretrain.config import Config, ConfigError
 from pretrain.credentials import check_credentials
-from untrusted.files import replace_file
+from pretrain.phases import Phase
+from untrusted.files import write_durably
+from untrusted.paths import expand_path
 
 
 def open_data(config: Config) -> tuple[Blend, dict[str, PackedDataset]]:
     """Training sources and validation sets, checked against the configuration and each other.
 
-    Raises UntrustedError or DataError.
+    Raises ConfigError, UntrustedError or DataError.
     """
     data = open_blend(config)
     data.sources[0].tokenizer()  # missing? now rather than at the first save
@@ -44,19 +47,34 @@ def open_blend(config: Config) -> Blend:
         )
         for path, seq_len in listed or [(data.train, data.seq_len)]
     ]
+    return blend(sources, config)
+
+
+def blend(sources: list[PackedDataset], config: Config) -> Blend:
+    """Opened sources in the order that a configuration gives them. Raises DataError."""
+    data = config.data
     return Blend(
         sources,
         seed=data.seed,
         names=[source.name for source in data.sources] or ["train"],
-        stages=[Stage(phase.first_sample, phase.weights) for phase in config.phases],
+        stages=stages_of(config.phases),
         window_tokens=data.shuffle_window,
     )
 
 
+def stages_of(phases: Sequence[Phase]) -> list[Stage]:
+    """The phases as a blend knows them."""
+    return [Stage(phase.first_sample, phase.weights) for phase in phases]
+
+
 def _cache(config: Config) -> Cache:
     data = config.data
+    try:
+        cache_dir = expand_path(data.cache_dir)
+    except ValueError as error:
+        raise ConfigError(f"data.cache_dir={data.cache_dir}: {error}") from error
     return Cache(
-        Path(data.cache_dir) if data.cache_dir else default_cache_dir(),
+        Path(cache_dir) if data.cache_dir else default_cache_dir(),
         int(data.cache_gib * 2**30),
         data.download_attempts,
         data.download_timeout,
@@ -66,5 +84,5 @@ def _cache(config: Config) -> Cache:
 def keep_tokenizer(data: Blend, run_dir: Path) -> Path:
     """The data's tokenizer.json in the run directory, from where checkpoints take it."""
     path = run_dir / "tokenizer.json"
-    replace_file(path, data.sources[0].tokenizer())
+    write_durably(path, data.sources[0].tokenizer())
     return path

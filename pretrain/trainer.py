@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ from pretrain.bad_steps import (
     passed_to,
     read_windows,
     record_event,
-    write_windows,
 )
 from pretrain.config import Config
 from pretrain.credentials import dump_recorded, recorded
@@ -43,7 +43,7 @@ from pretrain.evaluation.scores import perplexity, token_bytes
 from pretrain.lost_checkpoints import record_saves
 from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
-from pretrain.resume import newest_sound
+from pretrain.resume import go_back, newest_sound
 from pretrain.run_dir import git_revision, package_versions
 from pretrain.stage import configured_optimizer
 from pretrain.stragglers import Stragglers
@@ -117,9 +117,6 @@ class Trainer:
         Returns why all ranks stopped before it, everything being saved, or None.
         """
         total = self.config.total_steps
-        if self.step >= total and self.unwritten is None:
-            log.info("nothing to do: step %d of %d", self.step, total)
-            return None
         self.windows = merged(self.windows, from_rank_0(lambda: read_windows(self.run_dir)))
         batches, writer = self.batches(), self._writer()
         try:
@@ -256,7 +253,7 @@ class Trainer:
             self.judge.good(loss, update.grad_norm)
         slow = self.stragglers.add(batches.seconds_reading, sums.computed.seconds_since(begun))
         for said in slow:
-            self._record("straggler", said)
+            self.record("straggler", said)
         seen = {}
         if vitals:
             with watch.phase("vitals"):
@@ -300,7 +297,7 @@ class Trainer:
         """Of a step whose update was not made. Raises TrainingError where that ends the run."""
         self.skipped_updates += 1
         self.judge.bad.append((self.step, first_sample, fault))
-        self._record("update skipped", fault)
+        self.record("update skipped", fault)
         if self.config.training.on_bad_step == "stop":
             raise TrainingError(
                 f"step {self.step}: {fault}; stopped before the update. The newest checkpoint in "
@@ -332,8 +329,6 @@ class Trainer:
             )
         self.progress("going back")
         self.saver.drain()
-        if dist.get_rank() == 0:  # first: a run that dies now has not lost what is removed
-            record_saves(self.config, last_step=first_step - 1)
         start = newest_sound(self.config.checkpoint_dir, first_step - 1)
         if start is None:
             raise TrainingError(
@@ -341,9 +336,8 @@ class Trainer:
                 "more often with checkpoint.every"
             )
         windows, skipped_updates = [*self.windows, window], self.skipped_updates
-        # first: a run that dies now passes over them, too
-        from_rank_0(lambda: write_windows(self.run_dir, windows))
-        self._record("rollback", f"to {start.name}, for {report}", window=window)
+        from_rank_0(lambda: go_back(self.config, start, first_step - 1, windows))
+        self.record("rollback", f"to {start.name}, for {report}", window=window)
         self.resume(start)
         self.windows = merged(self.windows, windows)
         self.skipped_updates = skipped_updates
@@ -359,7 +353,7 @@ class Trainer:
             phase = self.config.phase_at(self.step)
             self.step += 1
             self.samples = phase.samples_at(self.step)
-        self._record("window passed over", f"steps {first} to {self.step}", window=(begin, end))
+        self.record("window passed over", f"steps {first} to {self.step}", window=(begin, end))
         return True
 
     def _note(self, writer: MetricsWriter) -> None:
@@ -372,7 +366,8 @@ class Trainer:
             self.kernels = kernels
             writer.text("run/kernels", kernels, self.step)
 
-    def _record(self, event: str, said: str, **fields: Any) -> None:
+    def record(self, event: str, said: str, **fields: Any) -> None:
+        """Note an event of the present step, in the log and in events.jsonl."""
         if dist.get_rank() == 0:
             self.events.append((event, said))
             log.warning("%s at step %d: %s", event, self.step, said)
@@ -402,6 +397,8 @@ class Trainer:
             "skipped_windows": self.windows,
             "skipped_updates": self.skipped_updates,
             "config": recorded(self.config),
+            "phases": [asdict(phase) for phase in self.config.phases],
+            "sources": self.data.fingerprints,
             "layout": parallel.model_dump(mode="json")
             | {"data": parallel_state.get_data_parallel_world_size()},
             "data_fingerprint": self.data.fingerprint,
@@ -412,5 +409,6 @@ class Trainer:
             "versions": self.versions,
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        self.saver.save(self.step, state)
+        bad = self.judge.bad  # before which there must be something to go back to
+        self.saver.save(self.step, state, keep_up_to=bad[0][0] - 1 if bad else None)
         self.saved_step = self.step

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from parallel.launch import Launch, host_name
+from parallel.rendezvous import connect
 from pretrain import failure, stop
 from pretrain.console import shown
 
@@ -283,15 +284,8 @@ class _StoreGone(Exception):
 
 def _connect() -> dist.Store:
     """A connection of our own to the job's store."""
-    env = os.environ
-    store = dist.TCPStore(
-        env["MASTER_ADDR"],
-        int(env["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=SECONDS_TO_ANSWER),
-    )
-    # torchrun's store outlives the workers
-    return dist.PrefixStore(f"watchdog/{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = connect(timedelta(seconds=SECONDS_TO_ANSWER))
+    return dist.PrefixStore("watchdog", store)
 
 
 def position(thread: int) -> str:

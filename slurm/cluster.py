@@ -44,7 +44,7 @@ def load_cluster() -> ClusterConfig:
     Raises ConfigError.
     """
     named = os.environ.get("TRANSXSSM_CLUSTER")
-    places = [Path(named)] if named else [Path(place).expanduser() for place in PLACES]
+    places = [Path(named).expanduser()] if named else [Path(place).expanduser() for place in PLACES]
     for path in places:
         try:
             content = read_regular(path, MAX_BYTES, follow_link=True)
@@ -62,7 +62,7 @@ def load_cluster() -> ClusterConfig:
 def parse_cluster(content: bytes, path: Path) -> ClusterConfig:
     """The defaults in a file's content. Raises ConfigError."""
     try:
-        return ClusterConfig.model_validate(tomllib.loads(content.decode()))
+        return ClusterConfig.model_validate(tomllib.loads(content.decode("utf-8-sig")))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     except ValidationError as error:

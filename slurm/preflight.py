@@ -34,7 +34,7 @@ from pretrain import stop
 from pretrain.config import Config
 from pretrain.console import shown
 from pretrain.run_dir import git_revision, package_versions
-from untrusted.files import replace_file
+from untrusted.files import write_durably
 from untrusted.text import printable
 
 BAD_NODES = 86
@@ -130,7 +130,7 @@ def _told(mine: Any) -> Any:
 def _write(run_dir: Path, reports: list[Report], found: dict[str, list[str]]) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     content = {"bad_nodes": found, "ranks": [asdict(report) for report in reports]}
-    replace_file(run_dir / "preflight.json", json.dumps(content, indent=1).encode())
+    write_durably(run_dir / "preflight.json", json.dumps(content, indent=1).encode())
 
 
 # -- what rank 0 makes of it -----------------------------------------------------------------------

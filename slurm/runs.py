@@ -11,7 +11,7 @@ from pretrain.config import ConfigError, load_config
 from slurm.jobs import JobLog, known_jobs
 from untrusted.errors import RecordError, UntrustedError
 from untrusted.files import open_regular, read_regular
-from untrusted.records import Count, Finite, parse_json, read_json
+from untrusted.records import Count, Finite, parse_json, read_state
 
 RECENT_STEPS = 20  # whose rate foretells the rest
 SHOWN_STEPS = 40
@@ -146,9 +146,8 @@ def _lines(path: Path, damaged: list[str]) -> list[StepMetrics]:
 
 def _starts(path: Path, damaged: list[str]) -> int:
     try:
-        return len(read_json(path, STARTS, "its starts are not counted", max_bytes=64 << 20))
-    except FileNotFoundError:
-        return 0
+        starts = read_state(path, STARTS, "its starts are not counted", max_bytes=64 << 20)
+        return len(starts or [])
     except UntrustedError as error:
         damaged.append(str(error))
         return 0

@@ -18,10 +18,11 @@ from pretrain.console import shown
 from pretrain.credentials import check_credentials, dump_recorded, environment_of_job
 from pretrain.estimate import Job, estimate, parse_memory
 from pretrain.estimate_report import check_fits
+from pretrain.run_lock import refuse_held
 from slurm.cluster import ClusterConfig
 from slurm.jobs import WAITING_OR_RUNNING, JobLog, active_jobs, read_job_id, slurm
 from slurm.script import Request, check_values, job_script
-from untrusted.files import replace_file
+from untrusted.files import write_durably
 
 NODE_LOCAL = ("/tmp/", "/dev/shm/", "/var/tmp/")
 
@@ -118,11 +119,12 @@ def submit(config: Config, request: Request, cluster: ClusterConfig) -> str:
                 f"`transxssm cancel {shlex.quote(str(run_dir))}`, "
                 f"continue it with --after {job_id}, or choose another"
             )
+    refuse_held(run_dir, except_job=request.after)
     script = job_script(request, cluster, run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        replace_file(run_dir / "config.toml", dump_recorded(config).encode())
-        replace_file(run_dir / "job.sbatch", script.encode(), 0o600)
+        write_durably(run_dir / "config.toml", dump_recorded(config).encode())
+        write_durably(run_dir / "job.sbatch", script.encode(), 0o600)
         record.check_writable()
     except OSError as error:
         raise ConfigError(f"logging.run_dir={run_dir} cannot be written ({error})") from error

@@ -9,6 +9,7 @@ from typing import IO
 from untrusted.errors import UnsafeFileError
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # errors of file systems without locks
+NO_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # of those that cannot sync a folder
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFCHR: "a device",
@@ -100,18 +101,34 @@ def create_file(path: Path, *, buffering: int = -1, mode: int = 0o666) -> IO[byt
     return open(path, "xb", buffering, opener=lambda name, flags: os.open(name, flags, mode))
 
 
-def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
+def write_durably(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Write a file whole or not at all, in the place of the file or link that is there.
 
-    mode: see create_file. Raises OSError.
+    It is on disk when this returns: a power loss leaves the old file or the new one, and no empty
+    one. mode: see create_file. Raises OSError.
     """
     temporary = path.with_name(f".{path.name[:200]}.tmp")
     try:
         with create_file(temporary, mode=mode) as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.rename(path)
+        sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         if error.filename is None:  # a write names none
             error.filename = str(path)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)

@@ -11,6 +11,7 @@ typing_extensions; keys it does not name are dropped):
     starts = read_json(run_dir / "environment.json", STARTS, "remove the file to go on without it")
 """
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Generic, TypeVar
@@ -21,6 +22,8 @@ from pydantic_core import from_json
 from untrusted.errors import RecordError, UntrustedError
 from untrusted.files import open_regular, read_regular
 from untrusted.text import printable
+
+log = logging.getLogger("transxssm")
 
 T = TypeVar("T")
 
@@ -95,6 +98,27 @@ def read_json(path: Path, kind: TypeAdapter[T], remedy: str, *, max_bytes: int =
     except OSError as error:
         raise RecordError(f"{path} cannot be read ({error.strerror}); {remedy}.") from error
     return parse_json(content, kind, str(path), remedy)
+
+
+def read_state(
+    path: Path, kind: TypeAdapter[T], remedy: str, *, max_bytes: int = MAX_BYTES
+) -> T | None:
+    """Return the value of a JSON file of a run, or None where there is none.
+
+    An empty file, or one of zeros, is what a power loss makes of a file that was just written: it
+    counts as missing, with a warning. Raises RecordError and UnsafeFileError as `read_json` does.
+    """
+    try:
+        return read_json(path, kind, remedy, max_bytes=max_bytes)
+    except FileNotFoundError:
+        return None
+    except RecordError:
+        with open_regular(path, follow_link=True) as file:
+            while block := file.read(1 << 20):
+                if block.strip(b"\0 \r\n\t"):
+                    raise
+        log.warning("%s is empty, as after a power loss: it counts as missing", path)
+        return None
 
 
 @dataclass

@@ -18,7 +18,7 @@ import triton
 
 from kernels.target import Target
 from untrusted.errors import UnsafeFileError
-from untrusted.files import read_regular, replace_file
+from untrusted.files import read_regular, write_durably
 
 VARIABLE = "TRANSXSSM_TILES"
 MAX_BYTES = 1 << 20  # of its file, which has some 200 a tile
@@ -134,7 +134,7 @@ def write_tiles(path: Path, tiles: dict[str, Tile]) -> None:
         for name, choice in sorted(tiles.items())
     }
     content = json.dumps({"triton": triton.__version__, "tiles": plain}, indent=1) + "\n"
-    replace_file(path, content.encode())
+    write_durably(path, content.encode())
 
 
 def _fault(choice: Tile, name: str) -> str | None:

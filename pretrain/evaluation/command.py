@@ -29,7 +29,7 @@ from pretrain.evaluation.models import (
 from pretrain.evaluation.probes import Cell, needle, recall
 from pretrain.evaluation.rows import Ids, Row, score_dataset, score_rows, text_rows
 from pretrain.evaluation.scores import Scores, by_bins
-from untrusted.files import replace_file
+from untrusted.files import write_durably
 from untrusted.secrets import redact_value
 
 HAYSTACK_TOKENS = 1 << 20
@@ -243,7 +243,7 @@ def write(found: Found, model: Model, out: Path) -> None:
     for name, cells in found.cells.items():
         heat_map(cells, rows[name], f"{name}, by {model.name}", out / f"{name}.png")
     text = json.dumps({"model": model.name, "results": found.results}, indent=1) + "\n"
-    replace_file(out / "results.json", text.encode())
+    write_durably(out / "results.json", text.encode())
 
 
 def show(found: Found) -> None:

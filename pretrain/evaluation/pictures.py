@@ -13,7 +13,7 @@ import numpy as np
 from pretrain.console import literal
 from pretrain.evaluation.probes import Cell
 from pretrain.evaluation.scores import Scores
-from untrusted.files import replace_file
+from untrusted.files import write_durably
 
 INK = "#22405c"
 
@@ -72,4 +72,4 @@ def _save(figure: plt.Figure, path: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130)
     plt.close(figure)
-    replace_file(path, content.getvalue())
+    write_durably(path, content.getvalue())

@@ -11,6 +11,7 @@ import torch
 from checkpoints_tools import folder as folders
 from checkpoints_tools.manifest import file_entry, read_manifest
 from checkpoints_tools.pieces_file import write_pieces
+from untrusted.files import write_durably
 
 MANIFEST = {
     "config": {"model": {}}, "tokens": 0, "samples": 0, "adam_step": 0, "world_size": 1,
@@ -90,6 +91,49 @@ def test_a_commit_that_is_cut_off_anywhere_leaves_latest_whole(again: bool, tmp_
     assert sum("aside" in text for text in seen) <= 1
 
 
+def test_going_back_that_is_cut_off_anywhere_leaves_what_to_go_back_to(tmp_path: Path) -> None:
+    """Damaged and unfinished checkpoints being there, too."""
+    number, ended, newest = 0, False, []
+    while not ended:
+        folder = tmp_path / str(number)
+        for step in (2, 4, 6, 8):
+            save(folder, step, "one")
+        (folder / "step-00000008.tmp").mkdir()
+        start = folders.step_folder(folder, 2)  # that of step 4 is damaged
+        with pytest.MonkeyPatch.context() as patch:
+            cut_off_at(number, patch, [])
+            try:
+                folders.go_back_to(folder, start, 4)
+                ended = True
+            except CutOffError:
+                pass
+        folders.remove_temporary(folder)  # as the next start does
+        steps = folders.committed_steps(folder)
+        assert steps[:2] == [2, 4]
+        assert all(whole(folders.step_folder(folder, step)) == "one" for step in steps)
+        assert folders.resolve(folder) in {folders.step_folder(folder, step) for step in (2, 8)}
+        newest.append(steps[-1])
+        number += 1
+    assert number > 5
+    assert newest[0] == 8
+    assert newest[-1] == 4
+    assert newest == sorted(newest, reverse=True)
+    assert folders.resolve(folder) == start
+    folders.go_back_to(folder, start, 4)  # nothing is left to do
+    assert {path.name for path in folder.iterdir()} == {
+        "latest", "step-00000002", "step-00000004",
+    }  # fmt: skip
+
+
+def test_checkpoint_from_before_bad_steps_outlives_retention(tmp_path: Path) -> None:
+    for step in (2, 4, 7, 8):
+        save(tmp_path, step, "one")
+    folders.remove_old(tmp_path, 8, keep_last=1, keep_every=0, keep_up_to=5)
+    assert folders.committed_steps(tmp_path) == [4, 8]
+    folders.remove_old(tmp_path, 8, keep_last=1, keep_every=0)
+    assert folders.committed_steps(tmp_path) == [8]
+
+
 def test_latest_moves_after_the_step_has_its_name_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,20 +157,20 @@ def test_latest_moves_after_the_step_has_its_name_on_disk(
     monkeypatch.setattr(os, "fsync", noted_fsync)
     folders.commit(tmp_path, 2, {})
     step, latest = ("rename", "step-00000002"), ("rename", "latest")
-    assert {("sync", "manifest.json"), ("sync", temporary.name)} <= set(log[: log.index(step)])
+    assert {("sync", ".manifest.json.tmp"), ("sync", temporary.name)} <= set(log[: log.index(step)])
     between = log[log.index(step) : log.index(latest)]
     assert ("sync", tmp_path.name) in between
-    assert ("sync", "latest.tmp") in between
+    assert ("sync", ".latest.tmp") in between
     assert ("sync", tmp_path.name) in log[log.index(latest) :]
 
 
-@pytest.mark.parametrize("left", ["step-00000001.tmp", "step-00000002.tmp", "latest.tmp"])
+@pytest.mark.parametrize("left", ["step-00000001.tmp", "step-00000002.tmp", ".latest.tmp"])
 def test_links_in_the_place_of_what_is_written_are_replaced(left: str, tmp_path: Path) -> None:
     outside, checkpoints = tmp_path / "outside", tmp_path / "checkpoints"
     outside.mkdir()
     (outside / "file").write_text("kept")
     checkpoints.mkdir()
-    target = outside / "file" if left == "latest.tmp" else outside
+    target = outside / "file" if left == ".latest.tmp" else outside
     (checkpoints / left).symlink_to(target)
     save(checkpoints, 2, "two")
     assert [path.name for path in outside.iterdir()] == ["file"]
@@ -142,7 +186,7 @@ def test_links_within_a_step_are_replaced(name: str, tmp_path: Path) -> None:
     temporary = folders.begin(tmp_path, 1)
     (temporary / name).symlink_to(outside)
     if name == "tokenizer.json":
-        folders.write_durably(temporary / name, b"{}")
+        write_durably(temporary / name, b"{}")
     elif name != "manifest.json":
         write_pieces(temporary / name, b"", [torch.ones(2)])
     assert read_manifest(folders.commit(tmp_path, 1, MANIFEST))["step"] == 1

@@ -25,28 +25,7 @@ def join_where_another_listens() -> str:
     return ""
 
 
-def join_alone() -> bool:
-    """Whether others can connect where a single process says it listens."""
-    import os
-
-    import torch
-
-    from parallel.groups import init_distributed
-    from parallel.launch import Launch
-
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-    init_distributed(Launch(0, 1, 0), torch.device("cpu"))
-    port = int(os.environ["MASTER_PORT"])
-    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
-    return port > 0 and store.add("seen", 1) == 1
-
-
 def test_a_port_in_use_is_one_sentence() -> None:
     (message,) = run_ranks(1, join_where_another_listens)
     assert "is in use" in message
     assert "choose another MASTER_PORT" in message
-
-
-def test_a_single_process_listens_on_a_port_of_its_own() -> None:
-    assert run_ranks(1, join_alone) == [True]

@@ -14,10 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints_tools import folder as folders
-from pretrain.bad_steps import Judge, passed_to
+from pretrain.bad_steps import Judge, passed_to, read_windows
 from pretrain.config import TrainingConfig
+from pretrain.lost_checkpoints import keep_record, record_saves
+from pretrain.resume import go_back
+from tests.checkpoints_tools.test_folder import CutOffError, cut_off_at, save
 from tests.pretrain.command import Ended, paragraph, read_metrics, run_command, write_config
 from tests.pretrain.test_run import curve, die_after_save, stored_tensors
+from tests.tiny import tiny_config
 
 
 def poison(steps: list[int], factor: float, only_rank: int) -> None:
@@ -139,6 +143,83 @@ def test_run_goes_back_and_passes_over_what_was_bad(tiny_data: Path, tmp_path: P
     (end,) = run_command("pretrain", killed, before=partial(poison, [6, 7, 8], math.nan, 0))
     assert end.code == 0, end.output
     assert curve(tmp_path / "b/run") == curve(run)
+
+
+def stop_among_bad_steps(steps: list[int], last: int) -> None:
+    """The run is asked to stop, and saves, after some bad steps in a row."""
+    from pretrain import stop
+    from pretrain.trainer import Trainer
+
+    poison(steps, math.nan, 0)
+    train_step = Trainer.train_step
+
+    def stopping(trainer: Trainer, batches: Any) -> dict[str, Any] | None:
+        if trainer.step == last:
+            stop.request("SIGUSR1")
+        return train_step(trainer, batches)
+
+    Trainer.train_step = stopping  # type: ignore[method-assign]
+
+
+def test_run_that_stops_among_bad_steps_has_what_to_go_back_to(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    """Though it keeps one checkpoint only."""
+    training = {"steps": 10, "eval_every": 0}
+    saves = {"keep_last": 1}
+    config = write_config(tmp_path, tiny_data, training=training, checkpoint=saves)
+    stopping = partial(stop_among_bad_steps, [6, 7, 8], 7)
+    (end,) = run_command("pretrain", config, before=stopping)
+    assert end.code == 85, end.output
+    assert folders.committed_steps(tmp_path / "run/checkpoints") == [4, 7]
+    (end,) = run_command("pretrain", config, before=partial(poison, [6, 7, 8], math.nan, 0))
+    assert end.code == 0, end.output
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 9, 10]
+    assert folders.committed_steps(tmp_path / "run/checkpoints") == [10]
+
+
+def test_without_a_checkpoint_from_before_bad_steps_none_is_removed(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    """A start with other settings may still go on from what there is."""
+    training = {"steps": 10, "eval_every": 0, "bad_steps_in_a_row": 4}
+    config = write_config(tmp_path, tiny_data, training=training)
+    stopping = partial(stop_among_bad_steps, [2, 3, 4, 5], 4)
+    (end,) = run_command("pretrain", config, "--checkpoint.every=0", before=stopping)
+    assert end.code == 85, end.output
+    (end,) = run_command("pretrain", config, before=partial(poison, [5], math.nan, 0))
+    assert end.code == 1, end.output
+    assert "There is no checkpoint from before to go back to" in paragraph(end.output)
+    assert folders.committed_steps(tmp_path / "run/checkpoints") == [4]
+
+
+def test_going_back_that_is_cut_off_anywhere_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+    number, ended, excluded = 0, False, []
+    while not ended:
+        config = tiny_config(tmp_path, tmp_path / str(number))
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "metrics.jsonl").write_text('{"step": 7}\n')
+        for step in (2, 4, 7):
+            save(config.checkpoint_dir, step, "whole")
+        record_saves(config)
+        start = folders.step_folder(config.checkpoint_dir, 4)
+        with pytest.MonkeyPatch.context() as patch:
+            cut_off_at(number, patch, [])
+            try:
+                go_back(config, start, 5, [(20, 32)])
+                ended = True
+            except CutOffError:
+                pass
+        folders.remove_temporary(config.checkpoint_dir)  # as the next start does
+        steps = folders.committed_steps(config.checkpoint_dir)
+        keep_record(config, steps)  # finds nothing lost
+        assert steps in ([2, 4, 7], [2, 4])
+        excluded.append(read_windows(Path(config.logging.run_dir)))
+        assert excluded[-1] or steps == [2, 4, 7]
+        number += 1
+    assert number > 10
+    assert excluded[0] == []
+    assert excluded[-1] == [(20, 32)]
 
 
 def test_run_ends_with_a_report_after_so_many_times(tiny_data: Path, tmp_path: Path) -> None:

@@ -189,6 +189,58 @@ def test_folder_instead_of_a_file(tmp_path: Path) -> None:
     assert "is a folder" in error_of(tmp_path)
 
 
+def test_paths_mean_what_they_mean_in_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the file and on the command line, wherever a path is configured."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LAB", "/lab")
+    monkeypatch.delenv("UNSET", raising=False)
+    file = tmp_path / "config.toml"
+    file.write_text(
+        '[data]\nsources = [{path = "$LAB/web", name = "web"}]\n'
+        'validation = {a = "~/v", b = "${LAB}/v"}\ncache_dir = "$UNSET/cache"\n'
+        '[checkpoint]\ndir = "~/saves"\nload_weights_only = "$LAB/model"\n'
+        '[logging]\nprometheus_file = "~/x.prom"\n'
+    )
+    config = load_config(file, ["--logging.run_dir", "~/runs/$LAB"])
+    assert config.logging.run_dir == f"{tmp_path}/runs//lab"
+    assert config.data.sources[0].path == "/lab/web"
+    assert config.data.validation == {"a": f"{tmp_path}/v", "b": "/lab/v"}
+    assert config.checkpoint_dir == tmp_path / "saves"
+    assert config.checkpoint.load_weights_only == "/lab/model"
+    assert config.logging.prometheus_file == f"{tmp_path}/x.prom"
+    assert config.data.cache_dir == "$UNSET/cache"  # each node has its own
+    copy = tmp_path / "copy.toml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+
+
+def test_variable_that_is_not_set_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UNSET", raising=False)
+    for field in ("logging.run_dir", "data.train", "data.validation", "checkpoint.resume"):
+        with pytest.raises(
+            ConfigError, match=rf"{field}='\$UNSET/x': the variable UNSET is not set"
+        ):
+            load_config(file, [f"--{field}=$UNSET/x"])
+
+
+def test_file_that_has_a_dollar_sign_in_its_name_is_meant_itself(
+    file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a$HOME").mkdir()
+    named = f"{tmp_path}/a$HOME"
+    assert load_config(file, [f"--data.train={named}"]).data.train == named
+    secret = "s3://key:a$HOME@host/x"
+    assert load_config(file, [f"--data.train={secret}"]).data.train == secret
+
+
+def test_file_with_a_byte_order_mark_is_read(file: Path) -> None:
+    config = load_config(file)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_config(file) == config
+
+
 @pytest.mark.parametrize("content", [b"[model\nvocab_size = 1", b"a = 1\na = 2", b"\xff\xfe"])
 def test_file_that_is_not_toml(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "broken.toml"

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from pretrain import bad_steps, failure, metrics, report, run_dir
+from pretrain import bad_steps, failure, lost_checkpoints, metrics, report, run_dir
 from pretrain.bad_steps import Judge, read_windows, record_event
 from pretrain.config import ConfigError, TrainingConfig, dump_config, load_config
 from pretrain.metrics import MetricsWriter
+from pretrain.records import read_starts
 from pretrain.report import write_report
+from slurm.runs import run_status
 from tests.tiny import tiny_config
 from untrusted.errors import RecordError, UntrustedError
 
@@ -35,6 +37,7 @@ SOUND = {
     "skipped_windows.json": b"[[8, 16]]",
 }
 
+EMPTY = (b"", b"\0" * 4096)
 CUT = b'{"step": 2, "l'
 FIRST_LINE = SOUND["metrics.jsonl"].splitlines(keepends=True)[0]
 
@@ -149,10 +152,27 @@ def test_failure_that_is_not_text(run: Path) -> None:
 
 def test_samples_left_out_are_not_forgotten(run: Path) -> None:
     assert read_windows(run) == [(8, 16)]
-    for content in set(DAMAGED) - {b"[]\n"}:
+    for content in set(DAMAGED) - {b"[]\n", *EMPTY}:
         (run / "skipped_windows.json").write_bytes(content)
         with pytest.raises(RecordError, match="remove it to train on the samples"):
             read_windows(run)
+
+
+@pytest.mark.parametrize("content", EMPTY, ids=["empty", "zeros"])
+def test_state_that_a_power_loss_left_empty_counts_as_missing_with_a_word(
+    content: bytes, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["environment.json", "skipped_windows.json", "checkpoints.json"]
+    for name in names:
+        (run / name).write_bytes(content)
+    assert read_starts(run) == []
+    assert read_windows(run) == []
+    assert lost_checkpoints._read_saves(run) is None
+    for name in names:
+        assert f"{name} is empty, as after a power loss" in caplog.text
+    status = run_status(run, {})
+    assert status.starts == 0
+    assert not status.damaged
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from benchmarks.checkpoint_layouts import stored_tensors
 from benchmarks.ranks import run_ranks
 from checkpoints_tools.export import export_checkpoint
 from checkpoints_tools.manifest import read_manifest
-from pretrain.resume import differences
+from pretrain.same_run import differences
 from tests.pretrain.command import paragraph, read_metrics, run_command, succeed, write_config
 
 STEP_2 = "run/checkpoints/step-00000002"
@@ -181,7 +181,9 @@ def test_a_run_goes_on_without_the_checkpoint_it_came_from(ended: Path, tmp_path
     assert [m["step"] for m in read_metrics(tmp_path / "run")] == [3, 4, 5]
 
 
-def test_stages_that_would_move_what_was_read_are_refused(tiny_data: Path, tmp_path: Path) -> None:
+def test_stages_that_have_begun_may_change_from_the_next_sample_on(
+    tiny_data: Path, tmp_path: Path
+) -> None:
     def start(batch: int, steps: int) -> Any:
         source = {"path": str(tiny_data / "train"), "name": "web"}
         stage = {"from_tokens": 512, "weights": {"web": 1.0}, "global_batch_size": batch}
@@ -193,8 +195,10 @@ def test_stages_that_would_move_what_was_read_are_refused(tiny_data: Path, tmp_p
 
     assert start(8, 4)[0].code == 0
     (end,) = start(16, 6)
-    assert end.code == 1
-    assert "data.stages and training.global_batch_size step 4 comes after" in paragraph(end.output)
+    assert end.code == 0, end.output
+    assert "from step 5 (sample 24) on: global_batch_size: 8 → 16" in end.output
+    samples = [line["samples"] for line in read_metrics(tmp_path / "run")]
+    assert samples == [4, 8, 16, 24, 40, 56]
 
 
 def test_a_checkpoint_folder_that_cannot_be_written_is_found_at_the_start(

@@ -264,7 +264,7 @@ def start_of(config: Path, *overrides: str) -> str:
         start = find_start(loaded, open_blend(loaded))
     except CheckpointError as error:
         return "\n".join([*warnings, f"error: {error}"])
-    return "\n".join([*warnings, str(start and start.name)])
+    return "\n".join([*warnings, str(start and start.folder.name)])
 
 
 def starts_of(folders_: list[Path]) -> list[str]:

@@ -97,6 +97,8 @@ def test_cluster_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSXSSM_CLUSTER", str(path))
     path.write_text((ROOT / "slurm/cluster.toml.example").read_text())
     assert load_cluster().cpus_per_task == 12
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as some editors begin a file
+    assert load_cluster().cpus_per_task == 12
     path.write_text("gpu_per_node = 4")
     with pytest.raises(
         ConfigError, match=r"unknown field gpu_per_node; the nearest .* gpus_per_no"

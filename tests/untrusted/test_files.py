@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from untrusted.errors import UnsafeFileError
-from untrusted.files import open_regular, read_regular, replace_file
+from untrusted.files import open_regular, read_regular, write_durably
 from untrusted.private import private_folder
 
 
@@ -77,6 +77,6 @@ def test_a_file_that_cannot_be_replaced_stays_and_nothing_is_left_beside_it(
 
     monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(OSError, match=r"No space left.*/file'"):
-        replace_file(path, b"after")
+        write_durably(path, b"after")
     assert [found.name for found in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "before"
