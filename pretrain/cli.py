@@ -91,6 +91,7 @@ def _fail(error: BaseException, started: float) -> NoReturn:
     from parallel.launch import LaunchError, host_name, launch_from_environment
     from pretrain.config import ConfigError
     from pretrain.failure import announce, first_failure, is_echo
+    from pretrain.starts import record_ended
     from slurm.jobs import SlurmError
     from untrusted.errors import UntrustedError
 
@@ -120,6 +121,7 @@ def _fail(error: BaseException, started: float) -> NoReturn:
         if who:
             report = f"error: {who}{type(error).__name__}: {error}\n{report}"
     report = shown(report)
+    record_ended("failed", cause or message or f"{type(error).__name__}: {error}")
     with contextlib.suppress(OSError):
         print(report, file=sys.stderr, flush=True)
     for handler in files:
@@ -316,11 +318,15 @@ def estimate(
     nodes: Annotated[
         int | None,
         typer.Option(
-            min=1, max=bounds.NODES, help="Of the job [as many as one model replica needs]."
+            min=1,
+            max=bounds.NODES,
+            help="Nodes of the job.",
+            show_default="as many as one model replica needs",
         ),
     ] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(min=1, max=bounds.RANKS_PER_NODE, help="[8]")
+        int | None,
+        typer.Option(min=1, max=bounds.RANKS_PER_NODE, help="GPUs of a node.", show_default="8"),
     ] = None,
     gpu_memory: Annotated[str, typer.Option(help="Of one GPU, e.g. 80GiB.")] = "80GiB",
     gpu: Annotated[
@@ -362,7 +368,8 @@ def prepare(
     ] = 0.02,
     text_field: Annotated[str, typer.Option(help="Field of jsonl records.")] = "text",
     end_of_text: Annotated[
-        str | None, typer.Option(help="Token that ends every document [as the tokenizer has it].")
+        str | None,
+        typer.Option(help="Token that ends every document.", show_default="the tokenizer's own"),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=bounds.SEED, help="Of the train/validation split.")
@@ -449,7 +456,8 @@ def tokenizer_inspect(
     tokenizer: Path,
     text: Annotated[str, typer.Option(help="Text to encode.")] = "The quick brown fox, 3.14159.",
     end_of_text: Annotated[
-        str | None, typer.Option(help="Token that ends every document [as the tokenizer has it].")
+        str | None,
+        typer.Option(help="Token that ends every document.", show_default="the tokenizer's own"),
     ] = None,
 ) -> None:
     """Show size, special tokens and what it makes of a text."""
@@ -523,7 +531,9 @@ def generate(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
-    out: Annotated[Path | None, typer.Option(help="[RUN/report.html]", callback=local)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page.", show_default="RUN/report.html", callback=local)
+    ] = None,
 ) -> None:
     """Write one HTML page of a run: curves across restarts, where time goes, events."""
     from pretrain.report import write_report
@@ -534,7 +544,8 @@ def report(
 @kernels_app.command("audit")
 def kernels_audit(
     target: Annotated[
-        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942, repeatable [all].")
+        list[str] | None,
+        typer.Option(help="sm_80, sm_90, sm_100 or gfx942, repeatable.", show_default="all"),
     ] = None,
     update: Annotated[bool, typer.Option("--update", help="Accept the numbers as golden.")] = False,
     json_file: Annotated[

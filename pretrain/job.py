@@ -19,6 +19,7 @@ from pretrain.memory import refuse_too_large
 from pretrain.resume import find_start, load_weights
 from pretrain.run_dir import record_start, start_log
 from pretrain.sources import keep_tokenizer, open_data
+from pretrain.starts import record_ended
 from pretrain.trackers import check_trackers
 from pretrain.trainer import Trainer
 from pretrain.watchdog import Watchdog
@@ -54,7 +55,8 @@ def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watch
     from_rank_0(lambda: _watch_time_left(config.training.stop_before_limit))
     data, validation = open_data(config)
     start = find_start(config, data)
-    from_rank_0(lambda: record_start(config, launch.world_size))
+    first_step = 0 if start is None else int(start.name.removeprefix("step-"))
+    from_rank_0(lambda: record_start(config, launch.world_size, first_step))
     from_rank_0(lambda: record_saves(config))
     from_rank_0(lambda: keep_tokenizer(data, Path(config.logging.run_dir)))
     watchdog.at("building the model")
@@ -71,7 +73,12 @@ def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watch
         load_weights(config, data, trainer.zero)
         log.info("beginning with the weights of %s", config.checkpoint.load_weights_only)
     stop.outlive_signals()
-    return trainer.run()
+    reason = trainer.run()
+    if reason is None:
+        record_ended("done", f"step {trainer.step:,} of {config.total_steps:,}", step=trainer.step)
+    else:
+        record_ended("stopped", f"{reason}, all saved", step=trainer.step)
+    return reason
 
 
 def _watch_time_left(margin: float) -> None:

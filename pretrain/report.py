@@ -26,6 +26,8 @@ from pretrain.bad_steps import EVENTS
 from pretrain.config import Config, ConfigError, load_config
 from pretrain.console import literal, shown
 from pretrain.records import EVENT, METRICS, Event, Metrics, Start, read_starts
+from pretrain.run_dir import check_run
+from pretrain.starts import how_ended, last_start
 from untrusted.errors import UntrustedError
 from untrusted.files import replace_file
 from untrusted.records import T, read_json_lines
@@ -91,8 +93,7 @@ def read_record(run_dir: Path) -> Record:
 
     Raises ConfigError where there is no run, or none of its steps.
     """
-    if not (run_dir / "config.toml").exists():
-        raise ConfigError(f"{run_dir}: no run directory, there is no config.toml")
+    check_run(run_dir)
     config = load_config(run_dir / "config.toml")
     steps = _lines(run_dir / "metrics.jsonl", METRICS)
     if not steps:
@@ -288,6 +289,7 @@ def facts(record: Record) -> dict[str, str]:
     seconds = {name: record.total(name) for name in PHASES}
     whole = sum(seconds.values()) or 1.0
     rates = [rate for line in record.steps[-100:] if (rate := line.get("tokens_per_second"))]
+    _, end = last_start(record.events)
     found = {
         "step": f"{last['step']:,} of {total:,}",
         "tokens": f"{last.get('tokens') or 0:,}",
@@ -296,6 +298,7 @@ def facts(record: Record) -> dict[str, str]:
         "validation loss": f"{evaluated[-1]:.4f}" if evaluated else "",
         "tokens/s": _number(sum(rates) / len(rates) if rates else None, ",.0f"),
         "starts": str(len(record.starts)),
+        "last start": "" if end is None else f"{how_ended(end)}, {end.get('time', '')}",
         "updates skipped": str(last.get("skipped_updates", 0)),
         "rollbacks": str(last.get("rollbacks", 0)),
         "time in forward and backward": f"{seconds['time_forward_backward'] / whole:.1%}",

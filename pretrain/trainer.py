@@ -44,7 +44,7 @@ from pretrain.lost_checkpoints import record_saves
 from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
 from pretrain.resume import newest_sound
-from pretrain.run_dir import git_revision, package_versions
+from pretrain.run_dir import began_message, git_revision, package_versions
 from pretrain.stage import configured_optimizer
 from pretrain.stragglers import Stragglers
 from pretrain.timing import Stopwatch, profiled
@@ -122,6 +122,9 @@ class Trainer:
             return None
         self.windows = merged(self.windows, from_rank_0(lambda: read_windows(self.run_dir)))
         batches, writer = self.batches(), self._writer()
+        if writer is not None:
+            began = began_message(self._written(), dist.get_world_size(), self.revision)
+            writer.text("events/starts", began, self._written())
         try:
             while self.step < total or self.unwritten is not None:
                 self.saver.poll()
@@ -170,7 +173,7 @@ class Trainer:
         """Of rank 0, from the present step on."""
         if dist.get_rank() != 0:
             return None
-        written = self.step - (self.unwritten is not None)
+        written = self._written()
         logging_ = self.config.logging
         writer = MetricsWriter(
             self.run_dir,
@@ -181,10 +184,11 @@ class Trainer:
             self.trackers,
         )
         writer.text("run/config", f"```toml\n{dump_recorded(self.config)}```", written)
-        began = f"begins after step {written} on {dist.get_world_size()} ranks, {self.revision}"
-        writer.text("events/starts", began, written)
-        record_event(self.run_dir, "start", step=written, said=began)
         return writer
+
+    def _written(self) -> int:
+        """Return the last step whose metrics are recorded."""
+        return self.step - (self.unwritten is not None)
 
     def stop_early(self) -> str:
         """Save what is not saved, and wait for it. A collective; returns the reason."""

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from parallel.launch import Launch, host_name
 from pretrain import failure, stop
 from pretrain.console import shown
+from pretrain.starts import record_ended
 
 log = logging.getLogger("transxssm")
 
@@ -155,6 +156,7 @@ class Watchdog:
             self._wait_for_stacks()
         elif self.launch.rank:
             _say(f"error: stopped because another rank failed: {message}")
+        record_ended("failed", message)
         logging.shutdown()
         os._exit(code)
 
