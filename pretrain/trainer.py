@@ -50,11 +50,12 @@ from pretrain.stragglers import Stragglers
 from pretrain.timing import Stopwatch, profiled
 from pretrain.trackers import open_trackers
 from pretrain.validation import validate
+from untrusted.errors import UserError
 
 log = logging.getLogger("transxssm")
 
 
-class TrainingError(Exception):
+class TrainingError(UserError):
     """Training cannot go on; the message says why and what to do."""
 
 

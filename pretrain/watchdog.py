@@ -28,6 +28,7 @@ from parallel.launch import Launch, host_name
 from pretrain import failure, stop
 from pretrain.console import shown
 from pretrain.starts import record_ended
+from untrusted.errors import UserError
 
 log = logging.getLogger("transxssm")
 
@@ -41,7 +42,7 @@ SECONDS_TO_ANSWER = 10.0  # after which the store's host is taken for gone
 SOURCE = str(Path(__file__).resolve().parents[1]) + os.sep
 
 
-class RankLost(Exception):
+class RankLost(UserError):
     """Ranks ended, or stopped, without a word; the message names them and their hosts."""
 
 

@@ -197,8 +197,5 @@ def evaluation_layout(
             f"start a multiple of {ranks}"
         )
     parallel = ParallelConfig.model_validate(sizes)
-    try:
-        check_layout(model, parallel)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    check_layout(model, parallel)
     return parallel
