@@ -56,7 +56,7 @@ def start_log(run_dir: Path, rank: int) -> None:
         _add_handlers(run_dir / "logs" / f"rank-{rank}.log", console=rank == 0)
 
 
-def record_start(config: Config, world_size: int, step: int) -> None:
+def record_start(config: Config, world_size: int, step: int = 0) -> None:
     """Record configuration, environment and the start itself, once the run is known to begin after
     `step`. Rank 0 only.
 
