@@ -23,6 +23,7 @@ from pretrain.console import LogFormatter, local, print_fields, say, shown
 from pretrain.evaluation import cli as evaluation_command
 from slurm import cli as job_commands
 from untrusted.errors import UserError, is_panic
+from untrusted.numbers import counted, number
 from untrusted.secrets import remember
 
 app = typer.Typer(
@@ -418,8 +419,9 @@ def prepare(
     for split, meta in metas.items():
         filled = meta.tokens / (meta.tokens + meta.padding)
         say(
-            f"{out}/{split}: {meta.samples:,} sequences, {meta.tokens:,} tokens from "
-            f"{meta.documents:,} documents ({meta.cut_documents:,} cut), {filled:.2%} filled, "
+            f"{out}/{split}: {counted(meta.samples, 'sequence')}, "
+            f"{counted(meta.tokens, 'token')} from {counted(meta.documents, 'document')} "
+            f"({number(meta.cut_documents)} cut), {filled:.2%} filled, "
             f"unigram entropy {meta.unigram_entropy:.4f} nats"
         )
 

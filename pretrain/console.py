@@ -14,7 +14,7 @@ from rich.text import Text
 
 from untrusted.errors import UnsafeNameError
 from untrusted.names import check_local
-from untrusted.numbers import counted
+from untrusted.numbers import counted, number
 from untrusted.secrets import redact_message
 from untrusted.text import printable, printable_lines
 
@@ -37,7 +37,7 @@ def shown(text: str) -> str:
 
 def print_fields(fields: dict[str, Any]) -> None:
     """Print names and values: folded on a terminal, else a value a line, as wide as it is."""
-    texts = {name: v if isinstance(v, str) else json.dumps(v) for name, v in fields.items()}
+    texts = {name: _in_words(value) for name, value in fields.items()}
     if sys.stdout.isatty():
         table = Table("name", Column(overflow="fold"), show_header=False, box=None)
         for name, text in texts.items():
@@ -47,6 +47,13 @@ def print_fields(fields: dict[str, Any]) -> None:
     width = max(map(len, texts), default=0)
     for name, text in texts.items():
         say(f"{name:{width}}  {text}".replace("\n", "\n" + " " * (width + 2)).rstrip())
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return number(value, 5) if plain else json.dumps(value)
 
 
 def flat(fields: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from checkpoints_tools.model_folder import load_model
 from checkpoints_tools.single_gpu import Cache, ModelError, TransXSSM
 from checkpoints_tools.tokenizer_file import TOKENIZER, parse_tokenizer, read_tokenizer
 from untrusted.errors import UserError
+from untrusted.numbers import counted
 from untrusted.text import without_controls
 
 END_OF_TEXT = "<|endoftext|>"
@@ -71,8 +72,8 @@ def generate(
         logits = model.logits(hidden[:, -1]).squeeze(0).cpu()  # [vocab]
         if not bool(torch.isfinite(logits).all()):
             raise ModelError(
-                f"the model's logits are not finite after {cache.length} tokens: its weights hold "
-                "NaN or overflow in this dtype."
+                f"the model's logits are not finite after {counted(cache.length, 'token')}: its "
+                "weights hold NaN or overflow in this dtype."
             )
         token = choose(logits, temperature, top_k, top_p, rng)
         token_ids.append(token)

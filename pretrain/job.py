@@ -23,6 +23,7 @@ from pretrain.starts import record_ended
 from pretrain.trackers import check_trackers
 from pretrain.trainer import Trainer
 from pretrain.watchdog import Watchdog
+from untrusted.numbers import counted, number
 
 log = logging.getLogger("transxssm")
 
@@ -97,9 +98,9 @@ def _watch_time_left(margin: float) -> None:
 def _tell_of_layout(config: Config, launch: Launch, device: torch.device) -> None:
     parallel, data_parallel = config.parallel, config.data_parallel(launch.world_size)
     log.info(
-        "%s parameters, %d ranks: tensor %d × context %d × data %d × pipeline %d, ZeRO %d, %s, %s",
-        f"{config.model.num_params()['total']:,}",
-        launch.world_size,
+        "%s parameters, %s: tensor %d × context %d × data %d × pipeline %d, ZeRO %d, %s, %s",
+        number(config.model.num_params()["total"]),
+        counted(launch.world_size, "rank"),
         parallel.tensor,
         parallel.context,
         data_parallel,
@@ -109,9 +110,10 @@ def _tell_of_layout(config: Config, launch: Launch, device: torch.device) -> Non
         device.type,
     )
     top = topology(parallel, data_parallel, launch.ranks_per_node or launch.world_size)
+    per_node = launch.ranks_per_node
     if launch.rank == 0 and (reach := top.nodes_of_a_group("tensor")) > 1:
         log.warning(
-            "parallel.tensor=%d reaches over %d nodes of %d ranks: every layer waits for the "
+            "parallel.tensor=%d reaches over %d nodes of %s: every layer waits for the "
             "network; use a parallel.tensor that divides %d",
-            *(parallel.tensor, reach, launch.ranks_per_node, launch.ranks_per_node),
+            *(parallel.tensor, reach, counted(per_node, "rank"), per_node),
         )

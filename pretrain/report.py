@@ -16,6 +16,8 @@ from typing import Any
 
 import matplotlib
 
+from untrusted.numbers import number
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
@@ -291,25 +293,21 @@ def facts(record: Record) -> dict[str, str]:
     rates = [rate for line in record.steps[-100:] if (rate := line.get("tokens_per_second"))]
     _, end = last_start(record.events)
     found = {
-        "step": f"{last['step']:,} of {total:,}",
-        "tokens": f"{last.get('tokens') or 0:,}",
-        "parameters": f"{record.config.model.num_params()['total']:,}",
-        "training loss": _number(last.get("loss"), ".4f"),
-        "validation loss": f"{evaluated[-1]:.4f}" if evaluated else "",
-        "tokens/s": _number(sum(rates) / len(rates) if rates else None, ",.0f"),
-        "starts": str(len(record.starts)),
+        "step": f"{number(last['step'])} of {number(total)}",
+        "tokens": number(last.get("tokens") or 0),
+        "parameters": number(record.config.model.num_params()["total"]),
+        "training loss": number(last.get("loss"), 5),
+        "validation loss": number(evaluated[-1], 5) if evaluated else "",
+        "tokens/s": number(sum(rates) / len(rates) if rates else None),
+        "starts": number(len(record.starts)),
         "last start": "" if end is None else f"{how_ended(end)}, {end.get('time', '')}",
-        "updates skipped": str(last.get("skipped_updates", 0)),
-        "rollbacks": str(last.get("rollbacks", 0)),
+        "updates skipped": number(last.get("skipped_updates", 0)),
+        "rollbacks": number(last.get("rollbacks", 0)),
         "time in forward and backward": f"{seconds['time_forward_backward'] / whole:.1%}",
         "waiting for data": f"{seconds['time_data'] / whole:.2%}",
         "checkpoint stall": f"{seconds['time_checkpoint'] / whole:.2%}",
     }
     return {name: value for name, value in found.items() if value}
-
-
-def _number(value: float | None, form: str) -> str:
-    return "none" if value is None else f"{value:{form}}"
 
 
 def table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:

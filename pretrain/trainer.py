@@ -51,6 +51,7 @@ from pretrain.timing import Stopwatch, profiled
 from pretrain.trackers import open_trackers
 from pretrain.validation import validate
 from untrusted.errors import UserError
+from untrusted.numbers import counted
 
 log = logging.getLogger("transxssm")
 
@@ -157,8 +158,7 @@ class Trainer:
             if self.step > self.saved_step:  # the last steps were passed over
                 self.save()
             self.saver.drain()
-        except TrainingError as error:  # which all ranks raise alike
-            log.error("%s", error)
+        except TrainingError:  # which all ranks raise alike
             self.saver.drain()
             raise
         finally:
@@ -167,7 +167,8 @@ class Trainer:
                 tracker.close()
             if writer is not None:
                 writer.close()
-        log.info("done: %d steps, checkpoint %s", self.step, self.config.checkpoint_dir)
+        made = counted(self.step, "step")
+        log.info("done: %s, checkpoint %s", made, self.config.checkpoint_dir)
         return None
 
     def _writer(self) -> MetricsWriter | None:
@@ -331,9 +332,9 @@ class Trainer:
             before = ", ".join(f"[{first}, {end})" for first, end in self.windows)
             raise TrainingError(
                 f"{report} (samples [{window[0]}, {window[1]})). The run has gone back "
-                f"{len(self.windows)} times, as often as training.max_rollbacks allows, and passed "
-                f"over the samples {before or 'of none'}; {advice}. {EVENTS} in {self.run_dir} has "
-                "every event"
+                f"{counted(len(self.windows), 'time')}, as often as training.max_rollbacks allows, "
+                f"and passed over the samples {before or 'of none'}; {advice}. {EVENTS} in "
+                f"{self.run_dir} has every event"
             )
         self.progress("going back")
         self.saver.drain()

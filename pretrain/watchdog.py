@@ -136,7 +136,8 @@ class Watchdog:
         if self._store is not None and self._is_first("hang"):
             report = f"{place}: {self._diagnosis()}"
             failure.announce(self.logs, report, self.started)
-            _say(f"error: {report}")
+            if self.launch.rank:  # rank 0 does so when it ends
+                _say(f"error: {report}")
             self._end_all(HUNG, report)
             self._obey(HUNG, report)
         elif self._store is not None:  # who was first tells
@@ -150,7 +151,7 @@ class Watchdog:
         self._hangs = code == HUNG
         if code != HUNG and self._main_thread_ends():
             return
-        log.error("%s", message)
+        self._report(message)
         if code == HUNG:
             faulthandler.cancel_dump_traceback_later()
             faulthandler.dump_traceback(file=self._stacks, all_threads=True)
@@ -160,6 +161,14 @@ class Watchdog:
         record_ended("failed", message)
         logging.shutdown()
         os._exit(code)
+
+    def _report(self, message: str) -> None:
+        """Write an error to this rank's log and, on rank 0, once to standard error."""
+        for handler in log.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": message}))
+        if self.launch.rank == 0:
+            _say(f"error: {message}")
 
     def _main_thread_ends(self) -> bool:
         """By itself, having noticed, too."""

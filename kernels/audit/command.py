@@ -17,6 +17,7 @@ from kernels.audit.rules import Verdict, Violation, judge
 from kernels.audit.sheet import Sheet, fill
 from kernels.errors import KernelsError
 from kernels.target import interpreting
+from untrusted.numbers import counted
 
 CHANGES_SHOWN = 40
 PIPE_WIDTH = 4096  # nothing is abbreviated where no terminal sets a width
@@ -61,9 +62,9 @@ def audit(targets: list[str], update: bool, json_file: Path | None) -> int:
         json_file.write_text(json.dumps(_plain(sheet, verdict, changes), indent=1))
     for line in _findings(verdict, changes):
         console.print(line)
-    compiled = f"{len(sheet.rows)} kernels for {', '.join(targets)}"
+    compiled = f"{counted(len(sheet.rows), 'kernel')} for {', '.join(targets)}"
     accepted = f"{len(verdict.accepted)} accepted for a stated reason"
-    console.print(f"{compiled}: {len(verdict.refused)} violations, {accepted}")
+    console.print(f"{compiled}: {counted(len(verdict.refused), 'violation')}, {accepted}")
     return 1 if verdict.refused or verdict.stale else 0
 
 
