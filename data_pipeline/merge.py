@@ -32,8 +32,8 @@ def check_all_done(keys: Sequence[str], done: Collection[str]) -> None:
     missing = [number for number, key in enumerate(keys) if key not in done]
     if missing:
         raise DataError(
-            f"{counted(len(missing), 'unit is', 'units are')} not done (the first: number {missing[0] + 1} of "
-            f"{len(keys)}); run `prepare` with the same options for every share before it is "
+            f"{counted(len(missing), 'unit is', 'units are')} not done (the first: number "
+            f"{missing[0] + 1} of {len(keys)}); run `prepare` with the same options for every share before it is "
             "merged."
         )
 
