@@ -33,8 +33,8 @@ def check_all_done(keys: Sequence[str], done: Collection[str]) -> None:
     if missing:
         raise DataError(
             f"{counted(len(missing), 'unit is', 'units are')} not done (the first: number "
-            f"{missing[0] + 1} of {len(keys)}); run `prepare` with the same options for every share before it is "
-            "merged."
+            f"{missing[0] + 1} of {len(keys)}); run `prepare` with the same options for every "
+            "share before it is merged."
         )
 
 
