@@ -26,11 +26,11 @@ REPLACEMENT = "\ufffd"
 MAX_PENDING = 3  # a UTF-8 character has four bytes, so at most three can wait for the rest
 
 
-@torch.no_grad()
 class RequestError(UserError, ValueError):
     """What was asked for cannot be generated; the message names the value and what to use."""
 
 
+@torch.no_grad()
 def generate(
     model: TransXSSM,
     prompt_ids: Sequence[int],
