@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test gpu-check lint clean
+.PHONY: help setup demo test test-fast gpu-check lint clean
 
 help:
 	@echo "make setup      create $(VENV) and install the project into it (demo and test do so too)"
 	@echo "make demo       train a small model on real text, export it, generate; minutes on two cores"
 	@echo "make test       run the tests"
+	@echo "make test-fast  run part of every folder's tests; within 3 minutes on two cores"
 	@echo "make gpu-check  on a GPU host: the tests of kernels compiled, and the demo under many layouts"
 	@echo "make lint       check format, lint and types"
 	@echo "make clean      remove $(VENV), caches and build folders; data/ and runs/ stay"
@@ -59,6 +60,10 @@ demo: setup
 test: setup
 	@$(BIN)/python -m pytest -n 2
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
+
+test-fast: setup
+	@$(BIN)/python -m pytest -n 2 $$(grep -v /interpreted/ tests/fast.txt)
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest $$(grep /interpreted/ tests/fast.txt)
 
 gpu-check: setup
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

@@ -12,7 +12,9 @@ from checkpoints_tools.averaging import differing_fields
 from checkpoints_tools.manifest import read_manifest
 from checkpoints_tools.stored import StoredTensors
 
-NOT_COMPARED = {"files", "config", "format_version"}
+# what only the trainer reads: recent losses and norms, a step's metrics
+INTERNAL = {"judge", "unwritten_metrics"}
+NOT_COMPARED = {"files", "config", "format_version"} | INTERNAL
 
 
 def diff_checkpoints(a: Path, b: Path, *, values: bool = True) -> dict[str, Any]:
@@ -43,12 +45,22 @@ def diff_checkpoints(a: Path, b: Path, *, values: bool = True) -> dict[str, Any]
 
 
 def _flattened(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Counters and data by name, configuration by its dotted names."""
-    fields = {name: value for name, value in manifest.items() if name not in NOT_COMPARED}
+    """Return counters and data by name; configuration, layout and versions by dotted names."""
+    fields: dict[str, Any] = {}
+    for name, value in manifest.items():
+        if name not in NOT_COMPARED:
+            inner = value if name in ("layout", "versions") and isinstance(value, dict) else None
+            fields |= {name: value} if inner is None else _named(name, inner)
     for section, values in manifest["config"].items():
-        for name, value in values.items() if isinstance(values, dict) else [("", values)]:
-            fields[f"config.{section}.{name}".rstrip(".")] = value
+        inner = values if isinstance(values, dict) else None
+        fields |= (
+            {f"config.{section}": values} if inner is None else _named(f"config.{section}", inner)
+        )
     return fields
+
+
+def _named(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}.{name}": value for name, value in values.items()}
 
 
 def _header_differences(a: StoredTensors, b: StoredTensors) -> list[dict[str, Any]]:

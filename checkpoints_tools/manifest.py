@@ -19,6 +19,7 @@ from parallel.config import ModelConfig
 from untrusted.errors import UnsafeFileError, UnsafeNameError
 from untrusted.files import open_regular, read_regular
 from untrusted.names import check_file_name
+from untrusted.numbers import counted
 from untrusted.records import Count
 from untrusted.text import printable
 
@@ -251,7 +252,7 @@ def _read(step_dir: Path) -> dict[str, Any]:
 
 def listed(faults: list[str]) -> str:
     """Some faults in one sentence, and how many there are more."""
-    more = f"; and {len(faults) - SHOWN} files more" if len(faults) > SHOWN else ""
+    more = f"; and {counted(len(faults) - SHOWN, 'file')} more" if len(faults) > SHOWN else ""
     return "; ".join(faults[:SHOWN]) + more
 
 

@@ -41,6 +41,7 @@ from checkpoints_tools.tensor_index import INDEX, check_covers, index_text
 from parallel.groups import from_rank_0, host_group
 from parallel.zero import ZeroOptimizer
 from untrusted.files import write_durably
+from untrusted.numbers import counted
 
 log = logging.getLogger("transxssm")
 
@@ -231,8 +232,8 @@ class CheckpointSaver:
                 folders.remove_temporary(self.folder)
         rank, cause = failed[0]
         raise CheckpointError(
-            f"saving {flight.temporary} failed: rank {rank}: {cause} ({len(failed)} rank(s) "
-            "failed); earlier checkpoints are intact"
+            f"saving {flight.temporary} failed: rank {rank}: {cause} "
+            f"({counted(len(failed), 'rank')} failed); earlier checkpoints are intact"
         )
 
     def _cause(self, work: "Future[Any]") -> str:

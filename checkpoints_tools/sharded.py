@@ -23,6 +23,7 @@ from checkpoints_tools.stored import KINDS, StoredTensors
 from parallel.groups import replicas_group
 from parallel.params import ParamInfo
 from parallel.zero import Fragment, ZeroOptimizer
+from untrusted.numbers import counted
 
 T = TypeVar("T")
 
@@ -119,7 +120,8 @@ def on_every_rank(action: Callable[[], T]) -> T:
     dist.all_gather_object(causes, cause)
     failed = [(rank, cause) for rank, cause in enumerate(causes) if cause is not None]
     if failed:
-        raise CheckpointError(f"rank {failed[0][0]}: {failed[0][1]} ({len(failed)} rank(s) failed)")
+        how_many = counted(len(failed), "rank")
+        raise CheckpointError(f"rank {failed[0][0]}: {failed[0][1]} ({how_many} failed)")
     return result  # type: ignore[return-value]
 
 

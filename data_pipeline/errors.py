@@ -1,11 +1,12 @@
 """The exceptions of this package."""
 
+from untrusted.errors import UserError
 
-class DataError(Exception):
+
+class DataError(UserError):
     """Bad input or damaged data. The message is a paragraph for the person who has to mend it:
 
-    the file, shard or field, what was found there, and what to do. The command line prints it
-    and exits with 1.
+    the file, shard or field, what was found there, and what to do.
     """
 
 
@@ -23,3 +24,7 @@ class BadShardError(DataError):
         """folder: of the shards, as it was named; shard: its number in index.json."""
         super().__init__(message)
         self.folder, self.shard = folder, shard
+
+    def __reduce__(self) -> tuple[type["BadShardError"], tuple[str, str, int]]:
+        """Give the constructor its arguments in another process, too."""
+        return type(self), (str(self), self.folder, self.shard)

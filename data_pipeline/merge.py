@@ -19,6 +19,7 @@ from data_pipeline.shard_names import rename_shard, stored_files
 from data_pipeline.tokenizer import TextTokenizer
 from data_pipeline.unit import Counts, Options, load_index
 from untrusted.files import write_durably
+from untrusted.numbers import counted
 from untrusted.private import check_ours
 
 
@@ -31,9 +32,9 @@ def check_all_done(keys: Sequence[str], done: Collection[str]) -> None:
     missing = [number for number, key in enumerate(keys) if key not in done]
     if missing:
         raise DataError(
-            f"{len(missing)} units are not done (the first: number {missing[0] + 1} of "
-            f"{len(keys)}); run `prepare` with the same options for every share before it is "
-            "merged."
+            f"{counted(len(missing), 'unit is', 'units are')} not done (the first: number "
+            f"{missing[0] + 1} of {len(keys)}); run `prepare` with the same options for every "
+            "share before it is merged."
         )
 
 

@@ -49,6 +49,7 @@ from data_pipeline.remote_units import RemoteUnits
 from data_pipeline.shard_index import ShardEntry
 from data_pipeline.tokenizer import TextTokenizer, load_tokenizer, read_tokenizer
 from data_pipeline.unit import Compression, Done, Options, load_counts, load_labels, write_unit
+from untrusted.errors import transferable
 from untrusted.files import read_regular, write_durably
 from untrusted.records import MAX_BYTES
 
@@ -248,7 +249,12 @@ class UnitWork:
 
 
 def _do_unit(work: UnitWork, key: str, unit: list[Piece], options: Options) -> None:
-    work.do(key, unit, _tokenizer, options, _reports.put)
+    try:
+        work.do(key, unit, _tokenizer, options, _reports.put)
+    except Exception as error:
+        if (known := transferable(error)) is error:
+            raise
+        raise known from error
 
 
 def _work(

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from kernels.errors import KernelsError
 from kernels.target import interpreting
 
 Choice = Literal["triton", "torch", "naive"]
@@ -28,7 +29,7 @@ def strict() -> bool:
 
 
 def check_environment() -> None:
-    """Raises ValueError where TRANSXSSM_KERNELS or TRANSXSSM_TILES is bad: before anything runs."""
+    """Raise KernelsError where TRANSXSSM_KERNELS or TRANSXSSM_TILES is bad: before any work."""
     _forced()
     if os.environ.get("TRANSXSSM_TILES"):
         from kernels.ssd.tiles import tuned_tiles  # imports Triton
@@ -41,8 +42,8 @@ def choose(op: str, device: torch.device, unsupported: str | None) -> Choice:
 
     unsupported: why Triton cannot serve this call, or None when it can.
 
-    Raises ValueError for an unknown TRANSXSSM_KERNELS, for `triton` where no Triton kernel can run,
-    and in strict mode for an unsupported call.
+    Raises KernelsError for an unknown TRANSXSSM_KERNELS, for `triton` where no Triton kernel can
+    run, and in strict mode for an unsupported call.
     """
     choice = _choose(op, device, unsupported)
     chosen.setdefault(op, set()).add(choice)
@@ -58,14 +59,14 @@ def _choose(op: str, device: torch.device, unsupported: str | None) -> Choice:
     if not forced and device.type != "cuda":
         return "torch"
     if device.type == "cpu" and not interpreting():
-        raise ValueError(
+        raise KernelsError(
             "TRANSXSSM_KERNELS=triton, but the tensors are on the CPU: to interpret the kernels,"
             " set TRITON_INTERPRET=1 before Python starts; else set TRANSXSSM_KERNELS=torch"
         )
     if unsupported is None:
         return "triton"
     if strict():
-        raise ValueError(
+        raise KernelsError(
             f"{op}: {unsupported} (strict mode; without it, torch would run this call)"
         )
     if (op, unsupported) not in _warned:
@@ -77,7 +78,7 @@ def _choose(op: str, device: torch.device, unsupported: str | None) -> Choice:
 def _forced() -> str:
     forced = os.environ.get("TRANSXSSM_KERNELS", "")
     if forced not in ("", "torch", "triton", "naive"):
-        raise ValueError(
+        raise KernelsError(
             f"TRANSXSSM_KERNELS={forced!r}; expected torch, triton or naive (or leave it unset)"
         )
     return forced

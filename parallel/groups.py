@@ -16,13 +16,14 @@ from megatron.core import parallel_state
 from parallel.config import ParallelConfig
 from parallel.launch import Launch
 from parallel.rendezvous import join_store
+from untrusted.errors import transferable
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def from_rank_0(action: Callable[[], T]) -> T:
-    """What `action` returns on rank 0, where alone it runs; its exception is raised on every rank.
+    """Run `action` on rank 0 alone; return its result, or raise its exception, on every rank.
 
     For decisions that depend on the file system, which nodes may see differently.
     """
@@ -31,7 +32,7 @@ def from_rank_0(action: Callable[[], T]) -> T:
         try:
             outcome[0] = action()
         except Exception as error:
-            outcome[1] = error
+            outcome[1] = transferable(error)
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]

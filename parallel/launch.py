@@ -5,6 +5,8 @@ import re
 import socket
 from dataclasses import dataclass
 
+from untrusted.errors import UserError
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -16,8 +18,10 @@ class Launch:
     ranks_per_node: int = 0
 
 
-class LaunchError(Exception):
+class LaunchError(UserError):
     """The launcher's environment does not say how the processes find each other."""
+
+    exit_code = 2
 
 
 def launch_from_environment() -> Launch:

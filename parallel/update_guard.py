@@ -11,7 +11,7 @@ import deepspeed
 import torch
 
 
-class EngineError(Exception):
+class EngineError(UserError):
     """The installed DeepSpeed does not do what training relies on; the message says what."""
 
 

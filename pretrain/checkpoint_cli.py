@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from pretrain.console import local, print_json, say, whole_console
+from pretrain.console import LONGEST_LIST, flat, local, print_fields, print_json, say, whole_console
+from untrusted.numbers import counted, number
 
 checkpoint_app = typer.Typer(
     help="Look into, check, compare, average, export and import checkpoints.", no_args_is_help=True
@@ -40,7 +41,10 @@ def checkpoint_list(
     folder: Annotated[Path, typer.Argument(help="A run, or a checkpoints folder.")],
     json_output: Json = False,
 ) -> None:
-    """List the committed checkpoints, damaged ones too."""
+    """List the committed checkpoints, by their manifests and the sizes of their files.
+
+    `verify --deep` reads every byte.
+    """
     from checkpoints_tools.inspection import list_checkpoints
 
     found = list_checkpoints(folder)
@@ -48,20 +52,21 @@ def checkpoint_list(
         print_json(found)
         return
     table = Table(
-        "step", "tokens", "processes", "MiB", "saved", "state", Column("folder", overflow="fold")
+        "step", "tokens", "processes", "MiB", "saved", "state", Column("folder", no_wrap=True)
     )
     for entry in found:
-        sound = entry["problem"] is None
+        whole = entry["problem"] is None
         table.add_row(
-            f"{entry['step']:,}",
-            f"{entry['tokens']:,}" if sound else "",
-            str(entry["world_size"]) if sound else "",
-            f"{entry['bytes'] / 2**20:,.1f}" if sound else "",
+            number(entry["step"]),
+            number(entry["tokens"]) if whole else "",
+            number(entry["world_size"]) if whole else "",
+            number(entry["bytes"] / 2**20) if whole else "",
             entry["saved_at"] or "",
-            "sound" if sound else f"damaged: {entry['problem']}",
+            "sizes match" if whole else f"damaged: {entry['problem']}",
             entry["folder"],
         )
     whole_console().print(table)
+    print("Only manifests and sizes were checked; `checkpoint verify --deep` reads every byte.")
 
 
 @checkpoint_app.command("inspect")
@@ -80,17 +85,13 @@ def checkpoint_inspect(
     if json_output:
         print_json(fields)
         return
-    table = Table("name", Column(overflow="fold"), show_header=False, box=None)
-    for name, value in (fields | {"tensors": len(stored)}).items():
-        table.add_row(name, _text(value), style="")
-    console = whole_console()
-    console.print(table)
+    print_fields(flat(fields | {"files": len(fields["files"]), "tensors": len(stored)}))
     if tensors:
         listed = Table("tensor", "shape", "dtype", "bytes", "pieces", "files")
         for name, tensor in stored.items():
             sizes = (f"{tensor['bytes']:,}", str(tensor["pieces"]), str(len(tensor["files"])))
             listed.add_row(name, str(tensor["shape"]), tensor["dtype"], *sizes)
-        console.print(listed)
+        whole_console().print(listed)
 
 
 @checkpoint_app.command("verify")
@@ -139,9 +140,9 @@ def checkpoint_diff(
         return
     console = whole_console()
     if found["fields"]:
-        table = Table("field", Column("a", overflow="fold"), Column("b", overflow="fold"))
+        table = Table("field", "a", "b")
         for name, pair in found["fields"].items():
-            table.add_row(name, *(_text(value) for value in pair))
+            table.add_row(name, *(_cell(value) for value in pair))
         console.print(table)
     if found["tensors"]:
         table = Table("tensor", "relative difference", "largest", "elements")
@@ -152,8 +153,9 @@ def checkpoint_diff(
                 numbers = (f"{entry['relative']:.3e}", f"{entry['largest']:.3e}")
                 table.add_row(entry["name"], *numbers, f"{entry['elements']:,}")
         console.print(table)
-    of = f"{found['tensors_compared']} tensors" + ("" if values else "' shapes")
-    print(f"{len(found['fields'])} fields and {len(found['tensors'])} of {of} differ")
+    compared = f"the {'values' if values else 'shapes'} of {found['tensors_compared']:,} tensors"
+    fields = counted(len(found["fields"]), "field")
+    print(f"{fields} and {number(len(found['tensors']))} of {compared} differ")
 
 
 @checkpoint_app.command("export")
@@ -280,5 +282,10 @@ def _print_made(step_dir: Path, what: str, as_json: bool) -> None:
     print_json({"folder": str(step_dir)}) if as_json else say(f"{step_dir}: {what}")
 
 
-def _text(value: Any) -> str:
+def _cell(value: Any) -> str:
+    """Return a field of a manifest as text, and of a long list the number of its entries."""
+    if value is None:
+        return "none"
+    if isinstance(value, list) and len(value) > LONGEST_LIST:
+        return counted(len(value), "entry", "entries")
     return value if isinstance(value, str) else json.dumps(value)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import sys
@@ -11,20 +10,20 @@ import traceback
 import warnings
 from logging import FileHandler
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Column, Table
 
 from parallel import bounds
 from pretrain import stop
 from pretrain.checkpoint_cli import checkpoint_app
-from pretrain.console import LogFormatter, local, say, shown, whole_console
+from pretrain.console import LogFormatter, local, print_fields, say, shown
 from pretrain.evaluation import cli as evaluation_command
 from slurm import cli as job_commands
-from untrusted.errors import is_panic
+from untrusted.errors import UserError, is_panic
+from untrusted.numbers import counted, number
 from untrusted.secrets import remember
 
 app = typer.Typer(
@@ -50,13 +49,13 @@ for command in (job_commands.runs, job_commands.status, job_commands.logs, job_c
     app.command()(command)
 app.command()(evaluation_command.evaluate)
 
-INVALID_CONFIGURATION = 2
+REPORT_IT = "This is a fault of transxssm itself: please report it, with the lines above."
 SECONDS_TO_CAUSE = 8.0  # until another rank has said why it broke the collectives of this one
 Inputs = Annotated[list[str], typer.Argument(help="Files, folders or globs of text or jsonl.")]
 
 
 def main() -> None:
-    """Entry point. Errors a user can mend are one paragraph; a bad configuration exits with 2."""
+    """Run the command. An error that a user can act on is one paragraph, any other a traceback."""
     started = time.time()
     _quiet_libraries()
     for word in sys.argv:
@@ -86,22 +85,13 @@ def main() -> None:
 
 def _fail(error: BaseException, started: float) -> NoReturn:
     """Report the error, or the one of another rank that broke this one's collectives, and exit."""
-    from checkpoints_tools.errors import CheckpointError
-    from data_pipeline.errors import DataError
     from parallel.launch import LaunchError, host_name, launch_from_environment
-    from pretrain.config import ConfigError
     from pretrain.failure import announce, first_failure, is_echo
-    from slurm.jobs import SlurmError
-    from untrusted.errors import UntrustedError
+    from pretrain.starts import record_ended
 
-    bad_configuration = isinstance(error, (ConfigError, LaunchError))
-    mendable = (DataError, CheckpointError, SlurmError, UntrustedError)
-    known = bad_configuration or isinstance(error, mendable)
-    importing_torch = ("EngineError", "ModelError", "TrainingError", "RankLost", "PreflightError")
-    known = known or type(error).__name__ in importing_torch
     files = [h for h in logging.getLogger("transxssm").handlers if isinstance(h, FileHandler)]
     logs = Path(files[0].baseFilename).parent if files else None
-    message = str(error) if known else _exhausted(error)
+    message = str(error) if _is_users(error) else _exhausted(error)
     who, cause = "", None
     with contextlib.suppress(LaunchError):  # the error itself
         if launch_from_environment().world_size > 1:
@@ -119,7 +109,9 @@ def _fail(error: BaseException, started: float) -> NoReturn:
         report = "".join(traceback.format_exception(error))
         if who:
             report = f"error: {who}{type(error).__name__}: {error}\n{report}"
+        report += REPORT_IT
     report = shown(report)
+    record_ended("failed", cause or message or f"{type(error).__name__}: {error}")
     with contextlib.suppress(OSError):
         print(report, file=sys.stderr, flush=True)
     for handler in files:
@@ -128,7 +120,15 @@ def _fail(error: BaseException, started: float) -> NoReturn:
         sys.stdout.flush()
     # not sys.exit: with collectives in flight the interpreter's end could wait for the other ranks
     logging.shutdown()
-    os._exit(INVALID_CONFIGURATION if bad_configuration else 1)
+    os._exit(getattr(error, "exit_code", 1) if _is_users(error) else 1)
+
+
+def _is_users(error: BaseException) -> bool:
+    """Return whether a user can act on the error; the single-GPU model's file imports torch alone,
+    so that its exception cannot be a UserError."""
+    single_gpu = sys.modules.get("checkpoints_tools.single_gpu")
+    of_model = single_gpu is not None and isinstance(error, single_gpu.ModelError)
+    return of_model or isinstance(error, UserError)
 
 
 FULL = {
@@ -218,7 +218,7 @@ def pretrain(
 
     One process by itself; the same command under torchrun or srun for many.
     """
-    from pretrain.config import ConfigError, load_config
+    from pretrain.config import load_config
     from pretrain.open_files import raise_open_files
 
     stop.listen()
@@ -244,10 +244,7 @@ def pretrain(
     prepare_host(launch.local_rank)  # before DeepSpeed looks for an accelerator
     from kernels.dispatch import check_environment
 
-    try:
-        check_environment()
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    check_environment()
     from pretrain.job import train
 
     if (reason := train(loaded, launch)) is not None:
@@ -316,11 +313,15 @@ def estimate(
     nodes: Annotated[
         int | None,
         typer.Option(
-            min=1, max=bounds.NODES, help="Of the job [as many as one model replica needs]."
+            min=1,
+            max=bounds.NODES,
+            help="Nodes of the job.",
+            show_default="as many as one model replica needs",
         ),
     ] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(min=1, max=bounds.RANKS_PER_NODE, help="[8]")
+        int | None,
+        typer.Option(min=1, max=bounds.RANKS_PER_NODE, help="GPUs of a node.", show_default="8"),
     ] = None,
     gpu_memory: Annotated[str, typer.Option(help="Of one GPU, e.g. 80GiB.")] = "80GiB",
     gpu: Annotated[
@@ -362,7 +363,8 @@ def prepare(
     ] = 0.02,
     text_field: Annotated[str, typer.Option(help="Field of jsonl records.")] = "text",
     end_of_text: Annotated[
-        str | None, typer.Option(help="Token that ends every document [as the tokenizer has it].")
+        str | None,
+        typer.Option(help="Token that ends every document.", show_default="the tokenizer's own"),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=bounds.SEED, help="Of the train/validation split.")
@@ -417,8 +419,9 @@ def prepare(
     for split, meta in metas.items():
         filled = meta.tokens / (meta.tokens + meta.padding)
         say(
-            f"{out}/{split}: {meta.samples:,} sequences, {meta.tokens:,} tokens from "
-            f"{meta.documents:,} documents ({meta.cut_documents:,} cut), {filled:.2%} filled, "
+            f"{out}/{split}: {counted(meta.samples, 'sequence')}, "
+            f"{counted(meta.tokens, 'token')} from {counted(meta.documents, 'document')} "
+            f"({number(meta.cut_documents)} cut), {filled:.2%} filled, "
             f"unigram entropy {meta.unigram_entropy:.4f} nats"
         )
 
@@ -449,13 +452,14 @@ def tokenizer_inspect(
     tokenizer: Path,
     text: Annotated[str, typer.Option(help="Text to encode.")] = "The quick brown fox, 3.14159.",
     end_of_text: Annotated[
-        str | None, typer.Option(help="Token that ends every document [as the tokenizer has it].")
+        str | None,
+        typer.Option(help="Token that ends every document.", show_default="the tokenizer's own"),
     ] = None,
 ) -> None:
     """Show size, special tokens and what it makes of a text."""
     from data_pipeline.tokenizer import inspect_tokenizer
 
-    _print_fields(inspect_tokenizer(tokenizer, text, end_of_text))
+    print_fields(inspect_tokenizer(tokenizer, text, end_of_text))
 
 
 @data_app.command("inspect")
@@ -468,7 +472,7 @@ def data_inspect(
     from data_pipeline.inspection import inspect_dataset
 
     for split, fields in inspect_dataset(folder).items():
-        _print_fields({"split": split} | fields)
+        print_fields({"split": split} | fields)
 
 
 @data_app.command("verify")
@@ -502,28 +506,26 @@ def generate(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Continue a prompt with an exported model, one process."""
-    from checkpoints_tools.single_gpu import ModelError
     from pretrain.generate import run
 
-    try:
-        run(
-            model,
-            prompt,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            json_output=json_output,
-        )
-    except ValueError as error:
-        raise ModelError(str(error)) from error
+    run(
+        model,
+        prompt,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        json_output=json_output,
+    )
 
 
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
-    out: Annotated[Path | None, typer.Option(help="[RUN/report.html]", callback=local)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page.", show_default="RUN/report.html", callback=local)
+    ] = None,
 ) -> None:
     """Write one HTML page of a run: curves across restarts, where time goes, events."""
     from pretrain.report import write_report
@@ -534,7 +536,8 @@ def report(
 @kernels_app.command("audit")
 def kernels_audit(
     target: Annotated[
-        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942, repeatable [all].")
+        list[str] | None,
+        typer.Option(help="sm_80, sm_90, sm_100 or gfx942, repeatable.", show_default="all"),
     ] = None,
     update: Annotated[bool, typer.Option("--update", help="Accept the numbers as golden.")] = False,
     json_file: Annotated[
@@ -543,10 +546,11 @@ def kernels_audit(
 ) -> None:
     """Compile every kernel without a GPU; report what the compiler made of it. 1: a rule broken."""
     from kernels.audit.command import audit
+    from kernels.errors import KernelsError
 
     try:
         code = audit(target or [], update, json_file)
-    except ValueError as error:
+    except KernelsError as error:
         raise typer.BadParameter(str(error)) from error
     raise typer.Exit(code)
 
@@ -632,13 +636,6 @@ def doctor(
     from pretrain.doctor import doctor as run
 
     raise typer.Exit(run())
-
-
-def _print_fields(fields: dict[str, Any]) -> None:
-    table = Table("name", Column(overflow="fold"), show_header=False, box=None)
-    for name, value in fields.items():
-        table.add_row(name, value if isinstance(value, str) else json.dumps(value), style="")
-    whole_console().print(table)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from data_pipeline.config import DataConfig
 from parallel import bounds
 from parallel.config import ModelConfig, ParallelConfig, Section, printed, some_divisors
 from pretrain.credentials import restored
+from pretrain.overrides import read_value, suggestion
 from pretrain.phases import Phase, length, phase_at, run_phases
-from untrusted.errors import UnsafeFileError
+from untrusted.errors import UnsafeFileError, UserError
 from untrusted.files import read_regular
 from untrusted.names import check_local
 from untrusted.paths import ConfiguredPath
@@ -29,8 +30,14 @@ from untrusted.paths import ConfiguredPath
 MAX_BYTES = 1 << 20  # of a configuration file
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """The configuration cannot be used; the message names the field, the value and what to do."""
+
+    exit_code = 2
+
+
+class LayoutError(ConfigError, ValueError):
+    """The model cannot be split so; a ValueError, which pydantic takes for invalid values."""
 
 
 class OptimizerConfig(Section):
@@ -325,7 +332,7 @@ def _largest_total(config: Config) -> int:
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Raises ValueError where the model cannot be split so."""
+    """Raise LayoutError where the model cannot be split so."""
     tensor = parallel.tensor
     split = {
         "num_heads": model.num_heads,
@@ -341,14 +348,14 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
                 "ssd_groups": " (ranks do not share a group's B and C)",
                 "num_kv_heads": " (ranks do not share a key head)",
             }.get(field, "")
-            raise ValueError(
+            raise LayoutError(
                 f"parallel.tensor={tensor} does not divide model.{field}={value}{reason}; "
                 f"use one of {some_divisors(common, tensor)}"
             )
     _check_pipeline(model, parallel)
     _check_zero(parallel)
     if parallel.recompute_layers and parallel.recompute == "none":
-        raise ValueError(
+        raise LayoutError(
             f"parallel.recompute_layers={parallel.recompute_layers} with parallel.recompute='none' "
             "recomputes nothing; use parallel.recompute='selective' or 'full', or "
             "parallel.recompute_layers=0"
@@ -357,18 +364,18 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
     if parallel.pipeline > model.num_layers:
-        raise ValueError(
+        raise LayoutError(
             f"parallel.pipeline={parallel.pipeline} is more stages than model.num_layers="
             f"{model.num_layers}; use at most {model.num_layers}"
         )
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        raise ValueError(
+        raise LayoutError(
             f"parallel.virtual_pipeline={parallel.virtual_pipeline} divides stages, and "
             "parallel.pipeline=1 has none; use parallel.virtual_pipeline=1, or parallel.pipeline=2 "
             "or more"
         )
     if parallel.num_chunks > model.num_layers:
-        raise ValueError(
+        raise LayoutError(
             f"parallel.virtual_pipeline={parallel.virtual_pipeline} × parallel.pipeline="
             f"{parallel.pipeline} = {parallel.num_chunks} is more chunks than model.num_layers="
             f"{model.num_layers}; use parallel.virtual_pipeline="
@@ -378,7 +385,7 @@ def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
     if counts != "balanced" and (
         len(counts) != parallel.num_chunks or sum(counts) != model.num_layers or min(counts) < 1
     ):
-        raise ValueError(
+        raise LayoutError(
             f"parallel.pipeline_split={counts} must list {parallel.num_chunks} numbers ≥ 1 "
             "(parallel.pipeline × parallel.virtual_pipeline) that sum to model.num_layers="
             f"{model.num_layers}; or use 'balanced'"
@@ -390,24 +397,24 @@ def _check_zero(parallel: ParallelConfig) -> None:
     optimizer offloaded from any sharded stage without pipeline stages."""
     stage, pipeline = parallel.zero_stage, parallel.pipeline
     if pipeline > 1 and stage > 1:
-        raise ValueError(
+        raise LayoutError(
             f"parallel.zero_stage={stage} with parallel.pipeline={pipeline}: ZeRO 2 and 3 reduce "
             "gradients in backward hooks, which cannot follow several micro-batches in flight; use "
             "parallel.zero_stage=1, or parallel.pipeline=1"
         )
     if pipeline > 1 and stage == 0:
-        raise ValueError(
+        raise LayoutError(
             f"parallel.zero_stage=0 with parallel.pipeline={pipeline}: stage 1 sends as much and "
             "keeps less; use parallel.zero_stage=1, or parallel.pipeline=1"
         )
     if parallel.offload == "optimizer" and pipeline > 1:
-        raise ValueError(
+        raise LayoutError(
             f"parallel.offload='optimizer' with parallel.pipeline={pipeline}: gradients move to "
             "the host in backward hooks, which cannot follow several micro-batches in flight; use "
             "parallel.offload='none', or parallel.pipeline=1"
         )
     if parallel.offload == "optimizer" and stage == 0:
-        raise ValueError(
+        raise LayoutError(
             "parallel.offload='optimizer' with parallel.zero_stage=0: every rank of a node would "
             "keep a whole copy on the host; use parallel.zero_stage=1, 2 or 3, or "
             "parallel.offload='none'"
@@ -466,8 +473,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"cannot read the configuration: {error}") from error
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets, too
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    for name, text in _override_pairs(overrides or []):
+    pairs = _override_pairs(overrides or [])
+    for name, text in pairs:
         _apply_override(tree, name, text)
+    _keep_one_length(tree, {name for name, _ in pairs})
     try:
         return parse_config(restored(tree))
     except ConfigError as error:
@@ -494,23 +503,34 @@ def _override_pairs(words: list[str]) -> list[tuple[str, str]]:
     while rest:
         word = rest.pop(0)
         name, equals, text = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
         if not word.startswith("--") or "." not in name:
-            raise ConfigError(f"unexpected argument {word!r}: overrides are --section.field value")
+            same = [other for other in _all_names() if other.rpartition(".")[2] == name]
+            hint = f"; did you mean --{' or --'.join(same)}" if same else ""
+            raise ConfigError(
+                f"unexpected argument {word!r}: overrides are --section.field value{hint}"
+            )
         if not equals:
-            if not rest or rest[0].startswith("--"):
+            has_value = bool(rest) and not rest[0].startswith("--")
+            if not has_value and _annotation(*name.split(".", 1)) is not bool:
                 raise ConfigError(f"the override {word} lacks a value: write {word} VALUE")
-            text = rest.pop(0)
+            text = rest.pop(0) if has_value else "true"
         pairs.append((name, text))
     return pairs
+
+
+def _keep_one_length(tree: dict[str, Any], overridden: set[str]) -> None:
+    """Let training.tokens on the command line replace the file's training.steps, and conversely."""
+    for name, other in (("tokens", "steps"), ("steps", "tokens")):
+        if f"training.{name}" in overridden and f"training.{other}" not in overridden:
+            tree["training"].pop(other, None)
 
 
 def _apply_override(tree: dict[str, Any], name: str, text: str) -> None:
     section, field = name.split(".", 1)
     annotation = _annotation(section, field)
     try:
-        value = text if annotation is str else tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word
+        value = read_value(text, annotation)
     except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
         raise ConfigError(f"{name}={printed(text)} cannot be read: {error}") from error
     place = tree.setdefault(section, {})
@@ -531,16 +551,25 @@ def _explain(error: Any) -> str:
     path = [part for part in parts if part != "str" and not part.startswith(members)]
     name = ".".join(path)
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, _all_names(), n=1, cutoff=0.0)
-        last = difflib.get_close_matches(path[-1], _names_in(path[:-1]), n=1, cutoff=0.5)
-        best = ".".join([*path[:-1], last[0]]) if last else near[0]
-        return f"unknown field {name}; the nearest valid name is {best}"
+        if len(path) == 1:  # a section; a field in it, which another section has, tells more
+            fields = error["input"] if isinstance(error["input"], dict) else {}
+            known = {other.rpartition(".")[2] for other in _all_names()}
+            names = [f"{name}.{field}" for field in fields if field in known]
+            (near,) = difflib.get_close_matches(name, Config.model_fields, n=1, cutoff=0.0)
+            if names and fields.keys() - _names_in([near]):
+                return "; ".join(map(_unknown, names))
+            return f"unknown field {name}; the nearest valid name is {near}"
+        return _unknown(name)
     if error["type"] == "missing":
         return f"{name} is missing; set it in the file or with --{name}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{name}={printed(error['input'])}: {message}"
+
+
+def _unknown(name: str) -> str:
+    return f"unknown field {name}; the nearest valid name is {suggestion(name, _all_names())}"
 
 
 def _names_in(path: list[str]) -> list[str]:

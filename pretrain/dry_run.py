@@ -29,6 +29,7 @@ from pretrain.console import whole_console
 from pretrain.estimate import GIB, workload
 from pretrain.layout import list_of_ranks
 from pretrain.stage import configured_stage
+from untrusted.numbers import counted
 
 
 class Collectives(TorchDispatchMode):
@@ -131,7 +132,7 @@ def dry_run(config: Config, world_size: int, rank: int, ranks_per_node: int) -> 
         table.add_row(name, str(list(parameter.shape)), str(list(whole)))
     console.print(table)
     numel = sum(parameter.numel() for _, parameter in built.named_parameters())
-    console.print(f"{numel:,} parameters here, of {model.num_params()['total']:,}")
+    console.print(f"{counted(numel, 'parameter')} here, of {model.num_params()['total']:,}")
     work = workload(config, data)
     chunks = layer_chunks(model, parallel, max(config.seq_lens))
     memory = memory_by_stage(model, parallel, work, chunks)[place["pipeline"]]

@@ -17,11 +17,17 @@ from torch import Tensor
 from checkpoints_tools.model_folder import load_model
 from checkpoints_tools.single_gpu import Cache, ModelError, TransXSSM
 from checkpoints_tools.tokenizer_file import TOKENIZER, parse_tokenizer, read_tokenizer
+from untrusted.errors import UserError
+from untrusted.numbers import counted
 from untrusted.text import without_controls
 
 END_OF_TEXT = "<|endoftext|>"
 REPLACEMENT = "\ufffd"
 MAX_PENDING = 3  # a UTF-8 character has four bytes, so at most three can wait for the rest
+
+
+class RequestError(UserError, ValueError):
+    """What was asked for cannot be generated; the message names the value and what to use."""
 
 
 @torch.no_grad()
@@ -44,9 +50,9 @@ def generate(
     _check(max_new_tokens, temperature, top_k, top_p)
     vocab = model.config.vocab_size
     if not prompt_ids:
-        raise ValueError("the prompt has no tokens; start from the end-of-text token")
+        raise RequestError("the prompt has no tokens; start from the end-of-text token")
     if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab:
-        raise ValueError(
+        raise RequestError(
             f"the prompt has token ids from {min(prompt_ids)} to {max(prompt_ids)}, but the model "
             f"has vocab_size={vocab}: is this its tokenizer?"
         )
@@ -66,8 +72,8 @@ def generate(
         logits = model.logits(hidden[:, -1]).squeeze(0).cpu()  # [vocab]
         if not bool(torch.isfinite(logits).all()):
             raise ModelError(
-                f"the model's logits are not finite after {cache.length} tokens: its weights hold "
-                "NaN or overflow in this dtype."
+                f"the model's logits are not finite after {counted(cache.length, 'token')}: its "
+                "weights hold NaN or overflow in this dtype."
             )
         token = choose(logits, temperature, top_k, top_p, rng)
         token_ids.append(token)
@@ -82,13 +88,13 @@ def generate(
 
 def _check(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1 token must be asked for")
+        raise RequestError(f"max_new_tokens={max_new_tokens}: at least 1 token must be asked for")
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: use 0 (greedy) or a positive number")
+        raise RequestError(f"temperature={temperature}: use 0 (greedy) or a positive number")
     if top_k < 0:
-        raise ValueError(f"top_k={top_k}: use 0 (all tokens) or a positive number")
+        raise RequestError(f"top_k={top_k}: use 0 (all tokens) or a positive number")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: use a number above 0 and at most 1 (all tokens)")
+        raise RequestError(f"top_p={top_p}: use a number above 0 and at most 1 (all tokens)")
 
 
 def choose(

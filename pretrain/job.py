@@ -20,9 +20,11 @@ from pretrain.model_check import model_warnings
 from pretrain.resume import find_start, load_weights
 from pretrain.run_dir import begin_log, lock_run, record_start, start_log
 from pretrain.sources import blend, keep_tokenizer, open_data
+from pretrain.starts import record_ended
 from pretrain.trackers import check_trackers
 from pretrain.trainer import Trainer
 from pretrain.watchdog import Watchdog
+from untrusted.numbers import counted, number
 
 log = logging.getLogger("transxssm")
 
@@ -63,7 +65,8 @@ def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watch
         log.info("nothing to do: %s is the end of the run", start.folder)
         return None
     begin_log()
-    from_rank_0(lambda: record_start(config, launch.world_size))
+    first_step = 0 if start is None else int(start.folder.name.removeprefix("step-"))
+    from_rank_0(lambda: record_start(config, launch.world_size, first_step))
     from_rank_0(lambda: record_saves(config))
     from_rank_0(lambda: keep_tokenizer(data, Path(config.logging.run_dir)))
     watchdog.at("building the model")
@@ -88,7 +91,12 @@ def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watch
         load_weights(config, data, trainer.zero)
         log.info("beginning with the weights of %s", config.checkpoint.load_weights_only)
     stop.outlive_signals()
-    return trainer.run()
+    reason = trainer.run()
+    if reason is None:
+        record_ended("done", f"step {trainer.step:,} of {config.total_steps:,}", step=trainer.step)
+    else:
+        record_ended("stopped", f"{reason}, all saved", step=trainer.step)
+    return reason
 
 
 def _watch_time_left(margin: float) -> None:
@@ -107,9 +115,9 @@ def _watch_time_left(margin: float) -> None:
 def _tell_of_layout(config: Config, launch: Launch, device: torch.device) -> None:
     parallel, data_parallel = config.parallel, config.data_parallel(launch.world_size)
     log.info(
-        "%s parameters, %d ranks: tensor %d × context %d × data %d × pipeline %d, ZeRO %d, %s, %s",
-        f"{config.model.num_params()['total']:,}",
-        launch.world_size,
+        "%s parameters, %s: tensor %d × context %d × data %d × pipeline %d, ZeRO %d, %s, %s",
+        number(config.model.num_params()["total"]),
+        counted(launch.world_size, "rank"),
         parallel.tensor,
         parallel.context,
         data_parallel,
@@ -119,9 +127,10 @@ def _tell_of_layout(config: Config, launch: Launch, device: torch.device) -> Non
         device.type,
     )
     top = topology(parallel, data_parallel, launch.ranks_per_node or launch.world_size)
+    per_node = launch.ranks_per_node
     if launch.rank == 0 and (reach := top.nodes_of_a_group("tensor")) > 1:
         log.warning(
-            "parallel.tensor=%d reaches over %d nodes of %d ranks: every layer waits for the "
+            "parallel.tensor=%d reaches over %d nodes of %s: every layer waits for the "
             "network; use a parallel.tensor that divides %d",
-            *(parallel.tensor, reach, launch.ranks_per_node, launch.ranks_per_node),
+            *(parallel.tensor, reach, counted(per_node, "rank"), per_node),
         )

@@ -6,6 +6,7 @@ from parallel.split import layer_chunks
 from parallel.topology import AXES, Topology, topology
 from pretrain.config import Config
 from pretrain.console import whole_console
+from untrusted.numbers import counted
 
 
 def print_layout(config: Config, nodes: int, gpus_per_node: int) -> None:
@@ -17,7 +18,9 @@ def print_layout(config: Config, nodes: int, gpus_per_node: int) -> None:
     top = topology(config.parallel, config.data_parallel(world_size), gpus_per_node)
     sizes = " × ".join(f"{axis} {getattr(top, axis)}" for axis in AXES)
     console = whole_console()
-    console.print(f"{world_size} ranks on {nodes} nodes: {sizes}, tensor fastest")
+    console.print(
+        f"{counted(world_size, 'rank')} on {counted(nodes, 'node')}: {sizes}, tensor fastest"
+    )
     console.print(_rank_map(top))
     chunks = layer_chunks(config.model, config.parallel, max(config.seq_lens))
     for stage in range(top.pipeline):

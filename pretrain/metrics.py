@@ -21,6 +21,7 @@ from pretrain.records import METRICS
 from pretrain.trackers import Tracker
 from untrusted.errors import RecordError, UntrustedError
 from untrusted.files import check_place, open_regular, write_durably
+from untrusted.numbers import counted, number
 from untrusted.records import MAX_LINE_BYTES, parse_json
 from untrusted.secrets import redact
 
@@ -105,13 +106,13 @@ class MetricsWriter:
 
         None stands for what is not finite, which JSON has no word for.
         """
+        line = _line(metrics)
         metrics = {name: value if _finite(value) else None for name, value in metrics.items()}
         self._write_line(json.dumps(metrics, allow_nan=False).encode() + b"\n")
         step = metrics["step"]
         self._spare_the_run("TensorBoard", lambda: self._add_scalars(metrics))
         for tracker in self.trackers:
             self._spare_the_run(type(tracker).__name__, partial(tracker.write, metrics))
-        line = _line(metrics)
         self._show_progress(
             partial(self.progress.update, self.task, completed=step, description=line)
         )
@@ -252,20 +253,21 @@ def _entries_before(path: Path, first_step: int) -> bytes:
         copy = path.with_name("metrics.damaged.jsonl")
         copy.unlink(missing_ok=True)
         shutil.copyfile(path, copy)
-        log.warning("%s (%d such lines; %s is a copy of the file)", faults[0], len(faults), copy)
+        lines = counted(len(faults), "such line")
+        log.warning("%s (%s in all; %s is a copy of the file)", faults[0], lines, copy)
     return b"".join(kept)
 
 
 def _line(metrics: dict[str, Any]) -> str:
-    loss = "none" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
-    norm = "none" if metrics["grad_norm"] is None else f"{metrics['grad_norm']:.3f}"
+    loss = "no loss" if metrics["loss"] is None else f"loss {number(metrics['loss'], 5)}"
+    norm = "no gradient" if metrics["grad_norm"] is None else f"grad {number(metrics['grad_norm'])}"
     text = (
-        f"step {metrics['step']}  loss {loss}  grad {norm}  "
-        f"lr {metrics['lr']:.2e}  {metrics['tokens_per_second']:,.0f} tok/s  "
-        f"{metrics['memory_bytes'] / 2**30:.1f} GiB"
+        f"step {number(metrics['step'])}  {loss}  {norm}  lr {metrics['lr']:.2e}  "
+        f"{number(metrics['tokens_per_second'])} tok/s  "
+        f"{number(metrics['memory_bytes'] / 2**30, 3)} GiB"
     )
     if metrics.get("validation_loss") is not None:
-        text += f"  validation {metrics['validation_loss']:.4f}"
+        text += f"  validation {number(metrics['validation_loss'], 5)}"
     return text
 
 

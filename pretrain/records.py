@@ -1,7 +1,7 @@
 """What a run directory holds, in types: metrics, events, starts, samples left out, checkpoints."""
 
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
@@ -25,6 +25,11 @@ METRICS: TypeAdapter[Metrics] = TypeAdapter(
 )
 
 
+How = Literal["done", "stopped", "failed"]
+"""How a start ended: at the run's last step, when asked to (a signal, or the end of a job's time),
+or by an error."""
+
+
 class Event(TypedDict):
     """A line of events.jsonl; it may hold more."""
 
@@ -34,6 +39,11 @@ class Event(TypedDict):
     time: NotRequired[str]
     step: NotRequired[Count]
     said: NotRequired[str]
+    how: NotRequired[How]
+    """Of an "end"."""
+    host: NotRequired[str]
+    """Of a "start": where rank 0 runs, and its process there."""
+    pid: NotRequired[Count]
 
 
 class Start(TypedDict):

@@ -16,6 +16,8 @@ from typing import Any
 
 import matplotlib
 
+from untrusted.numbers import number
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,6 +28,8 @@ from pretrain.bad_steps import EVENTS
 from pretrain.config import Config, ConfigError, load_config
 from pretrain.console import literal, shown
 from pretrain.records import EVENT, METRICS, Event, Metrics, Start, read_starts
+from pretrain.run_dir import check_run
+from pretrain.starts import how_ended, last_start
 from untrusted.errors import UntrustedError
 from untrusted.files import write_durably
 from untrusted.records import T, read_json_lines
@@ -91,8 +95,7 @@ def read_record(run_dir: Path) -> Record:
 
     Raises ConfigError where there is no run, or none of its steps.
     """
-    if not (run_dir / "config.toml").exists():
-        raise ConfigError(f"{run_dir}: no run directory, there is no config.toml")
+    check_run(run_dir)
     config = load_config(run_dir / "config.toml")
     steps = _lines(run_dir / "metrics.jsonl", METRICS)
     if not steps:
@@ -288,25 +291,23 @@ def facts(record: Record) -> dict[str, str]:
     seconds = {name: record.total(name) for name in PHASES}
     whole = sum(seconds.values()) or 1.0
     rates = [rate for line in record.steps[-100:] if (rate := line.get("tokens_per_second"))]
+    _, end = last_start(record.events)
     found = {
-        "step": f"{last['step']:,} of {total:,}",
-        "tokens": f"{last.get('tokens') or 0:,}",
-        "parameters": f"{record.config.model.num_params()['total']:,}",
-        "training loss": _number(last.get("loss"), ".4f"),
-        "validation loss": f"{evaluated[-1]:.4f}" if evaluated else "",
-        "tokens/s": _number(sum(rates) / len(rates) if rates else None, ",.0f"),
-        "starts": str(len(record.starts)),
-        "updates skipped": str(last.get("skipped_updates", 0)),
-        "rollbacks": str(last.get("rollbacks", 0)),
+        "step": f"{number(last['step'])} of {number(total)}",
+        "tokens": number(last.get("tokens") or 0),
+        "parameters": number(record.config.model.num_params()["total"]),
+        "training loss": number(last.get("loss"), 5),
+        "validation loss": number(evaluated[-1], 5) if evaluated else "",
+        "tokens/s": number(sum(rates) / len(rates) if rates else None),
+        "starts": number(len(record.starts)),
+        "last start": "" if end is None else f"{how_ended(end)}, {end.get('time', '')}",
+        "updates skipped": number(last.get("skipped_updates", 0)),
+        "rollbacks": number(last.get("rollbacks", 0)),
         "time in forward and backward": f"{seconds['time_forward_backward'] / whole:.1%}",
         "waiting for data": f"{seconds['time_data'] / whole:.2%}",
         "checkpoint stall": f"{seconds['time_checkpoint'] / whole:.2%}",
     }
     return {name: value for name, value in found.items() if value}
-
-
-def _number(value: float | None, form: str) -> str:
-    return "none" if value is None else f"{value:{form}}"
 
 
 def table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:

@@ -26,8 +26,10 @@ from pretrain.config import Config, ConfigError
 from pretrain.console import LogFormatter
 from pretrain.credentials import dump_recorded
 from pretrain.records import read_starts
+from pretrain.starts import record_began
 from untrusted.errors import UntrustedError
 from untrusted.files import check_place, write_durably
+from untrusted.numbers import counted
 from untrusted.secrets import redact_arguments
 
 log = logging.getLogger("transxssm")
@@ -46,6 +48,14 @@ def lock_run(run_dir: Path) -> None:
         run_lock.hold(run_dir)
 
 
+def check_run(run_dir: Path) -> None:
+    """Raise ConfigError when `run_dir` is no run directory."""
+    if not (run_dir / "config.toml").exists():
+        near = Path("runs") / run_dir
+        hint = f"; there is one in {near}" if (near / "config.toml").exists() else ""
+        raise ConfigError(f"{run_dir}: no run directory, there is no config.toml{hint}")
+
+
 def start_log(run_dir: Path, rank: int) -> None:
     """Begin, or go on with, this rank's log file; rank 0 also reports on the console.
 
@@ -58,8 +68,9 @@ def start_log(run_dir: Path, rank: int) -> None:
         _add_handlers(run_dir / "logs" / f"rank-{rank}.log", console=rank == 0)
 
 
-def record_start(config: Config, world_size: int) -> None:
-    """Rank 0's record of configuration and environment, once the run is known to begin.
+def record_start(config: Config, world_size: int, step: int = 0) -> None:
+    """Record configuration, environment and the start itself, once the run is known to begin after
+    `step`. Rank 0 only.
 
     Raises ConfigError when the run directory cannot be written, UnsafeFileError for a folder or
     device in the place of a file of its record.
@@ -70,7 +81,14 @@ def record_start(config: Config, world_size: int) -> None:
     with _writing(run_dir):
         (run_dir / "logs" / failure.FILE).unlink(missing_ok=True)  # of an earlier start
         write_durably(run_dir / "config.toml", dump_recorded(config).encode())
-        _record_environment(run_dir / "environment.json", world_size)
+        revision = git_revision()
+        _record_environment(run_dir / "environment.json", world_size, revision)
+    record_began(run_dir, step, began_message(step, world_size, revision))
+
+
+def began_message(step: int, world_size: int, revision: str) -> str:
+    """Return the text of a start's event."""
+    return f"begins after step {step} on {counted(world_size, 'rank')}, {revision or 'no revision'}"
 
 
 @contextmanager
@@ -153,7 +171,7 @@ def _report_once(place: str) -> Callable[[logging.LogRecord], None]:
     return report
 
 
-def _record_environment(path: Path, world_size: int) -> None:
+def _record_environment(path: Path, world_size: int, revision: str) -> None:
     """Append what this start ran on: a requeued run may meet other machines and versions."""
     starts: list[Any] = []
     try:
@@ -170,7 +188,7 @@ def _record_environment(path: Path, world_size: int) -> None:
             "platform": platform.platform(),
             "python": platform.python_version(),
             "world_size": world_size,
-            "git_revision": git_revision(),
+            "git_revision": revision,
             "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
             "packages": installed_packages(),
         }

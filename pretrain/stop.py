@@ -15,8 +15,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 log = logging.getLogger("transxssm")
 
@@ -32,6 +33,7 @@ SECONDS_TO_CONNECT = 5.0  # to the launcher's store
 _reason: str | None = None
 _outlived = False
 _listening = False
+_report: Callable[[Literal["stopped", "failed"], str], None] | None = None
 
 
 def requested() -> str | None:
@@ -43,6 +45,18 @@ def request(reason: str) -> None:
     """Ask this rank to stop; the first reason stands."""
     global _reason
     _reason = _reason or reason
+
+
+def on_exit(report: Callable[[Literal["stopped", "failed"], str], None]) -> None:
+    """Call `report` with how and why before this module ends the process at once."""
+    global _report
+    _report = report
+
+
+def _tell(how: Literal["stopped", "failed"], why: str) -> None:
+    if _report is not None:
+        with contextlib.suppress(Exception):  # the process ends all the same
+            _report(how, why)
 
 
 def listen() -> None:
@@ -77,6 +91,7 @@ def _take(number: int, _: FrameType | None) -> None:
         when = "again, without saving" if interrupted_again else "before there was anything to save"
         with contextlib.suppress(OSError):
             os.write(2, f"stopped by {name} {when}; run the same command again\n".encode())
+        _tell("stopped", f"{name} {when}")
         os._exit(REQUEUE if number == signal.SIGUSR1 else 128 + number)
     request(signal.Signals(number).name)
 
@@ -110,6 +125,7 @@ def end_without_memory() -> NoReturn:
     """Say so, and exit with 1; without allocating."""
     with contextlib.suppress(OSError):
         os.write(2, _NO_MEMORY_LINE)
+    _tell("failed", NO_MEMORY)
     os._exit(1)
 
 

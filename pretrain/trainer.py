@@ -44,17 +44,19 @@ from pretrain.lost_checkpoints import record_saves
 from pretrain.lr import learning_rate
 from pretrain.metrics import MetricsWriter, peak_memory
 from pretrain.resume import go_back, newest_sound
-from pretrain.run_dir import git_revision, package_versions
+from pretrain.run_dir import began_message, git_revision, package_versions
 from pretrain.stage import configured_optimizer
 from pretrain.stragglers import Stragglers
 from pretrain.timing import Stopwatch, profiled
 from pretrain.trackers import open_trackers
 from pretrain.validation import validate
+from untrusted.errors import UserError
+from untrusted.numbers import counted
 
 log = logging.getLogger("transxssm")
 
 
-class TrainingError(Exception):
+class TrainingError(UserError):
     """Training cannot go on; the message says why and what to do."""
 
 
@@ -119,6 +121,9 @@ class Trainer:
         total = self.config.total_steps
         self.windows = merged(self.windows, from_rank_0(lambda: read_windows(self.run_dir)))
         batches, writer = self.batches(), self._writer()
+        if writer is not None:
+            began = began_message(self._written(), dist.get_world_size(), self.revision)
+            writer.text("events/starts", began, self._written())
         try:
             while self.step < total or self.unwritten is not None:
                 self.saver.poll()
@@ -150,8 +155,7 @@ class Trainer:
             if self.step > self.saved_step:  # the last steps were passed over
                 self.save()
             self.saver.drain()
-        except TrainingError as error:  # which all ranks raise alike
-            log.error("%s", error)
+        except TrainingError:  # which all ranks raise alike
             self.saver.drain()
             raise
         finally:
@@ -160,14 +164,15 @@ class Trainer:
                 tracker.close()
             if writer is not None:
                 writer.close()
-        log.info("done: %d steps, checkpoint %s", self.step, self.config.checkpoint_dir)
+        made = counted(self.step, "step")
+        log.info("done: %s, checkpoint %s", made, self.config.checkpoint_dir)
         return None
 
     def _writer(self) -> MetricsWriter | None:
         """Of rank 0, from the present step on."""
         if dist.get_rank() != 0:
             return None
-        written = self.step - (self.unwritten is not None)
+        written = self._written()
         logging_ = self.config.logging
         writer = MetricsWriter(
             self.run_dir,
@@ -178,10 +183,11 @@ class Trainer:
             self.trackers,
         )
         writer.text("run/config", f"```toml\n{dump_recorded(self.config)}```", written)
-        began = f"begins after step {written} on {dist.get_world_size()} ranks, {self.revision}"
-        writer.text("events/starts", began, written)
-        record_event(self.run_dir, "start", step=written, said=began)
         return writer
+
+    def _written(self) -> int:
+        """Return the last step whose metrics are recorded."""
+        return self.step - (self.unwritten is not None)
 
     def stop_early(self) -> str:
         """Save what is not saved, and wait for it. A collective; returns the reason."""
@@ -323,9 +329,9 @@ class Trainer:
             before = ", ".join(f"[{first}, {end})" for first, end in self.windows)
             raise TrainingError(
                 f"{report} (samples [{window[0]}, {window[1]})). The run has gone back "
-                f"{len(self.windows)} times, as often as training.max_rollbacks allows, and passed "
-                f"over the samples {before or 'of none'}; {advice}. {EVENTS} in {self.run_dir} has "
-                "every event"
+                f"{counted(len(self.windows), 'time')}, as often as training.max_rollbacks allows, "
+                f"and passed over the samples {before or 'of none'}; {advice}. {EVENTS} in "
+                f"{self.run_dir} has every event"
             )
         self.progress("going back")
         self.saver.drain()

@@ -28,6 +28,8 @@ from parallel.launch import Launch, host_name
 from parallel.rendezvous import connect
 from pretrain import failure, stop
 from pretrain.console import shown
+from pretrain.starts import record_ended
+from untrusted.errors import UserError
 
 log = logging.getLogger("transxssm")
 
@@ -41,7 +43,7 @@ SECONDS_TO_ANSWER = 10.0  # after which the store's host is taken for gone
 SOURCE = str(Path(__file__).resolve().parents[1]) + os.sep
 
 
-class RankLost(Exception):
+class RankLost(UserError):
     """Ranks ended, or stopped, without a word; the message names them and their hosts."""
 
 
@@ -135,7 +137,8 @@ class Watchdog:
         if self._store is not None and self._is_first("hang"):
             report = f"{place}: {self._diagnosis()}"
             failure.announce(self.logs, report, self.started)
-            _say(f"error: {report}")
+            if self.launch.rank:  # rank 0 does so when it ends
+                _say(f"error: {report}")
             self._end_all(HUNG, report)
             self._obey(HUNG, report)
         elif self._store is not None:  # who was first tells
@@ -149,15 +152,24 @@ class Watchdog:
         self._hangs = code == HUNG
         if code != HUNG and self._main_thread_ends():
             return
-        log.error("%s", message)
+        self._report(message)
         if code == HUNG:
             faulthandler.cancel_dump_traceback_later()
             faulthandler.dump_traceback(file=self._stacks, all_threads=True)
             self._wait_for_stacks()
         elif self.launch.rank:
             _say(f"error: stopped because another rank failed: {message}")
+        record_ended("failed", message)
         logging.shutdown()
         os._exit(code)
+
+    def _report(self, message: str) -> None:
+        """Write an error to this rank's log and, on rank 0, once to standard error."""
+        for handler in log.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": message}))
+        if self.launch.rank == 0:
+            _say(f"error: {message}")
 
     def _main_thread_ends(self) -> bool:
         """By itself, having noticed, too."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from textwrap import shorten
 from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from parallel import bounds
 from pretrain.console import print_json, say, warn, whole_console
+from untrusted.numbers import number
 from untrusted.text import printable, printable_lines
 
 if TYPE_CHECKING:
@@ -28,9 +30,8 @@ WATCH_SECONDS = 2.0
 LONGEST = 1e10  # seconds that are shown
 LOG_BLOCK = 1 << 20  # bytes
 MOST_JOBS = 4_000_000  # of an array, in Slurm
-ENDED = ("finished", "failed", "stopped")
 LARGEST_LOSS = 1e100  # that is drawn, as in reports
-LARGEST_SHOWN = 1e9  # digit by digit
+ENDED_WIDTH = 60  # letters of how a run ended, in the table of runs
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -47,7 +48,12 @@ def submit(
     ] = None,
     tasks_per_node: Annotated[
         int | None,
-        typer.Option(min=1, max=bounds.RANKS_PER_NODE, help="[as many as GPUs, or 1]"),
+        typer.Option(
+            min=1,
+            max=bounds.RANKS_PER_NODE,
+            help="Processes of a node.",
+            show_default="as many as GPUs, or 1",
+        ),
     ] = None,
     constraint: Annotated[str | None, typer.Option()] = None,
     exclude: Annotated[str, typer.Option(help="Nodes not to use.")] = "",
@@ -114,9 +120,12 @@ def runs(
     from slurm.jobs import known_jobs
     from slurm.runs import find_runs, run_status
 
+    run_dirs = find_runs(folder)
     jobs, found = known_jobs(), []
-    table = Table("run", "job", "state", "step", "loss", "tokens/s", "starts", "left", "limit")
-    for run_dir in find_runs(folder):
+    table = Table(
+        "run", "job", "state", "step", "loss", "tokens/s", "starts", "left", "limit", "ended"
+    )
+    for run_dir in run_dirs:
         try:
             status = run_status(run_dir, jobs)
             row = _row(status)
@@ -136,12 +145,19 @@ def _row(status: "RunStatus") -> list[str]:
     """Cells of a run, in the table of runs."""
     cells = (
         status.run_dir, status.job_id or "", status.state,
-        f"{status.step:,} of {status.total_steps:,}",
-        _figure(status.loss, ".4f"),
-        _figure(status.tokens_per_second, ",.0f"),
-        str(status.starts), _duration(status.seconds_left), status.job_time_left,
+        f"{number(status.step)} of {_total_steps(status)}",
+        "" if status.loss is None else number(status.loss, 5),
+        "" if status.tokens_per_second is None else number(status.tokens_per_second),
+        number(status.starts), _duration(status.seconds_left), status.job_time_left,
+        shorten(status.ended or "", ENDED_WIDTH),
     )  # fmt: skip
     return [printable(cell) for cell in cells]
+
+
+def _total_steps(status: "RunStatus") -> str:
+    """A later start may be configured for fewer steps than the run has made."""
+    fewer = status.step > status.total_steps
+    return f"{number(status.total_steps)}{' (now configured)' if fewer else ''}"
 
 
 def _warn(*sentences: str) -> None:
@@ -155,7 +171,7 @@ def status(
     json_output: Json = False,
 ) -> None:
     """How a run is doing."""
-    from slurm.runs import run_status
+    from slurm.runs import OVER, run_status
 
     if json_output:
         print_json(asdict(run_status(run)))
@@ -168,14 +184,22 @@ def status(
         while True:
             found = run_status(run)
             live.update(_status_table(found), refresh=True)
-            if found.state in ENDED:
+            if found.state in OVER:
                 return
             time.sleep(WATCH_SECONDS)
 
 
 def _status_table(found: "RunStatus") -> Table:
     table = Table("name", "value", show_header=False, box=None)
+    rate = found.tokens_per_second
     fields = asdict(found) | {
+        "starts": number(found.starts),
+        "step": number(found.step),
+        "total_steps": _total_steps(found),
+        "loss": number(found.loss, 5),
+        "tokens_per_second": "" if rate is None else number(rate),
+        "skipped_updates": number(found.skipped_updates),
+        "rollbacks": number(found.rollbacks),
         "seconds_left": _duration(found.seconds_left),
         "recent_losses": _sparkline(found.recent_losses),
         "damaged": "\n".join(found.damaged),
@@ -201,18 +225,15 @@ def _sparkline(values: list[float]) -> str:
 def logs(
     run: Run,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing.")] = False,
-    rank: Annotated[int | None, typer.Option(min=0, help="This rank's log instead.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Print this rank's log instead.")] = None,
 ) -> None:
-    """Print what the run's newest job, or one rank, has written."""
-    from pretrain.config import ConfigError
-    from untrusted.files import open_regular
+    """Print the log of the run's newest job or, without Slurm, of rank 0.
 
-    def newest() -> Path:
-        found = [run / f"logs/rank-{rank}.log"] if rank is not None else list(run.glob("job-*.log"))
-        found = [path for path in found if path.is_file()]
-        if not found:
-            raise ConfigError(f"{run}: nothing is logged yet; see transxssm status {run}")
-        return max(found, key=lambda path: path.stat().st_mtime)
+    --rank N prints the log of another rank.
+    """
+    from pretrain.config import ConfigError
+    from slurm.runs import newest_log
+    from untrusted.files import open_regular
 
     def blocks(file: IO[bytes], begin: int, path: Path) -> Iterator[bytes]:
         try:
@@ -224,7 +245,7 @@ def logs(
                 f"{path} cannot be read ({error.strerror}); look at the file and its file system"
             ) from error
 
-    path, at, decoder = newest(), 0, _decoder()
+    path, at, decoder = newest_log(run, rank), 0, _decoder()
     while True:
         with open_regular(path, follow_link=True) as file:
             for block in blocks(file, at, path):
@@ -235,7 +256,7 @@ def logs(
         if not follow:
             return
         time.sleep(0.5)
-        if (latest := newest()) != path:
+        if (latest := newest_log(run, rank)) != path:
             path, at, decoder = latest, 0, _decoder()
 
 
@@ -247,8 +268,11 @@ def _decoder() -> io.IncrementalNewlineDecoder:
 def cancel(run: Run) -> None:
     """Cancel a run's jobs. What is saved stays; `submit` goes on from it."""
     from pretrain.config import ConfigError
-    from slurm.jobs import JobLog, active_jobs, slurm
+    from pretrain.run_dir import check_run
+    from slurm.jobs import JOBS, JobLog, active_jobs, slurm
 
+    if not (run / JOBS).exists():
+        check_run(run)
     record, jobs = JobLog(run), active_jobs()
     _warn(*record.faults)
     found = [job_id for job_id in record.job_ids if job_id in jobs]
@@ -256,13 +280,6 @@ def cancel(run: Run) -> None:
         raise ConfigError(f"{run}: no job of it waits or runs")
     slurm("scancel", *found)
     say(f"cancelled {', '.join(found)}")
-
-
-def _figure(value: float | None, form: str) -> str:
-    """Of usual size in `form`, else short, too."""
-    if value is None:
-        return ""
-    return f"{value:{form}}" if abs(value) < LARGEST_SHOWN else f"{value:.3g}"
 
 
 def _duration(seconds: float | None) -> str:

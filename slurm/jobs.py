@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from pretrain.console import warn
 from untrusted.commands import run_bounded
+from untrusted.errors import UserError
 from untrusted.files import check_place
 from untrusted.records import read_json_lines
 from untrusted.text import printable
@@ -37,7 +38,7 @@ class JobEntry(TypedDict):
 JOB_ENTRY = TypeAdapter(JobEntry)
 
 
-class SlurmError(Exception):
+class SlurmError(UserError):
     """Slurm is absent, or refuses; the message has its own words."""
 
 

@@ -34,6 +34,7 @@ from pretrain import stop
 from pretrain.config import Config
 from pretrain.console import shown
 from pretrain.run_dir import git_revision, package_versions
+from untrusted.errors import UserError
 from untrusted.files import write_durably
 from untrusted.text import printable
 
@@ -51,7 +52,7 @@ GPU_QUERY = (
 GPU_MEMORY_USED = 2048  # MiB, of whom else?
 
 
-class PreflightError(Exception):
+class PreflightError(UserError):
     """The job cannot run on any of these nodes as they are."""
 
 

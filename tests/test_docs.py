@@ -37,6 +37,7 @@ ELSEWHERE = {
     "make demo": "../Makefile",
     "make setup": "../.ci/run",
     "make test": "../.ci/run",
+    "make lint": "../.ci/run",
     "transxssm kernels bench": "benchmarks/test_kernels.py",
     "transxssm kernels tune": "kernels/test_tuning.py",
     "tensorboard": "pretrain/test_metrics.py",  # reads the files that it would show

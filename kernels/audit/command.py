@@ -15,7 +15,9 @@ from kernels.audit.compiling import TARGETS, available_targets
 from kernels.audit.report import resource_table, traffic_table
 from kernels.audit.rules import Verdict, Violation, judge
 from kernels.audit.sheet import Sheet, fill
+from kernels.errors import KernelsError
 from kernels.target import interpreting
+from untrusted.numbers import counted
 
 CHANGES_SHOWN = 40
 PIPE_WIDTH = 4096  # nothing is abbreviated where no terminal sets a width
@@ -27,16 +29,16 @@ def audit(targets: list[str], update: bool, json_file: Path | None) -> int:
     update: accept what was found as the golden numbers, and rewrite the page that shows them.
     json_file: also write the sheet there.
 
-    Returns the exit code, 1 when a violation is not among those accepted. Raises ValueError for an
-    unknown target, and under TRITON_INTERPRET.
+    Returns the exit code, 1 when a violation is not among those accepted. Raises KernelsError for
+    an unknown target, and under TRITON_INTERPRET.
     """
     if interpreting():
-        raise ValueError("TRITON_INTERPRET is set: unset it, so that kernels compile")
+        raise KernelsError("TRITON_INTERPRET is set: unset it, so that kernels compile")
     available = available_targets()
     for name in targets:
         if name not in available:
             known = "one of" if name not in TARGETS else "this Triton has only"
-            raise ValueError(f"target {name!r}: expected {known} {', '.join(available)}")
+            raise KernelsError(f"target {name!r}: expected {known} {', '.join(available)}")
     targets = targets or available
     names = [case.name for case in cases()]
     with Progress(console=Console(stderr=True)) as bar:
@@ -60,9 +62,9 @@ def audit(targets: list[str], update: bool, json_file: Path | None) -> int:
         json_file.write_text(json.dumps(_plain(sheet, verdict, changes), indent=1))
     for line in _findings(verdict, changes):
         console.print(line)
-    compiled = f"{len(sheet.rows)} kernels for {', '.join(targets)}"
+    compiled = f"{counted(len(sheet.rows), 'kernel')} for {', '.join(targets)}"
     accepted = f"{len(verdict.accepted)} accepted for a stated reason"
-    console.print(f"{compiled}: {len(verdict.refused)} violations, {accepted}")
+    console.print(f"{compiled}: {counted(len(verdict.refused), 'violation')}, {accepted}")
     return 1 if verdict.refused or verdict.stale else 0
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import triton
 
+from kernels.errors import KernelsError
 from kernels.target import Target
 from untrusted.errors import UnsafeFileError
 from untrusted.files import read_regular, write_durably
@@ -42,7 +43,7 @@ def tile(
     """The tile of a scan; chunk_size is an upper bound of its chunk, 0 none.
 
     Results do not depend on a chunk's length, and longer ones than are chosen here fit neither
-    registers nor shared memory. Raises ValueError for a bad file in TRANSXSSM_TILES.
+    registers nor shared memory. Raises KernelsError for a bad file in TRANSXSSM_TILES.
     """
     choice = (
         _forced
@@ -97,33 +98,35 @@ def key(target: Target, dtype: torch.dtype, head_dim: int, state_dim: int) -> st
 
 
 def tuned_tiles() -> dict[str, Tile]:
-    """Those of the file that TRANSXSSM_TILES names, by key. Raises ValueError for a bad one."""
+    """Those of the file that TRANSXSSM_TILES names, by key. Raises KernelsError for a bad one."""
     path = os.environ.get(VARIABLE)
     return read_tiles(Path(path)) if path else {}
 
 
 @lru_cache
 def read_tiles(path: Path) -> dict[str, Tile]:
-    """Raises ValueError where the file is not one of tiles or was made by another Triton."""
+    """Raises KernelsError where the file is not one of tiles or was made by another Triton."""
     again = "make it anew: transxssm kernels tune --output FILE"
     try:
         content = json.loads(read_regular(path, MAX_BYTES, follow_link=True))
         version, tiles = content["triton"], content["tiles"]
         found = {name: Tile(**tile) for name, tile in tiles.items()}
     except OSError as error:
-        raise ValueError(f"{VARIABLE}: cannot read {path}: {error.strerror}") from error
+        raise KernelsError(f"{VARIABLE}: cannot read {path}: {error.strerror}") from error
     except UnsafeFileError as error:
-        raise ValueError(f"{VARIABLE}: {error}") from error
+        raise KernelsError(f"{VARIABLE}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{VARIABLE}: {path} is not a file of tiles ({error}); {again}") from error
+        raise KernelsError(
+            f"{VARIABLE}: {path} is not a file of tiles ({error}); {again}"
+        ) from error
     if version != triton.__version__:
-        raise ValueError(
+        raise KernelsError(
             f"{VARIABLE}: {path} was made with Triton {version}, this is {triton.__version__};"
             f" {again}"
         )
     for name, choice in found.items():
         if fault := _fault(choice, name):
-            raise ValueError(f"{VARIABLE}: {path}: {name}: {fault}; {again}")
+            raise KernelsError(f"{VARIABLE}: {path}: {name}: {fault}; {again}")
     return found
 
 

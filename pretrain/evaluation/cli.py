@@ -45,7 +45,7 @@ def evaluate(
     max_length: Annotated[
         int,
         typer.Option(
-            min=0, max=bounds.LENGTH, help="Tokens of a row [0: as the model is meant for]."
+            min=0, max=bounds.LENGTH, help="Tokens of a row; 0: as many as the model is meant for."
         ),
     ] = 0,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights.")] = "fp32",

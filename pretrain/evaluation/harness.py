@@ -18,6 +18,7 @@ from checkpoints_tools.single_gpu import ModelError
 from pretrain.evaluation.models import ExportedModel, Model
 from pretrain.evaluation.rows import Row, score_rows, text_rows
 from pretrain.generate import TextStream, generate
+from untrusted.numbers import counted
 
 
 class HarnessModel(TemplateLM):
@@ -44,8 +45,8 @@ class HarnessModel(TemplateLM):
             whole = [*(context or [self.eot_token_id]), *continuation]
             if len(continuation) > self.model.max_length:
                 raise ModelError(
-                    f"a task asks for {len(continuation)} tokens at once, and the model takes "
-                    f"{self.model.max_length}; use a larger --max-length"
+                    f"a task asks for {counted(len(continuation), 'token')} at once, and the model "
+                    f"takes {self.model.max_length}; use a larger --max-length"
                 )
             whole = whole[-self.model.max_length - 1 :]
             rows.append(Row(whole, range(len(whole) - len(continuation), len(whole))))

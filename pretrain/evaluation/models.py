@@ -24,6 +24,7 @@ from parallel.sums import Key, sums_by
 from pretrain.config import ConfigError, check_layout
 from pretrain.evaluation.scores import token_bytes
 from pretrain.generate import END_OF_TEXT, load_tokenizer
+from untrusted.numbers import counted
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS_AT_ONCE = 1 << 13  # of one rank; a longer row comes alone
@@ -193,12 +194,9 @@ def evaluation_layout(
     if world_size % (ranks := math.prod(sizes.values())):
         named = " × ".join(f"{name} {size}" for name, size in sizes.items())
         raise ConfigError(
-            f"a layout of {named} = {ranks} ranks does not divide the {world_size} of this job; "
-            f"start a multiple of {ranks}"
+            f"a layout of {named} = {counted(ranks, 'rank')} does not divide the {world_size} of "
+            f"this job; start a multiple of {ranks}"
         )
     parallel = ParallelConfig.model_validate(sizes)
-    try:
-        check_layout(model, parallel)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    check_layout(model, parallel)
     return parallel

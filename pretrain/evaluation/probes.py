@@ -14,6 +14,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pretrain.config import ConfigError
 from pretrain.evaluation.models import Model
 from pretrain.evaluation.rows import Row, score_rows
 from pretrain.evaluation.scores import Scores
@@ -45,7 +46,7 @@ def lengths_to(longest: int, shortest: int = SHORTEST) -> list[int]:
 
 
 def needle(model: Model, haystack: Sequence[int], *, cases: int, seed: int = 0) -> list[Cell]:
-    """By depth (0: first) and context length in tokens. Raises ValueError for a short haystack."""
+    """By depth (0: first) and context length in tokens. Raises ConfigError for a short haystack."""
     rng = random.Random(seed)
     places: list[tuple[float, int]] = []
     rows: list[tuple[Row, Row]] = []
@@ -70,7 +71,7 @@ def _needle_rows(
     hidden = [*begin, *answer, *end]
     room = length - len(hidden) - len(begin) - len(answer)
     if room < 1 or len(haystack) < length:
-        raise ValueError(
+        raise ConfigError(
             f"a needle in {length} tokens wants more room, or more text than these "
             f"{len(haystack):,} tokens to be hidden in; give more text, or another --max-length"
         )

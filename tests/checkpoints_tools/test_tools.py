@@ -18,6 +18,7 @@ from checkpoints_tools.verify import verify_checkpoint
 from tests.pretrain.command import paragraph, run_command
 
 NEWEST = "step-00000004"
+WIDEST = 300  # columns of what a command prints into a pipe here
 
 
 def told(*words: str | Path, code: int = 0) -> Any:
@@ -45,7 +46,13 @@ def test_list_shows_damaged_checkpoints_as_such(steps: Path) -> None:
     (end,) = run_command("checkpoint", "list", steps)
     assert end.code == 0
     assert end.output.count("damaged: ") == 2
-    assert end.output.count("sound") == 1
+    assert end.output.count("sizes match") == 1
+    flipped_bit(steps / NEWEST)
+    (end,) = run_command("checkpoint", "list", steps)
+    assert end.output.count("sizes match") == 1
+    assert "sound" not in end.output
+    assert "`checkpoint verify --deep` reads every byte" in end.output
+    assert max(map(len, end.output.splitlines())) <= WIDEST
 
 
 def test_inspect_reads_metadata_alone(steps: Path) -> None:
@@ -63,6 +70,11 @@ def test_inspect_reads_metadata_alone(steps: Path) -> None:
     (end,) = run_command("checkpoint", "inspect", steps, "--tensors")
     assert "weight.model.word_embed.weight" in end.output
     assert "[301, 32]" in end.output
+    assert "layout.tensor" in end.output
+    lines = end.output.splitlines()
+    fields = [line for line in lines if line.startswith(("layout.", "versions.", "model."))]
+    assert [line.rstrip() for line in fields] == fields
+    assert max(map(len, lines)) <= WIDEST
 
 
 # -- verify ----------------------------------------------------------------------------------------
@@ -240,7 +252,7 @@ def test_diff_of_two_steps(steps: Path) -> None:
     found = told("diff", a, b)
     assert found["fields"]["step"] == [2, 4]
     assert found["fields"]["samples"] == [16, 32]
-    assert not any(name.startswith("config.") for name in found["fields"])
+    assert not any(name.startswith(("config.", "judge")) for name in found["fields"])
     first, second = stored_tensors(a), stored_tensors(b)
     entries = {entry["name"]: entry for entry in found["tensors"]}
     assert {n for n in first if not first[n].equal(second[n])} == entries.keys() - {
@@ -256,7 +268,8 @@ def test_diff_of_two_steps(steps: Path) -> None:
         assert entry["largest"] == pytest.approx(float((one - other).abs().max()))
         assert entry["elements"] == int((one != other).sum())
     (end,) = run_command("checkpoint", "diff", a, b, "--no-values")
-    assert "fields and 0 of" in end.output
+    assert "and 0 of the shapes of" in end.output
+    assert max(map(len, end.output.splitlines())) <= WIDEST
 
 
 def test_diff_does_not_depend_on_blocks(steps: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ def test_shares_and_kills_do_not_change_a_byte_at_a_url(
     expected = contents(tmp_path / "one")
     for share in (3, 1):
         assert run("three", workers=1, share=(share, 3), merge=False) == {}
-    with pytest.raises(DataError, match="units are not done"):
+    with pytest.raises(DataError, match="not done"):
         run("three", workers=1, share=(1, 3))
     run("three", workers=1, share=(2, 3))
     assert contents(tmp_path / "three") == expected

@@ -161,7 +161,7 @@ def test_job_arrays_do_not_change_a_byte(
     arguments = ([corpus], tokenizer_file, tmp_path / "o", SEQ_LEN)
     for share in (4, 2, 5, 1):
         assert prepare(*arguments, workers=1, share=(share, 5), merge=False, **SMALL) == {}
-    with pytest.raises(DataError, match="units are not done"):
+    with pytest.raises(DataError, match="not done"):
         prepare(*arguments, workers=1, share=(1, 5), merge=True, **SMALL)
     prepare(*arguments, workers=1, share=(3, 5), merge=True, **SMALL)
     assert contents(tmp_path / "o") == expected
@@ -171,7 +171,7 @@ def test_other_work_starts_anew(corpus: Path, tokenizer_file: Path, tmp_path: Pa
     arguments = ([corpus], tokenizer_file, tmp_path / "o")
     prepare(*arguments, 64, workers=1, share=(1, 2), merge=False, **SMALL)
     prepare(*arguments, SEQ_LEN, workers=1, share=(1, 2), merge=False, **SMALL)
-    with pytest.raises(DataError, match="units are not done"):
+    with pytest.raises(DataError, match="not done"):
         prepare(*arguments, 64, workers=1, share=(2, 2), merge=True, **SMALL)
 
 

@@ -71,5 +71,5 @@ def on_two_nodes() -> None:
 def test_tensor_parallel_over_nodes_is_warned_of(tiny_data: Path, tmp_path: Path) -> None:
     path = write_config(tmp_path, tiny_data, parallel={"tensor": 2}, training={"steps": 1})
     said = [end.output for end in run_command("pretrain", path, ranks=2, before=on_two_nodes)]
-    assert "parallel.tensor=2 reaches over 2 nodes of 1 ranks" in said[0]
+    assert "parallel.tensor=2 reaches over 2 nodes of 1 rank" in said[0]
     assert "reaches over" not in said[1]

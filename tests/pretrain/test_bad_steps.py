@@ -70,7 +70,7 @@ def train(
 
 def events(run_dir: Path) -> list[str]:
     found = [json.loads(line)["event"] for line in (run_dir / "events.jsonl").open()]
-    return [event for event in found if event != "start"]
+    return [event for event in found if event not in ("start", "end")]
 
 
 @pytest.mark.parametrize(

@@ -157,12 +157,60 @@ def error_of(path: Path, *words: str) -> str:
         (["--training.steps"], "the override --training.steps lacks a value"),
         (["--training.steps", "--training.seed=3"], "the override --training.steps lacks a value"),
         (["--steps=3"], "unexpected argument '--steps=3'"),
+        (["--steps=3"], "did you mean --training.steps"),
+        (["--training.lr=1"], "unknown field training.lr; the nearest valid name is optimizer.lr"),
+        (["--optimizer.seed=1"], "the nearest valid name is data.seed or training.seed"),
+        (["--model.zero-stage=1"], "the nearest valid name is parallel.zero_stage"),
+        (["--train.lr=1"], "unknown field train.lr; the nearest valid name is optimizer.lr"),
+        (["--training.warmup_fractions=1"], "the nearest valid name is optimizer.warmup_fraction"),
+        (["--training.steps=1e400"], "training.steps=inf: input should be a valid integer"),
+        (["--training.steps=1e9.5"], "training.steps='1e9.5': input should be a valid integer"),
+        (["--logging.tensorboard=maybe"], "logging.tensorboard='maybe': input should be a valid b"),
+        (["--optimizer.betas=0.9"], "optimizer.betas=[0.9]: list should have at least 2"),
         (["training.steps=3"], "unexpected argument 'training.steps=3'"),
     ],
     ids=str,
 )  # fmt: skip
 def test_bad_override_is_named(file: Path, words: list[str], found: str) -> None:
     assert found in error_of(file, *words)
+
+
+TYPED = [
+    ("--logging.tensorboard False", False), ("--logging.tensorboard yes", True),
+    ("--logging.tensorboard 0", False), ("--logging.tensorboard=OFF", False),
+    ("--training.deterministic", True), ("--training.deterministic --training.steps=5", True),
+    ("--training.tokens 1e9", 10**9), ("--training.tokens 2.5E6", 2_500_000),
+    ("--training.tokens 9007199254740993", 2**53 + 1), ("--training.steps 1,000", 1000),
+    ("--training.steps 1_000", 1000), ("--training.seed 007", 7), ("--training.steps 5.0", 5),
+    ("--training.global-batch-size 16", 16), ("--optimizer.lr .5", 0.5), ("--optimizer.lr 1", 1.0),
+    ("--optimizer.lr 3E-4", 3e-4), ("--optimizer.betas 0.8,0.95", [0.8, 0.95]),
+    ("--optimizer.betas (0.8,0.95)", [0.8, 0.95]), ("--logging.profile_steps 3", [3]),
+    ("--parallel.sequence False", False), ("--parallel.sequence auto", "auto"),
+    ("--training.dtype FP32", "fp32"), ("--training.dtype 'bf16'", "bf16"),
+    ("--logging.profile_steps 3,4", [3, 4]), ("--parallel.pipeline_split balanced", "balanced"),
+    ('--model.rope_scaling {"rope_type":"linear","factor":2.0}',
+     {"rope_type": "linear", "factor": 2.0}),
+    ("--data.train 1e9", "1e9"), ("--logging.run_dir True", "True"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("typed", "value"), TYPED, ids=str)
+def test_values_are_taken_as_a_person_types_them(typed: str, value: object, file: Path) -> None:
+    words = typed.split()
+    section, field = words[0].split("=")[0].removeprefix("--").split(".")
+    config = load_config(file, words)
+    found = getattr(getattr(config, section), field.replace("-", "_"))
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_length_on_the_command_line_replaces_that_of_the_file(file: Path) -> None:
+    steps = load_config(file, ["--training.steps=50", "--training.tokens=0"]).training
+    assert (steps.steps, steps.tokens) == (50, 0)
+    assert load_config(file).training.steps
+    tokens = load_config(file, ["--training.tokens", "1e6"]).training
+    assert (tokens.steps, tokens.tokens) == (0, 10**6)
+    both = error_of(file, "--training.tokens=1e6", "--training.steps=3")
+    assert "set exactly one of them" in both
 
 
 def test_every_mistake_is_reported_at_once(file: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +215,90 @@ def test_submitting_again_beside_a_damaged_record(
         assert result.exit_code == 0, result.exception
         assert JobLog(runs / "bad").job_ids[-1] == "14"
         assert str(path) in result.stderr or not content
+
+
+def event(run_dir: Path, name: str, **fields: Any) -> None:
+    with (run_dir / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": "now", "event": name, **fields}) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("events", "state"),
+    [
+        ([("start", {"pid": os.getpid(), "host": platform.node()})], "running"),
+        ([("start", {"pid": 2**22 + 1, "host": platform.node()})], "killed"),
+        ([("start", {"pid": 2**52, "host": platform.node()})], "killed"),
+        ([("start", {"pid": 1, "host": "another"})], "running"),
+        ([("start", {}), ("end", {"how": "stopped", "said": "SIGINT"})], "stopped"),
+        ([("end", {"how": "done"}), ("start", {"pid": 2**22 + 1, "host": platform.node()})],
+         "killed"),
+        ([("end", {"how": "failed", "said": "why"}), ("rollback", {})], "failed"),
+    ],
+)  # fmt: skip
+def test_state_follows_from_how_the_last_start_ended(
+    events: list[tuple[str, dict[str, Any]]],
+    state: str,
+    runs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (runs / "good/logs/first_failure.txt").unlink()
+    for name, fields in events:
+        event(runs / "good", name, **fields)
+    found = run_status(runs / "good", {})
+    assert (found.state, found.damaged) == (state, [])
+    assert found.failure == ("why" if state == "failed" else None)
+    if events[-1] == ("start", {"pid": 1, "host": "another"}):  # and has not written for long
+        for path in (runs / "good").glob("**/*"):
+            os.utime(path, (0, 0))
+        assert run_status(runs / "good", {}).state == "killed"
+
+
+def test_a_later_start_with_fewer_steps_has_no_time_left(runs: Path) -> None:
+    path = runs / "good/config.toml"
+    path.write_text(path.read_text().replace("steps = 6", "steps = 2"))
+    event(runs / "good", "end", how="done", said="step 3 of 2")
+    (runs / "good/jobs.jsonl").unlink()
+    shown = outcome("status", runs / "good").stdout
+    assert "2 (now configured)" in shown
+    assert " left " not in shown
+    assert json.loads(outcome("status", runs / "good", "--json").stdout)["seconds_left"] is None
+
+
+@pytest.mark.parametrize("name", ["nothing", "logs-only", ""])
+def test_runs_of_nothing_is_an_error(
+    name: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "logs-only/logs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "logs-only")
+    words = ["runs", str(tmp_path / name)] if name else ["runs"]
+    for extra in ([], ["--json"]):
+        result = outcome(*words, *extra)
+        assert result.exit_code
+        assert "there is no" in str(result.exception)
+
+
+def test_a_run_named_without_its_folder_is_pointed_out(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs.parent)
+    for command in ("status", "report", "logs", "cancel"):
+        assert "there is one in runs/good" in str(outcome(command, "good").exception)
+    assert "did you mean runs/good" in str(outcome("runs", "good").exception)
+
+
+def test_logs_without_slurm_are_those_of_rank_0(runs: Path) -> None:
+    run_dir = runs / "good"
+    nothing = outcome("logs", run_dir)
+    assert "nothing is logged yet" in str(nothing.exception)
+    for rank in (0, 3):
+        (run_dir / f"logs/rank-{rank}.log").write_text(f"of rank {rank}\n")
+    assert outcome("logs", run_dir).stdout == "of rank 0\n"
+    assert outcome("logs", run_dir, "--rank", "3").stdout == "of rank 3\n"
+    assert "rank 9 has no log" in str(outcome("logs", run_dir, "--rank", "9").exception)
+    (run_dir / "job-12.log").write_text("of the job\n")
+    assert outcome("logs", run_dir).stdout == "of the job\n"
+    os.utime(run_dir / "job-12.log", (1e9, 1e9))  # the run went on without Slurm
+    assert outcome("logs", run_dir).stdout == "of rank 0\n"
 
 
 def test_an_old_configuration_is_named(runs: Path) -> None:

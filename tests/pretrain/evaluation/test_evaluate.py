@@ -117,6 +117,27 @@ def test_every_route_gives_the_same(trained: Path, tiny_data: Path) -> None:
         )
 
 
+def test_checkpoints_that_no_run_saved_are_evaluated(
+    trained: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Imported and averaged ones record no layout."""
+    data = ("--data", tiny_data / "validation", "--limit", "4")
+    steps = sorted((trained / "run/checkpoints").glob("step-*"))[-2:]
+    succeed("checkpoint", "average", *steps, "--out", tmp_path / "average")
+    succeed("checkpoint", "import", trained / "model", tmp_path / "imported")
+    losses = {
+        name: evaluate(path, *data, ranks=ranks)[str(tiny_data / "validation")]["loss"]
+        for name, path, ranks in (
+            ("run", trained / "run", 1),
+            ("imported", tmp_path / "imported", 2),
+            ("average", tmp_path / "average", 1),
+        )
+    }
+    assert losses["imported"] == pytest.approx(losses["run"], abs=1e-5)
+    assert losses["average"] == pytest.approx(losses["run"], abs=0.1)
+    assert losses["average"] != losses["run"]
+
+
 def test_pictures(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
     words = ("--data", tiny_data / "validation", "--needle", "--recall", "--cases", "1")
     whole = evaluate(trained / "model", *words, "--out", tmp_path / "out", "--limit", "40")

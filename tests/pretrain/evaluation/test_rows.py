@@ -19,6 +19,7 @@ from data_pipeline import reading
 from data_pipeline.batch import Batch
 from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
 from parallel.sums import Key, sums_by
+from pretrain.config import ConfigError
 from pretrain.evaluation import command
 from pretrain.evaluation.probes import DEPTHS, lengths_to, needle, recall
 from pretrain.evaluation.rows import Row, score_rows, text_rows
@@ -180,7 +181,7 @@ def test_needle_is_found_by_a_model_that_repeats(tokenizer: Tokenizer) -> None:
     }
     assert min(cell.found for cell in cells) > 0.7
     assert min(cell.gain for cell in cells) > 2
-    with pytest.raises(ValueError, match="give more text"):
+    with pytest.raises(ConfigError, match="give more text"):
         needle(Induction(tokenizer, 6), hay[:100], cases=1)
 
 
