@@ -54,13 +54,14 @@ ROWS: list[tuple[str, str, Callable[["Export"], float]]] = []
 class Export:
     """The folder, and what the plain call makes of it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, plain: bool = True) -> None:
         self.folder = folder
+        rng = torch.Generator().manual_seed(7)
+        self.ids = torch.randint(2, 250, (2, 23), generator=rng)
+        if not plain:
+            return
         self.model = self.load()
         self.tied = self.model.config.tie_word_embeddings
-        vocabulary = self.model.config.vocab_size
-        rng = torch.Generator().manual_seed(7)
-        self.ids = torch.randint(2, min(vocabulary, 250), (2, 23), generator=rng)
         self.mask = torch.ones_like(self.ids)
         self.mask[0, :9] = 0  # padded on the left
         with torch.no_grad():

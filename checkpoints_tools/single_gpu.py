@@ -248,6 +248,19 @@ def rotary_frequencies(config: TransXSSMConfig, dim: int) -> tuple[Tensor, float
     return freq * (keep + (1 - keep) / factor), float(attention_factor)
 
 
+class Angles:
+    """cos and sin float32 [L, dim/2], or [B, L, dim/2] where rows differ, as layers take them.
+
+    Not a tuple: mixed precision of FSDP would round the tensors in it. Offloading calls `to`.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos, self.sin = cos, sin
+
+    def to(self, device: torch.device, **options: Any) -> "Angles":
+        return Angles(self.cos.to(device, **options), self.sin.to(device, **options))
+
+
 class RotaryTable:
     """cos and sin by position, built when first needed.
 
@@ -260,8 +273,8 @@ class RotaryTable:
         self.cos = self.sin = torch.empty(0, dim // 2, device="cpu")
 
     @torch.inference_mode(False)  # a table first built in inference mode could not train later
-    def at(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin [length, dim/2] float32 of the positions from `start` on."""
+    def at(self, start: int, length: int, device: torch.device) -> Angles:
+        """Of the positions from `start` on, [length, dim/2]."""
         end = start + length
         if end > len(self.cos):
             freq, magnitude = rotary_frequencies(self.config, self.dim)
@@ -271,23 +284,19 @@ class RotaryTable:
             self.sin = (angles.sin() * magnitude).float().to(device)
         if self.cos.device != device:
             self.cos, self.sin = self.cos.to(device), self.sin.to(device)
-        return self.cos[start:end], self.sin[start:end]
+        return Angles(self.cos[start:end], self.sin[start:end])
 
-    def at_positions(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, L, dim/2] float32 of positions [B, L], all of them before `end`."""
-        cos, sin = self.at(0, end, positions.device)
-        return cos[positions], sin[positions]
-
-
-# cos, sin [L, dim/2], or [B, L, dim/2] where rows differ; None: no rotation
-Angles = tuple[Tensor, Tensor] | None
+    def at_positions(self, positions: Tensor, end: int) -> Angles:
+        """Of positions [B, L], all of them before `end`, [B, L, dim/2]."""
+        table = self.at(0, end, positions.device)
+        return Angles(table.cos[positions], table.sin[positions])
 
 
-def rotate(x: Tensor, angles: Angles) -> Tensor:
+def rotate(x: Tensor, angles: Angles | None) -> Tensor:
     """Turn the pairs (k, k + dim/2) of x [B, L, heads, dim] in float32."""
     if angles is None:
         return x
-    cos, sin = (table.unsqueeze(-2) for table in angles)  # [.., L, 1, dim/2]
+    cos, sin = (table.unsqueeze(-2) for table in (angles.cos, angles.sin))  # [.., L, 1, dim/2]
     first, second = x.float().chunk(2, dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat(turned, dim=-1).to(x.dtype)
@@ -512,7 +521,7 @@ class Attention(nn.Module):
         self.o_proj = linear(width, config.hidden_size)
 
     def forward(
-        self, u: Tensor, angles: Angles, cache: KVCache | None, real: Tensor | None = None
+        self, u: Tensor, angles: Angles | None, cache: KVCache | None, real: Tensor | None = None
     ) -> Tensor:
         batch, length, _ = u.shape
         # [B, L, heads · head_dim] -> [B, L, heads, head_dim], rotated -> [B, heads, L, head_dim]
@@ -560,7 +569,7 @@ class SSD(nn.Module):
             self.conv = nn.Conv1d(channels, channels, width, groups=channels, bias=False)
 
     def forward(
-        self, u: Tensor, angles: Angles, cache: SSDCache | None, real: Tensor | None = None
+        self, u: Tensor, angles: Angles | None, cache: SSDCache | None, real: Tensor | None = None
     ) -> Tensor:
         batch, length, _ = u.shape
         config = self.config
@@ -595,7 +604,13 @@ class SSD(nn.Module):
         return F.silu(conv(xbc)).transpose(1, 2).split(self.widths, dim=-1)
 
     def _scan(
-        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, angles: Angles, state: Tensor | None
+        self,
+        x: Tensor,
+        dt: Tensor,
+        b: Tensor,
+        c: Tensor,
+        angles: Angles | None,
+        state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """y [B, L, H, P] in x's dtype and the state after the last token."""
         if self.A_log.dtype != torch.float32 and not torch.compiler.is_compiling():
@@ -606,9 +621,9 @@ class SSD(nn.Module):
         fast = kernels_ssd() if length > 1 else None
         if fast is not None:
             x, dt, b, c = (t.contiguous() for t in (x, dt, b, c))
-            cos, sin = (
-                (t.expand(batch, -1, -1).contiguous() for t in angles) if angles else (None, None)
-            )
+            cos = sin = None
+            if angles is not None:
+                cos, sin = (t.expand(batch, -1, -1).contiguous() for t in (angles.cos, angles.sin))
             starts = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * length
             y, state = fast(
                 x, dt, A, b, c, cos=cos, sin=sin, dt_bias=dt_bias, cu_seqlens=starts,
@@ -673,7 +688,7 @@ class Layer(nn.Module):
     def forward(
         self,
         h: Tensor,
-        angles: Angles,
+        angles: Angles | None,
         cache: SSDCache | KVCache | None,
         real: Tensor | None = None,
     ) -> Tensor:
@@ -684,7 +699,11 @@ class Layer(nn.Module):
         return self._run(h, angles, cache, real)
 
     def _run(
-        self, h: Tensor, angles: Angles, cache: SSDCache | KVCache | None, real: Tensor | None
+        self,
+        h: Tensor,
+        angles: Angles | None,
+        cache: SSDCache | KVCache | None,
+        real: Tensor | None,
     ) -> Tensor:
         mixer = self.attn if self.is_attention else self.ssd
         update = mixer(self.pre_sequence_layernorm(h), angles, cache, real)
@@ -749,8 +768,8 @@ class Backbone(nn.Module):
     @staticmethod
     def _angles(
         table: RotaryTable, start: int, length: int, real: Tensor | None, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin of the tokens, [L, dim/2], or [B, L, dim/2] where rows are padded."""
+    ) -> Angles:
+        """Of the tokens, [L, dim/2], or [B, L, dim/2] where rows are padded."""
         if real is None:
             return table.at(start, length, device)
         return table.at_positions(real_positions(real, length), real.shape[1])
