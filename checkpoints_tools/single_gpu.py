@@ -19,12 +19,14 @@ import functools
 import importlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 # Fields that Hugging Face's save_pretrained writes for itself and that do not change the model.
@@ -54,6 +56,11 @@ FIELD_TYPES: dict[Any, tuple[type, ...]] = {
 }
 # Kept in float32 whatever the model's dtype: rounding A or Δ compounds over the whole sequence.
 FLOAT32_PARAMETERS = ("A_log", "dt_bias", "D")
+ROUNDED = (
+    "TransXSSM: A_log, dt_bias and D are {dtype}, not float32. A cast of the whole model or FSDP's "
+    "mixed precision has rounded them, so the states of its SSD layers decay at other rates than "
+    "in training; the README.md of an export says how to keep them float32."
+)
 FALLBACK_CHUNK = 64
 SMALLEST, LARGEST = 1e-37, 1e18  # of numbers that frequencies are computed from
 MOST = 1 << 53  # integers beyond are no sizes, and their products take long to print
@@ -241,6 +248,19 @@ def rotary_frequencies(config: TransXSSMConfig, dim: int) -> tuple[Tensor, float
     return freq * (keep + (1 - keep) / factor), float(attention_factor)
 
 
+class Angles:
+    """cos and sin float32 [L, dim/2], or [B, L, dim/2] where rows differ, as layers take them.
+
+    Not a tuple: mixed precision of FSDP would round the tensors in it. Offloading calls `to`.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos, self.sin = cos, sin
+
+    def to(self, device: torch.device, **options: Any) -> "Angles":
+        return Angles(self.cos.to(device, **options), self.sin.to(device, **options))
+
+
 class RotaryTable:
     """cos and sin by position, built when first needed.
 
@@ -253,8 +273,8 @@ class RotaryTable:
         self.cos = self.sin = torch.empty(0, dim // 2, device="cpu")
 
     @torch.inference_mode(False)  # a table first built in inference mode could not train later
-    def at(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin [length, dim/2] float32 of the positions from `start` on."""
+    def at(self, start: int, length: int, device: torch.device) -> Angles:
+        """Of the positions from `start` on, [length, dim/2]."""
         end = start + length
         if end > len(self.cos):
             freq, magnitude = rotary_frequencies(self.config, self.dim)
@@ -264,23 +284,19 @@ class RotaryTable:
             self.sin = (angles.sin() * magnitude).float().to(device)
         if self.cos.device != device:
             self.cos, self.sin = self.cos.to(device), self.sin.to(device)
-        return self.cos[start:end], self.sin[start:end]
+        return Angles(self.cos[start:end], self.sin[start:end])
 
-    def at_positions(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, L, dim/2] float32 of positions [B, L], all of them before `end`."""
-        cos, sin = self.at(0, end, positions.device)
-        return cos[positions], sin[positions]
-
-
-# cos, sin [L, dim/2], or [B, L, dim/2] where rows differ; None: no rotation
-Angles = tuple[Tensor, Tensor] | None
+    def at_positions(self, positions: Tensor, end: int) -> Angles:
+        """Of positions [B, L], all of them before `end`, [B, L, dim/2]."""
+        table = self.at(0, end, positions.device)
+        return Angles(table.cos[positions], table.sin[positions])
 
 
-def rotate(x: Tensor, angles: Angles) -> Tensor:
+def rotate(x: Tensor, angles: Angles | None) -> Tensor:
     """Turn the pairs (k, k + dim/2) of x [B, L, heads, dim] in float32."""
     if angles is None:
         return x
-    cos, sin = (table.unsqueeze(-2) for table in angles)  # [.., L, 1, dim/2]
+    cos, sin = (table.unsqueeze(-2) for table in (angles.cos, angles.sin))  # [.., L, 1, dim/2]
     first, second = x.float().chunk(2, dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat(turned, dim=-1).to(x.dtype)
@@ -403,13 +419,13 @@ class Cache:
 
 
 def real_tokens(
-    attention_mask: Tensor | None, token_ids: Tensor, cache: Cache | None
+    attention_mask: Tensor | None, batch: int, length: int, cache: Cache | None
 ) -> Tensor | None:
     """attention_mask as bool [B, S + L], S tokens in the cache, or None when nothing is padding.
 
     Raises ValueError when the mask has another shape, or is missing though the cache needs it.
     """
-    cached, (batch, length) = cache.length if cache is not None else 0, token_ids.shape
+    cached = cache.length if cache is not None else 0
     expected = (batch, cached + length)
     if attention_mask is None:
         if cache is not None and cache.padded:
@@ -428,6 +444,11 @@ def real_tokens(
     if cache is not None:
         cache.padded = True
     return real
+
+
+def real_positions(real: Tensor, length: int) -> Tensor:
+    """Positions [B, L] of the last `length` tokens of real [B, S + L]; padding does not count."""
+    return (real.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
 # ------------------------------------------------------------------------------------ layers
@@ -479,6 +500,13 @@ def without_cudnn() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Products of states stay float32, as in training: autocast would round their factors."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
 class Attention(nn.Module):
     """Causal attention with grouped queries and rotated Q, K."""
 
@@ -493,7 +521,7 @@ class Attention(nn.Module):
         self.o_proj = linear(width, config.hidden_size)
 
     def forward(
-        self, u: Tensor, angles: Angles, cache: KVCache | None, real: Tensor | None = None
+        self, u: Tensor, angles: Angles | None, cache: KVCache | None, real: Tensor | None = None
     ) -> Tensor:
         batch, length, _ = u.shape
         # [B, L, heads · head_dim] -> [B, L, heads, head_dim], rotated -> [B, heads, L, head_dim]
@@ -529,16 +557,19 @@ class SSD(nn.Module):
         self.x_proj, self.b_proj, self.c_proj = (linear(hidden, w) for w in self.widths)
         self.dt_proj = linear(hidden, heads)
         self.out_proj = linear(self.widths[0], hidden)
-        self.A_log = nn.Parameter(torch.zeros(heads))
-        self.dt_bias = nn.Parameter(torch.zeros(heads))
-        self.D = nn.Parameter(torch.ones(heads)) if config.ssd_skip else None
+        # float32 where transformers builds a model of another default dtype, too
+        self.A_log = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.zeros(heads, dtype=torch.float32))
+        self.D: nn.Parameter | None = None
+        if config.ssd_skip:
+            self.D = nn.Parameter(torch.ones(heads, dtype=torch.float32))
         self.conv: nn.Conv1d | None = None
         if width := config.ssd_conv_width:
             channels = sum(self.widths)
             self.conv = nn.Conv1d(channels, channels, width, groups=channels, bias=False)
 
     def forward(
-        self, u: Tensor, angles: Angles, cache: SSDCache | None, real: Tensor | None = None
+        self, u: Tensor, angles: Angles | None, cache: SSDCache | None, real: Tensor | None = None
     ) -> Tensor:
         batch, length, _ = u.shape
         config = self.config
@@ -554,7 +585,8 @@ class SSD(nn.Module):
         x = x.reshape(batch, length, -1, config.head_dim)  # [B, L, H, P]
         b = b.reshape(batch, length, -1, config.state_dim)  # [B, L, G, N]
         c = c.reshape(batch, length, -1, config.state_dim)
-        y, state = self._scan(x, dt, b, c, angles, cache.state if cache else None)
+        with without_autocast(u.device.type):
+            y, state = self._scan(x, dt, b, c, angles, cache.state if cache else None)
         if cache is not None:
             cache.state = state
         return self.out_proj(y.reshape(batch, length, -1))
@@ -572,18 +604,26 @@ class SSD(nn.Module):
         return F.silu(conv(xbc)).transpose(1, 2).split(self.widths, dim=-1)
 
     def _scan(
-        self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, angles: Angles, state: Tensor | None
+        self,
+        x: Tensor,
+        dt: Tensor,
+        b: Tensor,
+        c: Tensor,
+        angles: Angles | None,
+        state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """y [B, L, H, P] in x's dtype and the state after the last token."""
+        if self.A_log.dtype != torch.float32 and not torch.compiler.is_compiling():
+            warnings.warn(ROUNDED.format(dtype=self.A_log.dtype), stacklevel=2)
         batch, length, heads, width = x.shape
         A, dt_bias = -self.A_log.float().exp(), self.dt_bias.float()
         D = None if self.D is None else self.D.float()
         fast = kernels_ssd() if length > 1 else None
         if fast is not None:
             x, dt, b, c = (t.contiguous() for t in (x, dt, b, c))
-            cos, sin = (
-                (t.expand(batch, -1, -1).contiguous() for t in angles) if angles else (None, None)
-            )
+            cos = sin = None
+            if angles is not None:
+                cos, sin = (t.expand(batch, -1, -1).contiguous() for t in (angles.cos, angles.sin))
             starts = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * length
             y, state = fast(
                 x, dt, A, b, c, cos=cos, sin=sin, dt_bias=dt_bias, cu_seqlens=starts,
@@ -619,7 +659,17 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """A mixer and a feed-forward, each with its norm before and its residual after."""
+    """A mixer and a feed-forward, each with its norm before and its residual after.
+
+    With gradient_checkpointing the layer is computed again in backward, so that a training step
+    without a cache keeps its input alone.
+    """
+
+    gradient_checkpointing = False
+    # transformers sets both, this one to a function of its choice
+    _gradient_checkpointing_func = staticmethod(
+        functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    )
 
     def __init__(self, config: TransXSSMConfig, index: int) -> None:
         super().__init__()
@@ -638,9 +688,22 @@ class Layer(nn.Module):
     def forward(
         self,
         h: Tensor,
-        angles: Angles,
+        angles: Angles | None,
         cache: SSDCache | KVCache | None,
         real: Tensor | None = None,
+    ) -> Tensor:
+        """h [B, L, hidden] after the layer."""
+        if self.gradient_checkpointing and cache is None and torch.is_grad_enabled():
+            again: Tensor = self._gradient_checkpointing_func(self._run, h, angles, None, real)
+            return again
+        return self._run(h, angles, cache, real)
+
+    def _run(
+        self,
+        h: Tensor,
+        angles: Angles | None,
+        cache: SSDCache | KVCache | None,
+        real: Tensor | None,
     ) -> Tensor:
         mixer = self.attn if self.is_attention else self.ssd
         update = mixer(self.pre_sequence_layernorm(h), angles, cache, real)
@@ -662,11 +725,13 @@ class Backbone(nn.Module):
 
     def forward(
         self,
-        token_ids: Tensor,
+        token_ids: Tensor | None,
         cache: Cache | None = None,
         *,
         position_offset: int | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        each: list[Tensor] | None = None,
     ) -> Tensor:
         """Normalised hidden states [B, L, hidden] of token_ids [B, L], one sequence a row.
 
@@ -674,9 +739,12 @@ class Backbone(nn.Module):
         the position of the first token; by default the number of tokens in the cache.
         attention_mask [B, cached + L] is 0 for padding: real tokens do not see it, and positions
         count them alone, so that a row padded on the left gives what it gives by itself. What
-        comes out at padding means nothing.
+        comes out at padding means nothing. inputs_embeds [B, L, hidden] take the place of
+        token_ids' embeddings. each: gets what goes into every layer, [B, L, hidden].
         """
-        real = real_tokens(attention_mask, token_ids, cache)
+        h = self.word_embed(token_ids) if inputs_embeds is None else inputs_embeds
+        batch, length, _ = h.shape
+        real = real_tokens(attention_mask, batch, length, cache)
         if real is not None and position_offset is not None:
             raise ValueError("position_offset and padding in attention_mask exclude each other.")
         rope = self.config.rope
@@ -685,27 +753,26 @@ class Backbone(nn.Module):
             start = cache.length if cache is not None else 0
         attn_angles = ssd_angles = None
         if rope != "none":
-            attn_angles = self._angles(self.attn_table, start, token_ids, real)
+            attn_angles = self._angles(self.attn_table, start, length, real, h.device)
         if rope == "unified":
-            ssd_angles = self._angles(self.ssd_table, start, token_ids, real)
-        h = self.word_embed(token_ids)
+            ssd_angles = self._angles(self.ssd_table, start, length, real, h.device)
         for i, layer in enumerate(self.layers):
+            if each is not None:
+                each.append(h)
             angles = attn_angles if self.config.is_attention(i) else ssd_angles
             h = layer(h, angles, cache.layers[i] if cache is not None else None, real)
         if cache is not None:
-            cache.length += token_ids.shape[1]
+            cache.length += length
         return self.final_layernorm(h)
 
     @staticmethod
     def _angles(
-        table: RotaryTable, start: int, token_ids: Tensor, real: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin of the tokens, [L, dim/2], or [B, L, dim/2] where rows are padded."""
-        length = token_ids.shape[1]
+        table: RotaryTable, start: int, length: int, real: Tensor | None, device: torch.device
+    ) -> Angles:
+        """Of the tokens, [L, dim/2], or [B, L, dim/2] where rows are padded."""
         if real is None:
-            return table.at(start, length, token_ids.device)
-        positions = (real.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]  # of real tokens
-        return table.at_positions(positions, real.shape[1])
+            return table.at(start, length, device)
+        return table.at_positions(real_positions(real, length), real.shape[1])
 
 
 class TransXSSM(nn.Module):
@@ -749,8 +816,10 @@ class TransXSSM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 of hidden states: apart, so that a prompt needs only its last row."""
-        head = self.model.word_embed if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight).float()
+        if self.lm_head is None:
+            return F.linear(hidden, self.model.word_embed.weight).float()
+        logits: Tensor = self.lm_head(hidden)  # a call, for what is hooked to the module
+        return logits.float()
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:

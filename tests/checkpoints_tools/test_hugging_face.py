@@ -82,7 +82,9 @@ def load(folder: Path, **arguments: Any) -> Any:
 def wrap(model: TransXSSM) -> Any:
     """The same weights under the interface of transformers."""
     wrapped = TransXSSMForCausalLM(TransXSSMPretrainedConfig(**vars(model.config)))
-    wrapped.load_state_dict(model.state_dict())
+    weights = dict(model.state_dict())
+    weights.setdefault("lm_head.weight", weights["model.word_embed.weight"])
+    wrapped.load_state_dict(weights)
     return wrapped.eval()
 
 
@@ -327,14 +329,16 @@ def test_new_models_are_initialised_as_ours() -> None:
 def test_what_is_not_supported_is_refused(exported: tuple[Path, TransXSSM]) -> None:
     wrapped = load(exported[0])
     ids = torch.tensor([PROMPTS[0]])
-    for arguments in (
-        {"position_ids": torch.arange(17)[None]},
-        {"inputs_embeds": torch.zeros(1, 17, 24)},
-        {"output_hidden_states": True},
-    ):
+    for arguments in ({"output_attentions": True}, {"cu_seq_lens_q": torch.tensor([0, 9, 17])}):
         message = re.escape(f"{next(iter(arguments))} is not supported by TransXSSM")
         with pytest.raises(ValueError, match=message):
             wrapped(ids, **arguments)
+    with pytest.raises(ValueError, match="exactly one of them"):
+        wrapped(ids, inputs_embeds=torch.zeros(1, 17, 24))
+    with pytest.raises(ValueError, match="exactly one of them"):
+        wrapped()
+    with pytest.raises(ValueError, match="The cache is a dict, which holds no SSD states"):
+        wrapped(ids, past_key_values={})
     with pytest.raises(ValueError, match="no token beyond the 0 in the cache"):
         wrapped(ids[:, :0])
     with pytest.raises(ModelError, match="lacks vocab_size, hidden_size"):
