@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # type: ignore[import-untyped]
 
 from data_pipeline.errors import DataError
-from data_pipeline.reading import documents
+from data_pipeline.reading import TextField, documents
 from parallel import bounds
 from untrusted.errors import UnsafeFileError, check_refusal
 from untrusted.files import read_regular, replace_file
@@ -52,12 +52,20 @@ class TextTokenizer:
 
 
 def train_tokenizer(
-    inputs: Sequence[Path | str], out: Path, vocab_size: int, text_field: str = "text"
+    inputs: Sequence[Path | str],
+    out: Path,
+    vocab_size: int,
+    text_field: TextField = "text",
+    *,
+    document_separator: str = "",
+    strict: bool = False,
 ) -> Path:
     """Train on the corpus `inputs` and write `out` (a .json file, or a folder to hold one).
 
-    Reads the corpus as a stream; the same corpus gives the same file. A small corpus may fill
-    less than `vocab_size`. Returns the file's path. Raises DataError for a bad corpus or size.
+    text_field, document_separator, strict: how inputs become documents [see documents in
+    reading.py]. Reads the corpus as a stream; the same corpus gives the same file. A small corpus
+    may fill less than `vocab_size`. Returns the file's path. Raises DataError for a bad corpus or
+    size.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise DataError(
@@ -73,7 +81,8 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(inputs, text_field), trainer)
+    texts = _texts(inputs, text_field, separator=document_separator, strict=strict)
+    tokenizer.train_from_iterator(texts, trainer)
 
     file = out if out.suffix == ".json" else out / "tokenizer.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -81,13 +90,19 @@ def train_tokenizer(
     return file
 
 
-def _texts(inputs: Sequence[Path | str], text_field: str) -> Iterator[str]:
+def _texts(
+    inputs: Sequence[Path | str],
+    text_field: TextField,
+    *,
+    separator: str = "",
+    strict: bool = False,
+) -> Iterator[str]:
     """The corpus in short texts: the library holds 256 of them at a time, however long.
 
     They are cut within what would be a very long word, as of base64: every merge goes through all
     of each word that has its pair, so long ones without end would keep the trainer for hours.
     """
-    for document in documents(inputs, text_field):
+    for document in documents(inputs, text_field, separator=separator, strict=strict):
         for at in range(0, len(document.text), CHUNK):
             text, begin = document.text[at : at + CHUNK], 0
             for word in LONG_WORD.finditer(text):
