@@ -140,11 +140,13 @@ class Blend:
         """names: of the sources; window_tokens: within which samples are shuffled."""
         self.sources, self.names, self.meta = list(sources), list(names), sources[0].meta
         for source in self.sources[1:]:
-            if source.meta.tokenizer_hash != self.meta.tokenizer_hash:
+            if source.meta.tokenizer_hash == self.meta.tokenizer_hash:
+                continue
+            if different := source.differing_tokenizer(self.sources[0].tokenizer()):
                 raise DataError(
-                    f"{source.folder}: made with the tokenizer {source.meta.tokenizer_hash[:12]}…, "
-                    f"but {self.sources[0].folder} with {self.meta.tokenizer_hash[:12]}…; sources "
-                    "of one run need one tokenizer: prepare one of them again"
+                    f"{source.folder}: made with another tokenizer than {self.sources[0].folder} "
+                    f"(they differ in {', '.join(different)}); sources of one run need one "
+                    "tokenizer: prepare one of them again"
                 )
         self.order = BlendOrder(
             seed,
@@ -155,12 +157,17 @@ class Blend:
         )
         self._warn_of_shares(stages)
         self._page = lru_cache(maxsize=64)(self._located_page)
-        parts = [[s.meta.fingerprint for s in self.sources], [[s.first, s.weights] for s in stages]]
-        self.fingerprint = (
-            self.meta.fingerprint
-            if len(self.sources) == 1
-            else hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        )
+        self._stages = [[stage.first, stage.weights] for stage in stages]
+        self.fingerprint = self._together([source.meta.fingerprint for source in self.sources])
+
+    def fingerprint_with(self, tokenizer_hash: str) -> str:
+        """The fingerprint of the same samples, had a tokenizer.json of that hash been used."""
+        return self._together([source.fingerprint_with(tokenizer_hash) for source in self.sources])
+
+    def _together(self, fingerprints: list[str]) -> str:
+        if len(fingerprints) == 1:
+            return fingerprints[0]
+        return hashlib.sha256(json.dumps([fingerprints, self._stages]).encode()).hexdigest()
 
     def _warn_of_shares(self, stages: Sequence[Stage]) -> None:
         """Say which sources come more or less often than asked, their shares being rounded."""

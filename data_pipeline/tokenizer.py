@@ -19,6 +19,7 @@ from parallel import bounds
 from untrusted.errors import UnsafeFileError, check_refusal
 from untrusted.files import read_regular, replace_file
 from untrusted.text import printable
+from untrusted.tokenizer_json import as_in_training, differing_parts
 
 END_OF_TEXT = "<|endoftext|>"
 # of GPT-2 and GPT-NeoX; Llama 3; Llama 2; Gemma
@@ -120,10 +121,7 @@ def load_tokenizer(path: Path, end_of_text: str | None = None) -> TextTokenizer:
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     data = read_tokenizer(file)
-    tokenizer = parse_tokenizer(data, str(file))
-    tokenizer.encode_special_tokens = True  # text that spells a special token stays text
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = as_in_training(parse_tokenizer(data, str(file)))
     names = KNOWN_ENDS if end_of_text is None else (end_of_text,)
     end = next((name for name in names if tokenizer.token_to_id(name) is not None), None)
     if end is None:
@@ -178,6 +176,14 @@ def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
             "0 on."
         )
     return tokenizer
+
+
+def differing_tokenizers(one: bytes, other: bytes, names: tuple[str, str]) -> list[str]:
+    """Names of what differs between two tokenizer.json of what decides ids; none if they are the
+    same tokenizer. Raises DataError, naming the file, for what is none."""
+    if one == other:
+        return []
+    return differing_parts(parse_tokenizer(one, names[0]), parse_tokenizer(other, names[1]))
 
 
 def vocab_size_of(tokenizer: Tokenizer) -> int:

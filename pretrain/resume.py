@@ -1,6 +1,5 @@
 """What a run starts from: the newest sound checkpoint, checked against configuration and data."""
 
-import hashlib
 import logging
 import shutil
 import tempfile
@@ -196,13 +195,15 @@ def _check_same_run(candidate: Path, config: Config, data: Blend) -> None:
             dangers["model"].append(line)
         elif name in ORDER_FIELDS:
             dangers["data"].append(line)
-    for danger, there, here in (
-        ("data", manifest["data_fingerprint"], data.fingerprint),
-        ("tokenizer", manifest["tokenizer_hash"], data.meta.tokenizer_hash),
-    ):
-        if there != here:
-            where = data.sources[0].folder
-            dangers[danger].append(f"{danger} of {where}: {there[:12]}… there, {here[:12]}… here")
+    where, there = data.sources[0].folder, manifest["data_fingerprint"]
+    if manifest["tokenizer_hash"] == data.meta.tokenizer_hash:
+        fingerprint = data.fingerprint
+    else:
+        dangers["tokenizer"] += _tokenizer_differences(candidate, data)
+        fingerprint = data.fingerprint_with(manifest["tokenizer_hash"])
+    if there not in (data.fingerprint, fingerprint):
+        here = data.fingerprint
+        dangers["data"].append(f"data of {where}: {there[:12]}… there, {here[:12]}… here")
     for danger, lines in dangers.items():
         if not lines:
             continue
@@ -217,6 +218,16 @@ def _check_same_run(candidate: Path, config: Config, data: Blend) -> None:
     for name, line in shown.items():
         if line not in told and not name.startswith(QUIET_FIELDS):
             log.info("changed since %s: %s", candidate.name, line)
+
+
+def _tokenizer_differences(folder: Path, data: Blend) -> list[str]:
+    """How the tokenizer in a folder differs from the data's; nothing for the same tokenizer."""
+    try:
+        different = data.sources[0].differing_tokenizer(read_tokenizer(folder / TOKENIZER))
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
+    where = data.sources[0].tokenizer_name
+    return [f"{folder / TOKENIZER} and {where} differ in {', '.join(different)}"] * bool(different)
 
 
 def load_weights(config: Config, data: Blend, zero: ZeroOptimizer) -> None:
@@ -240,20 +251,16 @@ def _weights_source(source: Path, config: Config, data: Blend) -> tuple[bool, Pa
     exported = is_exported(source)
     folder = source if exported else folders.resolve(source)
     if exported:
-        model = model_section(read_config(folder), folder)
-        try:
-            tokenizer = hashlib.sha256(read_tokenizer(folder / TOKENIZER)).hexdigest()
-        except ModelError as error:
-            raise CheckpointError(str(error)) from error
+        model, tokenizer_hash = model_section(read_config(folder), folder), ""
     else:
         manifest = read_manifest(folder)
-        model, tokenizer = manifest["config"]["model"], manifest["tokenizer_hash"]
+        model, tokenizer_hash = manifest["config"]["model"], manifest["tokenizer_hash"]
     lines: dict[str, list[str]] = {"model": [], "tokenizer": []}
     for name, (old, new) in differences(model, config.model.model_dump(mode="json")).items():
         if name.partition(".")[0] not in FREE_MODEL_FIELDS:
             lines["model"].append(f"model.{name}: {old!r} there, {new!r} here")
-    if tokenizer != (ours := data.meta.tokenizer_hash):
-        lines["tokenizer"].append(f"{tokenizer[:12]}… there, {ours[:12]}… here")
+    if tokenizer_hash != data.meta.tokenizer_hash:
+        lines["tokenizer"] = _tokenizer_differences(folder, data)
     for danger, found in lines.items():
         if not found:
             continue

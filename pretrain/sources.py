@@ -6,7 +6,7 @@ Does not import Megatron-core.
 from pathlib import Path
 
 from data_pipeline.blend import Blend, Stage
-from data_pipeline.dataset import PackedDataset
+from data_pipeline.dataset import PackedDataset, refuse_without_loss
 from data_pipeline.node_cache import default_cache_dir
 from data_pipeline.storage import Cache
 from pretrain.config import Config
@@ -17,19 +17,21 @@ from untrusted.files import replace_file
 def open_data(config: Config) -> tuple[Blend, dict[str, PackedDataset]]:
     """Training sources and validation sets, checked against the configuration and each other.
 
-    Raises UntrustedError or DataError.
+    Raises UntrustedError or DataError, also for data in which no token has a loss.
     """
     data = open_blend(config)
-    data.sources[0].tokenizer()  # missing? now rather than at the first save
+    tokenizer = data.sources[0].tokenizer()  # missing? now rather than at the first save
     validation = {
         name: PackedDataset(
             location,
             seq_len=config.data.seq_len,
-            tokenizer_hash=data.meta.tokenizer_hash,
+            tokenizer=tokenizer,
             cache=_cache(config),
         )
         for name, location in config.data.validation_sets.items()
     }
+    for dataset in (*data.sources, *validation.values()):
+        refuse_without_loss(dataset)
     return data, validation
 
 

@@ -81,6 +81,7 @@ class Trainer:
         self.unwritten: dict[str, Any] | None = None  # metrics of a step not evaluated yet
         self.skipped: list[tuple[str, int]] = []  # shards, as TrainingBatches has them
         self.judge = Judge(config.training)
+        self.losses_known = True  # whether the judge has those of all steps so far
         self.stragglers = Stragglers(config.logging.stragglers_every)
         self.windows: Windows = []  # of samples to pass over
         self.skipped_updates = 0
@@ -106,7 +107,8 @@ class Trainer:
         self.step, self.samples = state["step"], state["samples"]
         self.skipped = [(name, shard) for name, shard in state.get("skipped_shards", [])]
         self.saved_step, self.unwritten = self.step, state.get("unwritten_metrics")
-        if "judge" in state:  # older checkpoints have none of these
+        self.losses_known = "judge" in state  # older checkpoints have none of these
+        if self.losses_known:
             self.judge.restore(state["judge"], str(step_dir))
         self.windows = [(first, end) for first, end in state.get("skipped_windows", [])]
         self.skipped_updates = state.get("skipped_updates", 0)
@@ -119,6 +121,7 @@ class Trainer:
         total = self.config.total_steps
         if self.step >= total and self.unwritten is None:
             log.info("nothing to do: step %d of %d", self.step, total)
+            self._refuse_without_loss()
             return None
         self.windows = merged(self.windows, from_rank_0(lambda: read_windows(self.run_dir)))
         batches, writer = self.batches(), self._writer()
@@ -153,6 +156,7 @@ class Trainer:
             if self.step > self.saved_step:  # the last steps were passed over
                 self.save()
             self.saver.drain()
+            self._refuse_without_loss()
         except TrainingError as error:  # which all ranks raise alike
             log.error("%s", error)
             self.saver.drain()
@@ -165,6 +169,15 @@ class Trainer:
                 writer.close()
         log.info("done: %d steps, checkpoint %s", self.step, self.config.checkpoint_dir)
         return None
+
+    def _refuse_without_loss(self) -> None:
+        """Raise TrainingError at the end of a run in which no step had a finite loss."""
+        if self.losses_known and not self.judge.losses:
+            raise TrainingError(
+                f"no step of this run, of {self.step}, had a finite loss, so that its weights have "
+                "learned nothing; look at the data (`transxssm data inspect`) and at "
+                f"{EVENTS} in {self.run_dir}"
+            )
 
     def _writer(self) -> MetricsWriter | None:
         """Of rank 0, from the present step on."""

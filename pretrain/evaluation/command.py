@@ -105,9 +105,7 @@ def open_model(
 def evaluate(model: Model, asked: Asked) -> Found:
     """All that was asked. A collective. Raises DataError, ModelError or ConfigError."""
     found = Found()
-    sets = {
-        folder: PackedDataset(folder, tokenizer_hash=model.tokenizer_hash) for folder in asked.data
-    }
+    sets = {folder: PackedDataset(folder, tokenizer=model.tokenizer_json) for folder in asked.data}
     for folder, dataset in sets.items():
         if dataset.meta.seq_len > model.max_length:
             raise ConfigError(
