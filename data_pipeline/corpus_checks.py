@@ -12,6 +12,8 @@ from data_pipeline.round_trip import check_round_trip
 from data_pipeline.tokenizer import TextTokenizer
 from data_pipeline.unit import Options
 
+LARGE_TEXT = 16 << 20  # bytes; few documents have as many
+
 
 def check_corpus(
     plan: Mapping[str, Sequence[Piece]],
@@ -25,8 +27,18 @@ def check_corpus(
     check_first_rows(pieces, options.text_field)
     files = Counter(_suffix(path) for path in {piece.path for piece in pieces})
     tell("reading " + ", ".join(f"{count:,} {suffix}" for suffix, count in files.most_common()))
+    if large := [piece for piece in pieces if _is_large_text(piece, options)]:
+        tell(
+            f"{large[0].path} is one document of {large[0].num_bytes:,} bytes (such files: "
+            f"{len(large):,}); if it holds several, cut it with --document-separator"
+        )
     tell(str(check_round_trip(plan, tokenizer, options, max_lost)))
     _check_splits(pieces, options)
+
+
+def _is_large_text(piece: Piece, options: Options) -> bool:
+    is_text = kind(piece.path) not in ROW_SUFFIXES and not options.document_separator
+    return is_text and piece.num_bytes > LARGE_TEXT
 
 
 def _suffix(path: Path) -> str:

@@ -135,8 +135,8 @@ class PackedDataset:
             ) from error
         if hashlib.sha256(content).hexdigest() != self.meta.tokenizer_hash:
             raise DataError(
-                f"{name}: not the tokenizer that {self.folder} was prepared with; copy that one "
-                "there."
+                f"{name}: not the tokenizer that {self.folder} was prepared with, or that one "
+                "written differently (its SHA-256 is not that of meta.json); copy that one there."
             )
         return content
 
