@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import re
+import shlex
 import shutil
 import tempfile
 import zlib
@@ -301,7 +302,7 @@ def _read_line(file: IO[bytes], path: Path, offset: int) -> bytes:
     if offset == 0 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         raise DataError(
             f"{path}: is a JSON array. Rows have to be one JSON object a line, for example as "
-            f"`jq -c '.[]' {path.name} > {path.name.partition('.')[0]}.jsonl` writes them."
+            f"`{_by_jq(path, '.[]')}` writes them."
         )
     if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
         raise DataError(
@@ -309,6 +310,15 @@ def _read_line(file: IO[bytes], path: Path, offset: int) -> bytes:
             "document over several lines, or make it a text file of its own."
         )
     return line
+
+
+def _by_jq(path: Path, program: str) -> str:
+    """A command that writes JSON as one value a line."""
+    source, target = shlex.quote(path.name), shlex.quote(f"{path.name.partition('.')[0]}.jsonl")
+    if not is_compressed(path):
+        return f"jq -c '{program}' {source} > {target}"
+    unpack = "gzip" if path.suffix.lower() == ".gz" else "zstd"
+    return f"{unpack} -dc {source} | jq -c '{program}' > {target}"
 
 
 def _parquet_documents(
@@ -373,7 +383,7 @@ def _row(line: str, text_field: str, path: Path, offset: int) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # also of an integer of too many digits
         raise DataError(
             f"{_line(path, offset)}: not valid JSON ({error}). Every line must be one JSON object, "
-            f"as `jq -c . {path.name}` writes them; leave out the file if it holds no rows."
+            f"as `{_by_jq(path, '.')}` writes them; leave out the file if it holds no rows."
         ) from error
     if not isinstance(row, dict):
         raise DataError(

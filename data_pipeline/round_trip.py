@@ -43,8 +43,8 @@ class RoundTrip:
 
     def __str__(self) -> str:
         return (
-            f"{self.share:.2%} of {self.characters:,} characters of a sample of {self.texts:,} "
-            "texts are lost by encoding and decoding them"
+            f"{self.share:.2%} of {self.characters:,} characters are lost by encoding and decoding "
+            f"them (a sample of {self.texts:,} {'text' if self.texts == 1 else 'texts'})"
         )
 
 
@@ -107,7 +107,7 @@ def check_round_trip(
     found = round_trip(tokenizer, sample(pieces, options))
     if found.share > max_lost:
         raise DataError(
-            f"{tokenizer.file}: {found}, more than the {max_lost:.2%} that may be; "
+            f"{tokenizer.file}: {found}, more than the {max_lost:.2%} that may be lost; "
             f"{found.text!r} comes back as {found.came_back!r}. Use a tokenizer that has all "
             "characters, such as a byte-level one (`transxssm tokenizer train`), or accept the "
             "loss with --max-lost-characters."

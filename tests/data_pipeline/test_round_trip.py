@@ -1,19 +1,11 @@
 """What a tokenizer loses of a corpus is said before it is tokenised."""
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import (  # type: ignore[import-untyped]
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    trainers,
-)
+from tokenizers import models, normalizers, pre_tokenizers  # type: ignore[import-untyped]
 
 from data_pipeline.corpus import units
 from data_pipeline.errors import DataError
@@ -21,34 +13,7 @@ from data_pipeline.prepare import prepare
 from data_pipeline.round_trip import check_round_trip, round_trip, sample
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.unit import Options
-
-ENGLISH = "the state of a scan mixes in time"
-CHINESE = ["状态空间模型🙂 ", "注意力机制 🚀"]
-
-
-def letters(path: Path, model: Any = None, **parts: Any) -> Path:
-    """A tokenizer of a few words that knows no other character."""
-    tokenizer = Tokenizer(model or models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    for name, part in parts.items():
-        setattr(tokenizer, name, part)
-    kind = {"BPE": trainers.BpeTrainer, "WordPiece": trainers.WordPieceTrainer,
-            "Unigram": trainers.UnigramTrainer, "WordLevel": trainers.WordLevelTrainer}  # fmt: skip
-    special = ["<|endoftext|>", "<unk>"]
-    options = {"unk_token": "<unk>"} if isinstance(tokenizer.model, models.Unigram) else {}
-    trainer = kind[type(tokenizer.model).__name__](
-        vocab_size=80, special_tokens=special, show_progress=False, **options
-    )
-    tokenizer.train_from_iterator([ENGLISH], trainer)
-    tokenizer.save(str(path))
-    return path
-
-
-def write(folder: Path, texts: list[str]) -> Path:
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    (folder / "corpus.jsonl").write_text(rows)
-    return folder / "corpus.jsonl"
+from tests.data_pipeline.lossy import CHINESE, ENGLISH, letters, write
 
 
 @pytest.mark.parametrize(
@@ -65,8 +30,8 @@ def test_a_tokenizer_that_loses_the_text_is_refused_before_the_work(
     tokenizer, corpus = letters(tmp_path / "t.json", model), write(tmp_path, CHINESE * 100)
     monkeypatch.setattr("data_pipeline.prepare.write_unit", lambda *_: pytest.fail("tokenised"))
     message = (
-        r"t\.json: 100\.00% of 1,\d00 characters of a sample of 200 texts are lost .*0\.10% that "
-        r"may be; '状态.*comes back as '[ ▁]*'.*--max-lost-characters"
+        r"t\.json: 100\.00% of 1,\d00 characters are lost .*200 texts.*0\.10% that may be "
+        r"lost; '状态.*comes back as '[ ▁]*'.*--max-lost-characters"
     )
     with pytest.raises(DataError, match=message):
         prepare([corpus], tokenizer, tmp_path / "o", 64, workers=1)
@@ -79,7 +44,7 @@ def test_the_share_of_lost_characters_is_told_and_may_be_allowed(tmp_path: Path)
     with pytest.raises(DataError, match=r"3\.70%.*'é' comes back as '[ ▁]*'"):
         prepare([corpus], tokenizer, tmp_path / "o", 64)
     prepare([corpus], tokenizer, tmp_path / "o", 64, max_lost=0.04, tell=said.append)
-    assert "3.70% of 1,350 characters of a sample of 50 texts are lost" in said[1]
+    assert "3.70% of 1,350 characters are lost" in said[1]
 
 
 def test_documents_of_no_token_are_no_data(tmp_path: Path) -> None:

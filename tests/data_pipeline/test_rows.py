@@ -52,9 +52,17 @@ def test_a_json_array_is_refused_with_a_way_out(
         texts(tmp_path)
 
 
+def test_the_way_out_of_a_packed_array_unpacks_it(tmp_path: Path) -> None:
+    (tmp_path / "my rows.json.gz").write_bytes(gzip.compress(b"[1]"))
+    with pytest.raises(DataError, match=r"gzip -dc 'my rows\.json\.gz' \| jq -c '\.\[\]' > 'my r"):
+        texts(tmp_path)
+
+
 def test_json_over_several_lines_is_refused_with_a_way_out(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"text": "a"}, indent=1))
-    with pytest.raises(DataError, match=r"a\.json:1: not valid JSON.*`jq -c \. a\.json`"):
+    with pytest.raises(
+        DataError, match=r"a\.json:1: not valid JSON.*`jq -c '\.' a\.json > a\.jsonl`"
+    ):
         texts(tmp_path)
 
 
@@ -170,7 +178,7 @@ def test_rows_without_text_are_counted_and_do_not_end_a_run(
     assert "6 rows have no text" in caplog.text
     metas = prepare(
         inputs, tokenizer_file, tmp_path / "o", 32, text_field=fields, validation_fraction=0.0,
-        unit_bytes=20,
+        unit_bytes=20, workers=1,
     )  # fmt: skip
     assert metas["train"].empty_rows == 6
     assert json.loads((tmp_path / "o" / "train" / "meta.json").read_text())["empty_rows"] == 6

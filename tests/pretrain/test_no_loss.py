@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
+from tokenizers import pre_tokenizers  # type: ignore[import-untyped]
 
 from data_pipeline.errors import DataError
 from data_pipeline.inspection import verify_dataset
 from data_pipeline.merge import Totals
 from data_pipeline.prepare import prepare
 from pretrain.sources import open_data
-from tests.data_pipeline.test_round_trip import CHINESE, letters, pre_tokenizers, write
+from tests.data_pipeline.lossy import CHINESE, letters, write
 from tests.pretrain.command import paragraph, run_command
 from tests.pretrain.test_bad_steps import train
 from tests.tiny import tiny_config
