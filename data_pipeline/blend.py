@@ -157,17 +157,23 @@ class Blend:
         )
         self._warn_of_shares(stages)
         self._page = lru_cache(maxsize=64)(self._located_page)
-        self._stages = [[stage.first, stage.weights] for stage in stages]
-        self.fingerprint = self._together([source.meta.fingerprint for source in self.sources])
+        self.stages = list(stages)
+        self.fingerprint = self.fingerprint_with(stages)
 
-    def fingerprint_with(self, tokenizer_hash: str) -> str:
-        """The fingerprint of the same samples, had a tokenizer.json of that hash been used."""
-        return self._together([source.fingerprint_with(tokenizer_hash) for source in self.sources])
+    def fingerprint_with(self, stages: Sequence[Stage], tokenizer_hash: str = "") -> str:
+        """The identity of the stream in which these sources come by such stages.
 
-    def _together(self, fingerprints: list[str]) -> str:
-        if len(fingerprints) == 1:
-            return fingerprints[0]
-        return hashlib.sha256(json.dumps([fingerprints, self._stages]).encode()).hexdigest()
+        tokenizer_hash: of the tokenizer.json that they might as well have been prepared with
+        [each source's own]: another file of the same tokenizer.
+        """
+        sources = [
+            source.fingerprint_with(tokenizer_hash) if tokenizer_hash else source.meta.fingerprint
+            for source in self.sources
+        ]
+        if len(sources) == 1:
+            return sources[0]
+        parts = [sources, [[stage.first, stage.weights] for stage in stages]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _warn_of_shares(self, stages: Sequence[Stage]) -> None:
         """Say which sources come more or less often than asked, their shares being rounded."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data_pipeline.compressed import is_compressed
 from data_pipeline.corpus import ROW_SUFFIXES, Piece, kind
+from data_pipeline.errors import DataError
 from data_pipeline.merge import empty_splits
 from data_pipeline.reading import check_first_rows
 from data_pipeline.round_trip import check_round_trip
@@ -50,10 +51,13 @@ def _check_splits(pieces: Sequence[Piece], options: Options) -> None:
     empty = set(options.splits)
     for piece in pieces:
         one = kind(piece.path) not in ROW_SUFFIXES and not options.document_separator
-        for document in options.documents([piece]):
-            empty.discard(options.split_of(document))
-            if not empty:
-                return
-            if one:  # the rest of a file need not be read
-                break
+        try:
+            for document in options.documents([piece]):
+                empty.discard(options.split_of(document))
+                if not empty:
+                    return
+                if one:  # the rest of a file need not be read
+                    break
+        except DataError:  # left to the work itself, which keeps what is done before
+            return
     raise empty_splits([split for split in options.splits if split in empty], options.splits)

@@ -9,6 +9,7 @@ writes a character differently loses none. Tokens of unknown text stand for none
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from unicodedata import normalize
 
@@ -117,17 +118,19 @@ def check_round_trip(
 
 def sample(pieces: Sequence[Piece], options: Options) -> Iterator[str]:
     """Texts from PLACES places all over the corpus, SAMPLE_CHARACTERS together: all texts of a
-    small one."""
+    small one. Places that cannot be read are left to the work itself, which names them and keeps
+    what is done before."""
     total = sum(piece.num_bytes for piece in pieces)
     is_small = total <= SAMPLE_CHARACTERS and not any(is_compressed(p.path) for p in pieces)
     places = list(pieces if is_small else _places(pieces, total))
     for place in places:
         room = SAMPLE_CHARACTERS if is_small else SAMPLE_CHARACTERS // len(places)
-        for document in options.documents([place]):
-            yield document.text[:room]
-            room -= len(document.text)
-            if room <= 0:
-                break
+        with suppress(DataError):
+            for document in options.documents([place]):
+                yield document.text[:room]
+                room -= len(document.text)
+                if room <= 0:
+                    break
 
 
 def _places(pieces: Sequence[Piece], total: int) -> Iterator[Piece]:

@@ -15,15 +15,14 @@ from checkpoints_tools.importing import model_section, read_config
 from checkpoints_tools.manifest import damaged_files, listed, read_manifest
 from checkpoints_tools.safetensors_files import is_exported
 from checkpoints_tools.sharded import load_stored_weights
-from checkpoints_tools.single_gpu import ModelError
 from checkpoints_tools.stored import StoredTensors
-from checkpoints_tools.tokenizer_file import TOKENIZER, read_tokenizer
 from data_pipeline.blend import Blend
 from parallel.groups import from_rank_0
 from parallel.zero import ZeroOptimizer
 from pretrain.config import Config
 from pretrain.credentials import recorded
 from pretrain.lost_checkpoints import keep_record
+from pretrain.sources import tokenizer_differences
 from untrusted.secrets import redact_values
 
 log = logging.getLogger("transxssm")
@@ -199,8 +198,8 @@ def _check_same_run(candidate: Path, config: Config, data: Blend) -> None:
     if manifest["tokenizer_hash"] == data.meta.tokenizer_hash:
         fingerprint = data.fingerprint
     else:
-        dangers["tokenizer"] += _tokenizer_differences(candidate, data)
-        fingerprint = data.fingerprint_with(manifest["tokenizer_hash"])
+        dangers["tokenizer"] += tokenizer_differences(candidate, data)
+        fingerprint = data.fingerprint_with(data.stages, manifest["tokenizer_hash"])
     if there not in (data.fingerprint, fingerprint):
         here = data.fingerprint
         dangers["data"].append(f"data of {where}: {there[:12]}… there, {here[:12]}… here")
@@ -218,16 +217,6 @@ def _check_same_run(candidate: Path, config: Config, data: Blend) -> None:
     for name, line in shown.items():
         if line not in told and not name.startswith(QUIET_FIELDS):
             log.info("changed since %s: %s", candidate.name, line)
-
-
-def _tokenizer_differences(folder: Path, data: Blend) -> list[str]:
-    """How the tokenizer in a folder differs from the data's; nothing for the same tokenizer."""
-    try:
-        different = data.sources[0].differing_tokenizer(read_tokenizer(folder / TOKENIZER))
-    except ModelError as error:
-        raise CheckpointError(str(error)) from error
-    where = data.sources[0].tokenizer_name
-    return [f"{folder / TOKENIZER} and {where} differ in {', '.join(different)}"] * bool(different)
 
 
 def load_weights(config: Config, data: Blend, zero: ZeroOptimizer) -> None:
@@ -260,7 +249,7 @@ def _weights_source(source: Path, config: Config, data: Blend) -> tuple[bool, Pa
         if name.partition(".")[0] not in FREE_MODEL_FIELDS:
             lines["model"].append(f"model.{name}: {old!r} there, {new!r} here")
     if tokenizer_hash != data.meta.tokenizer_hash:
-        lines["tokenizer"] = _tokenizer_differences(folder, data)
+        lines["tokenizer"] = tokenizer_differences(folder, data)
     for danger, found in lines.items():
         if not found:
             continue

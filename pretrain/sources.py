@@ -5,6 +5,9 @@ Does not import Megatron-core.
 
 from pathlib import Path
 
+from checkpoints_tools.errors import CheckpointError
+from checkpoints_tools.single_gpu import ModelError
+from checkpoints_tools.tokenizer_file import TOKENIZER, read_tokenizer
 from data_pipeline.blend import Blend, Stage
 from data_pipeline.dataset import PackedDataset, refuse_without_loss
 from data_pipeline.node_cache import default_cache_dir
@@ -70,3 +73,15 @@ def keep_tokenizer(data: Blend, run_dir: Path) -> Path:
     path = run_dir / "tokenizer.json"
     replace_file(path, data.sources[0].tokenizer())
     return path
+
+
+def tokenizer_differences(folder: Path, data: Blend) -> list[str]:
+    """How the tokenizer of a checkpoint or export differs from the data's, in a line; none for the
+    same tokenizer, whatever its file. Raises CheckpointError for a file that is none."""
+    file, source = folder / TOKENIZER, data.sources[0]
+    try:
+        different = source.differing_tokenizer(read_tokenizer(file))
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
+    line = f"{file} and {source.tokenizer_name} differ in {', '.join(different)}"
+    return [line] if different else []

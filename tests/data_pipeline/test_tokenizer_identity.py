@@ -74,4 +74,4 @@ def test_data_of_two_files_of_one_tokenizer_goes_together(data: Path, prepared: 
 def test_data_prepared_again_with_another_file_is_the_same_data(data: Path, prepared: Path) -> None:
     old, new = (Blend([PackedDataset(f / "train")], seed=0) for f in (prepared, data))
     assert old.fingerprint != new.fingerprint
-    assert old.fingerprint == new.fingerprint_with(old.meta.tokenizer_hash)
+    assert old.fingerprint == new.fingerprint_with(new.stages, old.meta.tokenizer_hash)
