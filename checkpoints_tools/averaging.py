@@ -12,7 +12,7 @@ from checkpoints_tools.new_folder import refuse_existing
 from checkpoints_tools.single_gpu import ModelError
 from checkpoints_tools.source import Source, open_source
 from checkpoints_tools.stored_writer import Blocks
-from checkpoints_tools.tokenizer_file import TOKENIZER, read_tokenizer
+from checkpoints_tools.tokenizer_file import TOKENIZER, differing_tokenizers, read_tokenizer
 
 KEPT = ("config", "data_fingerprint", "tokenizer_hash", "eod_id", "pad_id")
 
@@ -65,10 +65,26 @@ def _check_same_model(sources: list[Source]) -> None:
                 f"{first.step_dir} and {source.step_dir} are different models ({found}); average "
                 "checkpoints of one model"
             )
+        _check_same_tokenizer(first, source)
+
+
+def _check_same_tokenizer(first: Source, source: Source) -> None:
+    if first.manifest["tokenizer_hash"] == source.manifest["tokenizer_hash"]:
+        return
+    files = (first.step_dir / TOKENIZER, source.step_dir / TOKENIZER)
+    try:
+        different = differing_tokenizers(read_tokenizer(files[0]), read_tokenizer(files[1]), files)
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
+    if different:
+        raise CheckpointError(
+            f"{first.step_dir} and {source.step_dir} are of different tokenizers (they differ in "
+            f"{', '.join(different)}); average checkpoints of one model"
+        )
 
 
 def _model(manifest: dict[str, Any]) -> dict[str, Any]:
-    of_tokens = {name: manifest.get(name) for name in ("tokenizer_hash", "eod_id", "pad_id")}
+    of_tokens = {name: manifest.get(name) for name in ("eod_id", "pad_id")}
     return {f"model.{n}": value for n, value in manifest["config"]["model"].items()} | of_tokens
 
 

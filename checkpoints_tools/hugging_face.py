@@ -65,17 +65,22 @@ def write_json(file: Path, values: dict[str, Any]) -> None:
 def write_tokenizer(folder: Path, config: TransXSSMConfig, tokenizer_json: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, so that text becomes what it was in training.
 
-    That is: nothing added at its ends, nothing cut, and what spells a special token is plain text.
+    That is: nothing added at its ends, nothing cut. Only what spells a special token becomes that
+    token, as transformers' users expect; there, `split_special_tokens=True` makes it the plain text
+    that it was in training. Tokens that are added later are one id each.
     """
     content = read_tokenizer(tokenizer_json)
     tokenizer = parse_tokenizer(content, tokenizer_json)
     file = folder / TOKENIZER
     adds_tokens = tokenizer.num_special_tokens_to_add(is_pair=False) > 0
-    if adds_tokens or tokenizer.truncation or tokenizer.padding:
+    has_dropout = getattr(tokenizer.model, "dropout", None) is not None
+    if adds_tokens or has_dropout or tokenizer.truncation or tokenizer.padding:
         values = json.loads(content)  # sound: the library has read it
         values |= {"truncation": None, "padding": None}
         if adds_tokens:
             values["post_processor"] = None
+        if has_dropout:
+            values["model"]["dropout"] = None
         write_json(file, values)
     else:
         file.write_bytes(content)
@@ -84,7 +89,6 @@ def write_tokenizer(folder: Path, config: TransXSSMConfig, tokenizer_json: Path)
         "model_max_length": config.max_position_embeddings,
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left",
-        "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
     }
     for name in ("bos", "eos", "pad"):

@@ -20,7 +20,7 @@ from checkpoints_tools.safetensors_files import SafetensorsFolder
 from checkpoints_tools.single_gpu import ModelError, TransXSSMConfig
 from checkpoints_tools.source import single_gpu_config
 from checkpoints_tools.stored_writer import Blocks
-from checkpoints_tools.tokenizer_file import TOKENIZER, parse_tokenizer, read_tokenizer
+from checkpoints_tools.tokenizer_file import TOKENIZER, differing_tokenizers, read_tokenizer
 from parallel.config import ModelConfig
 
 # [model] fields by those of config.json, where the names differ
@@ -47,15 +47,15 @@ def import_model(
 
     config: the whole configuration tree of the run to come; its "model" may be missing, and is
     taken from config.json then. tokenizer: tokenizer.json of the run's data, which must have the
-    model's vocabulary; by default the model's own. Raises CheckpointError when the folder is no
-    whole model, when the two configurations differ, or when `out` cannot be written.
+    same identity as the model's; by default the model's own. Raises CheckpointError when the folder
+    is no whole model, when the two configurations differ, or when `out` cannot be written.
     """
     described, weights = read_config(model_dir), SafetensorsFolder(model_dir)
     try:
         empty_model(described, weights.shapes(), model_dir)
         own = read_tokenizer(model_dir / TOKENIZER)
-        if tokenizer is not None and tokenizer != own:
-            _check_vocabulary(model_dir / TOKENIZER, own, tokenizer)
+        if tokenizer is not None:
+            _check_tokenizer(model_dir / TOKENIZER, own, tokenizer)
             own = tokenizer
     except ModelError as error:
         raise CheckpointError(str(error)) from error
@@ -125,11 +125,10 @@ def _refuse_differences(
         )
 
 
-def _check_vocabulary(path: Path, own: bytes, of_data: bytes) -> None:
-    """Two files may write one tokenizer differently; ids must mean the same."""
-    vocabularies = [parse_tokenizer(content, path).get_vocab() for content in (own, of_data)]
-    if vocabularies[0] != vocabularies[1]:
+def _check_tokenizer(path: Path, own: bytes, of_data: bytes) -> None:
+    """Raise CheckpointError if ids would mean other text with the tokenizer of the data."""
+    if different := differing_tokenizers(own, of_data, (path, Path("the data's tokenizer.json"))):
         raise CheckpointError(
-            f"{path} has another vocabulary than the tokenizer that the data was prepared with; "
-            "prepare the data with the model's tokenizer"
+            f"{path} is another tokenizer than the one that the data was prepared with (they "
+            f"differ in {', '.join(different)}); prepare the data with the model's tokenizer"
         )

@@ -6,6 +6,8 @@ from typing import Any
 
 from checkpoints_tools.single_gpu import TransXSSMConfig
 from checkpoints_tools.source import Source
+from checkpoints_tools.token_card import token_section
+from checkpoints_tools.tokenizer_file import TOKENIZER
 
 CARD = """---
 library_name: transformers
@@ -20,6 +22,7 @@ A causal language model of {layers} layers, {attention} of attention and {ssd} o
 duality, that share one rotary position encoding. Weights are {dtype}, except for those that decide
 how fast states decay (`A_log`, `dt_bias`, `D`), which are float32.
 
+{tokens}
 ## Where it comes from
 
 {provenance}
@@ -43,6 +46,7 @@ def model_card(
         attention=attention,
         ssd=config.num_hidden_layers - attention,
         dtype=config.dtype,
+        tokens=token_section(config, source.step_dir / TOKENIZER),
         provenance=_table(provenance(source, num_parameters)),
         files="\n".join(f"- `{name}`" for name in files),
     )

@@ -8,6 +8,7 @@ from checkpoints_tools.single_gpu import ModelError
 from untrusted.errors import UntrustedError, check_refusal
 from untrusted.files import read_regular
 from untrusted.text import printable
+from untrusted.tokenizer_json import differing_parts
 
 TOKENIZER = "tokenizer.json"
 MAX_BYTES = 1 << 28  # those of 256,000 tokens have some 35 MB
@@ -28,6 +29,14 @@ def read_tokenizer(path: Path) -> bytes:
         raise ModelError(f"{path} cannot be read ({error.strerror}); copy it again.") from error
     except UntrustedError as error:
         raise ModelError(str(error)) from error
+
+
+def differing_tokenizers(one: bytes, other: bytes, paths: tuple[Path, Path]) -> list[str]:
+    """Names of what differs between two tokenizer.json of what decides ids; none if they are the
+    same tokenizer. Raises ModelError, naming the file, for what is none."""
+    if one == other:
+        return []
+    return differing_parts(parse_tokenizer(one, paths[0]), parse_tokenizer(other, paths[1]))
 
 
 def parse_tokenizer(content: bytes, path: Path) -> Tokenizer:

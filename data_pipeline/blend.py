@@ -140,11 +140,13 @@ class Blend:
         """names: of the sources; window_tokens: within which samples are shuffled."""
         self.sources, self.names, self.meta = list(sources), list(names), sources[0].meta
         for source in self.sources[1:]:
-            if source.meta.tokenizer_hash != self.meta.tokenizer_hash:
+            if source.meta.tokenizer_hash == self.meta.tokenizer_hash:
+                continue
+            if different := source.differing_tokenizer(self.sources[0].tokenizer()):
                 raise DataError(
-                    f"{source.folder}: made with the tokenizer {source.meta.tokenizer_hash[:12]}…, "
-                    f"but {self.sources[0].folder} with {self.meta.tokenizer_hash[:12]}…; sources "
-                    "of one run need one tokenizer: prepare one of them again"
+                    f"{source.folder}: made with another tokenizer than {self.sources[0].folder} "
+                    f"(they differ in {', '.join(different)}); sources of one run need one "
+                    "tokenizer: prepare one of them again"
                 )
         self.order = BlendOrder(
             seed,
@@ -155,13 +157,22 @@ class Blend:
         )
         self._warn_of_shares(stages)
         self._page = lru_cache(maxsize=64)(self._located_page)
+        self.stages = list(stages)
         self.fingerprint = self.fingerprint_with(stages)
 
-    def fingerprint_with(self, stages: Sequence[Stage]) -> str:
-        """The identity of the stream in which these sources come by such stages."""
-        if len(self.sources) == 1:
-            return self.meta.fingerprint
-        parts = [[s.meta.fingerprint for s in self.sources], [[s.first, s.weights] for s in stages]]
+    def fingerprint_with(self, stages: Sequence[Stage], tokenizer_hash: str = "") -> str:
+        """The identity of the stream in which these sources come by such stages.
+
+        tokenizer_hash: of the tokenizer.json that they might as well have been prepared with
+        [each source's own]: another file of the same tokenizer.
+        """
+        sources = [
+            source.fingerprint_with(tokenizer_hash) if tokenizer_hash else source.meta.fingerprint
+            for source in self.sources
+        ]
+        if len(sources) == 1:
+            return sources[0]
+        parts = [sources, [[stage.first, stage.weights] for stage in stages]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _warn_of_shares(self, stages: Sequence[Stage]) -> None:

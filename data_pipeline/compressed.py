@@ -1,4 +1,8 @@
-"""Files' bytes, decompressed: .gz and .zst, each of any number of members or frames."""
+"""Files' bytes, decompressed: .gz and .zst, each of any number of members or frames.
+
+A Zstandard frame may ask for a window of up to 2 GiB (`zstd --long=31`), which then is what reading
+it takes of memory.
+"""
 
 import gzip
 import io
@@ -10,7 +14,9 @@ import zstandard
 
 from untrusted.files import open_regular
 
-COMPRESSED_SUFFIXES = frozenset({".gz", ".zst"})
+COMPRESSED_SUFFIXES = frozenset({".gz", ".zst", ".zstd"})
+MAX_WINDOW = 1 << 31  # bytes; the largest that `zstd` itself writes and reads
+HEADER_BYTES = 18  # of a frame, at most
 INPUT_BYTES = 1 << 12  # decompressed at once; may become 128 MiB, usually some 10 KiB
 BUFFER_BYTES = 1 << 17
 
@@ -46,7 +52,7 @@ class _ZstdReader(io.RawIOBase):
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._decompressor = zstandard.ZstdDecompressor()
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
         self._frame: Any = None  # the one that has begun
         self._rest = b""  # input that belongs to the next frame
         self._ready = memoryview(b"")
@@ -62,7 +68,9 @@ class _ZstdReader(io.RawIOBase):
                 raise EOFError("it ends within a frame: copied or written only in part?")
             if not data:
                 return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
+            if self._frame is None:
+                data = self._checked(data)
+                self._frame = self._decompressor.decompressobj()
             self._ready = memoryview(self._frame.decompress(data))
             if self._frame.eof:
                 self._rest, self._frame = self._frame.unused_data, None
@@ -71,6 +79,34 @@ class _ZstdReader(io.RawIOBase):
         self._ready = self._ready[count:]
         return count
 
+    def _checked(self, data: bytes) -> bytes:
+        """`data`, with which a frame begins, and more where that is less than the frame's header.
+
+        Raises ZstdError for a frame whose window is too large.
+        """
+        while len(data) < HEADER_BYTES and (more := self._file.read(HEADER_BYTES - len(data))):
+            data += more
+        if (window := _window_size(data)) > MAX_WINDOW:
+            raise zstandard.ZstdError(
+                f"it needs a window of {window:,} bytes, and at most {MAX_WINDOW:,} are read; "
+                "compress the text again with `... | zstd --long=31 > FILE.zst`, or split it"
+            )
+        return data
+
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def _window_size(frame: bytes) -> int:
+    """Bytes of earlier text that decompressing a frame needs, by its header (RFC 8878, 3.1.1.1);
+    0 for what is no frame or is cut off."""
+    if frame[:4] != b"\x28\xb5\x2f\xfd" or len(frame) < HEADER_BYTES:
+        return 0
+    descriptor = frame[4]
+    if not descriptor & 0x20:
+        exponent, mantissa = divmod(frame[5], 8)
+        return (1 << (10 + exponent)) * (8 + mantissa) // 8
+    at = 5 + (0, 1, 2, 4)[descriptor & 3]  # a single segment: the window is all of the content
+    length = (1, 2, 4, 8)[descriptor >> 6]
+    return int.from_bytes(frame[at : at + length], "little")

@@ -1,15 +1,18 @@
 """Which text there is: input files in a fixed order, cut into units of work.
 
-A text file is one document, a line of a .jsonl file or a row of a .parquet file is one; each may be
+A text file is one document, or one for each section between separators; a line of a file of JSON
+lines (.jsonl, .ndjson, .jsonlines, .json) or a row of a .parquet file is one. Each file may be
 compressed (.gz, .zst). Units hold about as many bytes each and depend on the files' names and sizes
 alone, so whoever shares them out, however many there are, reads the same documents in the same
 units.
 """
 
 import glob
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
@@ -20,16 +23,23 @@ from untrusted.errors import UntrustedError
 from untrusted.files import open_regular
 
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp"})
-ROW_SUFFIXES = frozenset({".jsonl", ".parquet"})
+LINE_SUFFIXES = frozenset({".jsonl", ".ndjson", ".jsonlines", ".json"})  # a JSON object a line
+ROW_SUFFIXES = LINE_SUFFIXES | {".parquet"}
 UNREADABLE_SUFFIXES = frozenset(
     {".xz", ".bz2", ".lz4", ".zip", ".7z", ".tar", ".tgz", ".pdf", ".docx"}
+    | {".csv", ".tsv", ".arrow", ".feather", ".avro", ".orc", ".xlsx", ".npy", ".npz", ".pkl"}
 )
+# What Hugging Face datasets and models keep beside their files, which is no row of theirs.
+ABOUT = frozenset({"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"})
 SAMPLED_BLOCKS, BLOCK_BYTES = 8, 1 << 13
+SHOWN_NAMES, SHOWN_KINDS = 3, 8  # of files that a folder's walk skips
+
+log = logging.getLogger("transxssm")
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Part of an input file: of .jsonl the lines that begin in bytes [start, end), of .parquet the
+    """Part of an input file: of JSON lines those that begin in bytes [start, end), of .parquet the
     row groups [start, end), of all else, and of what is compressed, the whole file.
 
     `name` does not depend on where the corpus lies on disk; `num_bytes` is how much of the input
@@ -43,6 +53,11 @@ class Piece:
     num_bytes: int
     content: str
 
+    @property
+    def input_number(self) -> int:
+        """Position among the inputs, from 0, of the one that the file belongs to."""
+        return int(self.name.partition("/")[0])
+
 
 def kind(path: Path) -> str:
     """The suffix that says how a file is read, in lower case, that of compression left out."""
@@ -52,7 +67,8 @@ def kind(path: Path) -> str:
 def units(inputs: Sequence[Path | str], unit_bytes: int) -> Iterator[list[Piece]]:
     """The pieces of every file, in order, in lists of about `unit_bytes`.
 
-    Raises DataError for inputs that are missing or cannot be read.
+    Warns of files that the walk through a folder skips. Raises DataError for inputs that are
+    missing or cannot be read.
     """
     unit: list[Piece] = []
     size = 0
@@ -77,7 +93,7 @@ def _pieces(name: str, path: Path, unit_bytes: int) -> list[Piece]:
     with open_regular(path, follow_link=True) as raw:
         file = raw.fileno()
         size = os.fstat(file).st_size
-        if kind(path) == ".jsonl" and not is_compressed(path):
+        if kind(path) in LINE_SUFFIXES and not is_compressed(path):
             starts = range(0, max(size, 1), unit_bytes)
             ends = [min(start + unit_bytes, size) for start in starts]
             return [
@@ -127,7 +143,8 @@ def _row_groups(name: str, path: Path, size: int, unit_bytes: int, content: str)
 def input_files(inputs: Sequence[Path | str]) -> Iterator[tuple[str, Path]]:
     """(stable name, path) of every file in `inputs`, in order. Raises DataError if one is missing.
 
-    The name starts with the input's number, so that two folders may hold files of one name.
+    The name starts with the input's number, so that two folders may hold files of one name. Warns
+    of files that the walk through a folder skips.
     """
     for number, given in enumerate(inputs):
         named = [str(given)]
@@ -142,16 +159,51 @@ def input_files(inputs: Sequence[Path | str]) -> Iterator[tuple[str, Path]]:
             base = os.path.commonpath(named)
         else:
             base = named[0] if os.path.isdir(given) else os.path.dirname(named[0])
-        for path in _files(named):
+        skipped = Skipped()
+        for path in _files(named, skipped):
             yield f"{number}/{os.path.relpath(path, base)}", path
+        if skipped.total:
+            log.warning("%s: %s", given, skipped)
 
 
-def _files(named: Sequence[str]) -> Iterator[Path]:
+@dataclass
+class Skipped:
+    """Files that the walk through a folder skips: how many, and the first names, by suffix."""
+
+    total: int = 0
+    names: dict[str, list[str]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, path: Path, reason: str = "") -> None:
+        """Count a file. reason: why it is skipped [its suffix]."""
+        self.total += 1
+        reason = reason or ("".join(path.suffixes[-2:]) if is_compressed(path) else path.suffix)
+        reason = reason or "without a suffix"
+        if len(self.counts) >= SHOWN_KINDS and reason not in self.counts:
+            reason = "of other kinds"
+        self.counts[reason] += 1
+        names = self.names.setdefault(reason, [])
+        if len(names) < SHOWN_NAMES:
+            names.append(path.name)
+
+    def __str__(self) -> str:
+        kinds = []
+        for reason, count in self.counts.most_common():
+            more = ", ..." if count > len(self.names[reason]) else ""
+            kinds.append(f"{count:,} {reason} ({', '.join(self.names[reason])}{more})")
+        files = "1 file is" if self.total == 1 else f"{self.total:,} files are"
+        return (
+            f"{files} skipped, as neither text nor rows: {'; '.join(kinds)}. Name a file itself "
+            "to have it read as text."
+        )
+
+
+def _files(named: Sequence[str], skipped: Skipped) -> Iterator[Path]:
     """Those named, and those in folders that are, each once."""
     found: set[Path] = set()
     folders: set[tuple[int, int]] = set()
     for path in map(Path, named):
-        for file in _walk(path, folders) if path.is_dir() else _readable(path):
+        for file in _walk(path, folders, skipped) if path.is_dir() else _readable(path):
             if file not in found:
                 found.add(file)
                 yield file
@@ -167,10 +219,11 @@ def _readable(path: Path) -> Iterator[Path]:
     yield path
 
 
-def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+def _walk(folder: Path, seen: set[tuple[int, int]], skipped: Skipped) -> Iterator[Path]:
     """Readable files below `folder`, sorted, one directory listing in memory at a time.
 
-    Links are followed, but no folder is read twice (`seen`: by device and inode).
+    Links are followed, but no folder is read twice (`seen`: by device and inode). What is neither
+    read nor hidden goes to `skipped`.
     """
     try:
         status = os.stat(folder)
@@ -185,6 +238,12 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and path.is_dir()):
-            yield from _walk(path, seen)
-        elif kind(path) in TEXT_SUFFIXES | ROW_SUFFIXES and path.is_file():
+            yield from _walk(path, seen, skipped)
+        elif kind(path) not in TEXT_SUFFIXES | ROW_SUFFIXES:
+            skipped.add(path)
+        elif path.name.lower() in ABOUT:
+            skipped.add(path, "about a data set or model")
+        elif path.is_file():
             yield path
+        else:
+            skipped.add(path, "no file, or a link to none")

@@ -21,6 +21,7 @@ from data_pipeline.remote import is_remote
 from data_pipeline.shard_index import ShardInfo, read_index, shard_infos
 from data_pipeline.storage import Cache, Storage
 from data_pipeline.tar import TarShard
+from data_pipeline.tokenizer import differing_tokenizers
 
 MAX_OPEN = 256  # shards with an open file, of a process
 UNDECODABLE = (OSError, ValueError, KeyError, IndexError, struct.error)
@@ -29,7 +30,8 @@ UNDECODABLE = (OSError, ValueError, KeyError, IndexError, struct.error)
 class PackedDataset:
     """Random access to the samples of one folder or URL; safe to use from several threads.
 
-    `seq_len`, `tokenizer_hash` and `vocab_size` (the model's) are checked when given.
+    `seq_len`, `vocab_size` (the model's) and `tokenizer` (the content of the tokenizer.json in use)
+    are checked when given.
     Raises DataError for a folder that is missing, damaged or does not fit them.
     """
 
@@ -38,7 +40,7 @@ class PackedDataset:
         folder: Path | str,
         *,
         seq_len: int | None = None,
-        tokenizer_hash: str | None = None,
+        tokenizer: bytes | None = None,
         vocab_size: int | None = None,
         cache: Cache | None = None,
     ) -> None:
@@ -50,7 +52,7 @@ class PackedDataset:
             )
         self._storage = Storage(self.folder, cache or Cache())
         self.meta: DatasetMeta = parse_meta(self._description(META), self._storage.name(META))
-        self._check_fit(seq_len, tokenizer_hash, vocab_size)
+        self._check_fit(seq_len, tokenizer, vocab_size)
         self.dtype = token_dtype(self.meta.vocab_size)
         self.shards = self._read_index()
         counted = sum(shard.samples for shard in self.shards)
@@ -76,18 +78,21 @@ class PackedDataset:
                 "again or prepare it."
             ) from error
 
-    def _check_fit(self, seq_len: int | None, digest: str | None, vocab_size: int | None) -> None:
+    def _check_fit(
+        self, seq_len: int | None, tokenizer: bytes | None, vocab_size: int | None
+    ) -> None:
         if seq_len is not None and seq_len != self.meta.seq_len:
             raise DataError(
                 f"{self.folder}: packed with seq_len {self.meta.seq_len}, but data.seq_len is "
                 f"{seq_len}. Set data.seq_len={self.meta.seq_len}, or prepare with --seq-len "
                 f"{seq_len}."
             )
-        if digest is not None and digest != self.meta.tokenizer_hash:
+        different = [] if tokenizer is None else self.differing_tokenizer(tokenizer)
+        if different:
             raise DataError(
-                f"{self.folder}: made with the tokenizer {self.meta.tokenizer_hash[:12]}…, but the "
-                f"one in use is {digest[:12]}…; token ids would mean other text. Use the "
-                "tokenizer.json beside the shards, or prepare them again."
+                f"{self.folder}: made with another tokenizer than the one in use (they differ in "
+                f"{', '.join(different)}); token ids would mean other text. Use the tokenizer.json "
+                "beside the shards, or prepare them again."
             )
         if vocab_size is not None and vocab_size < self.meta.vocab_size:
             raise DataError(
@@ -104,6 +109,20 @@ class PackedDataset:
         parent, _, _ = self.folder.rpartition("/")
         return Storage(parent or ".", self._storage.cache)
 
+    def differing_tokenizer(self, content: bytes) -> list[str]:
+        """Names of what decides ids in which a tokenizer.json differs from the one that the data
+        was prepared with; none for the same tokenizer, whatever the files' bytes. Raises
+        DataError."""
+        if hashlib.sha256(content).hexdigest() == self.meta.tokenizer_hash:
+            return []
+        return differing_tokenizers(
+            self.tokenizer(), content, (self.tokenizer_name, "the tokenizer in use")
+        )
+
+    def fingerprint_with(self, tokenizer_hash: str) -> str:
+        """The fingerprint of the same samples, had a tokenizer.json of that hash been used."""
+        return fingerprint(self._description(INDEX), tokenizer_hash)
+
     def tokenizer(self) -> bytes:
         """Return the tokenizer.json that `prepare` put beside the splits. Raises DataError."""
         name = self.tokenizer_name
@@ -116,8 +135,8 @@ class PackedDataset:
             ) from error
         if hashlib.sha256(content).hexdigest() != self.meta.tokenizer_hash:
             raise DataError(
-                f"{name}: not the tokenizer that {self.folder} was prepared with; copy that one "
-                "there."
+                f"{name}: not the tokenizer that {self.folder} was prepared with, or that one "
+                "written differently (its SHA-256 is not that of meta.json); copy that one there."
             )
         return content
 
@@ -240,3 +259,13 @@ class PackedDataset:
         self._skipped.add(shard)
         if len(self._skipped) == len(self.shards):
             raise DataError(f"{self.folder}: none of its {len(self.shards)} shards can be read.")
+
+
+def refuse_without_loss(dataset: PackedDataset) -> None:
+    """Raise DataError for data in which no token has a loss, of which nothing can be learned."""
+    if dataset.meta.loss_tokens == 0:
+        raise DataError(
+            f"{dataset.folder}: none of its {dataset.meta.tokens:,} tokens has a loss (loss_tokens "
+            f"in {META}): each document is no more than its end-of-text token. Prepare the data "
+            "with a tokenizer that keeps its text."
+        )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.dataset import PackedDataset
+from data_pipeline.dataset import PackedDataset, refuse_without_loss
 from data_pipeline.errors import DataError
 from data_pipeline.mds import INDEX
 from data_pipeline.meta import META
@@ -75,6 +75,7 @@ def verify_dataset(folder: Path | str) -> None:
 
 def _verify(dataset: PackedDataset) -> None:
     meta = dataset.meta
+    refuse_without_loss(dataset)
     tokenizer = parse_tokenizer(dataset.tokenizer(), dataset.tokenizer_name)
     counted = _counts(dataset) | {"vocab_size": vocab_size_of(tokenizer)}
     for field, value in counted.items():

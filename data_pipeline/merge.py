@@ -52,16 +52,30 @@ class Totals:
         self.labels += labels
 
     def check(self) -> None:
-        """Raises EmptySplitError where a split has no sample."""
+        """Raises EmptySplitError where a split has no sample, DataError where none has a loss."""
+        splits = list(self.counts)
         empty = [split for split, counts in self.counts.items() if not counts["samples"]]
-        if len(empty) == len(self.counts):
-            raise EmptySplitError("The corpus is empty: its files hold no text.")
         if empty:
-            raise EmptySplitError(
-                f"No document fell into the {empty[0]} split. The corpus has too few documents for "
-                "this validation fraction: give more (a line of a .jsonl file is one), or another "
-                "--validation-fraction (0: no validation split)."
-            )
+            raise empty_splits(empty, splits)
+        for split, labels in zip(splits, self.labels, strict=True):
+            if not labels.any():
+                raise DataError(
+                    f"In the {split} split no token has a loss: each of its documents is no more "
+                    "than an end-of-text token. Use a tokenizer that keeps the text (`transxssm "
+                    "tokenizer inspect`)."
+                )
+
+
+def empty_splits(empty: Sequence[str], splits: Sequence[str]) -> EmptySplitError:
+    """The error of splits without a document."""
+    if len(empty) == len(splits):
+        return EmptySplitError("The corpus is empty: its files hold no text.")
+    return EmptySplitError(
+        f"No document fell into the {empty[0]} split. The corpus has too few documents for this "
+        "validation fraction: give more (a text file is one, or several with "
+        "--document-separator; a line of a .jsonl file is one), or another --validation-fraction "
+        "(0: no validation split)."
+    )
 
 
 def describe_split(
@@ -86,7 +100,8 @@ def describe_split(
         unigram_entropy=float(-(p * np.log(p)).sum()),
         fingerprint=fingerprint(index, tokenizer.hash),
     )
-    return json.dumps(meta.model_dump(), indent=2) + "\n"
+    left_out = None if meta.empty_rows else {"empty_rows"}
+    return json.dumps(meta.model_dump(exclude=left_out), indent=2) + "\n"
 
 
 def move_shards(sources: Iterable[Path], target: Path) -> bytes:

@@ -47,6 +47,9 @@ class DatasetMeta(BaseModel):
     """Labels that count: neither padding nor the first token of a piece."""
     unigram_entropy: Finite
     """Nats a token, of those labels: the loss of the best model that ignores its input."""
+    empty_rows: Count = 0
+    """Rows without text (null, missing or blank) that became no document; in meta.json of the first
+    split, where there are any."""
     fingerprint: str
     """SHA-256 over index.json, hence over every shard's hash, and the tokenizer's hash."""
 

@@ -6,6 +6,7 @@ many rows are decoded at a time as even such values leave room for.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -21,12 +22,19 @@ BUFFER_BYTES = 1 << 20
 
 
 def text_rows(
-    content: IO[bytes], path: Path, column: str, groups: range | None
+    content: IO[bytes],
+    path: Path,
+    column: str,
+    groups: range | None,
+    strict: bool,
+    empty: Counter[str],
 ) -> Iterator[tuple[int, Any]]:
-    """The number in the file and the UTF-8 bytes (a pyarrow.Buffer) of each row that is not null.
+    """The number in the file and the bytes (a pyarrow.Buffer) of each row that is not null.
 
-    groups: row groups to read [all]; path: for messages. Raises DataError for a damaged file,
-    one without such a column of text, and one with pages too large to be decoded.
+    column: its name, or the path to a field of a struct (`content.text`). groups: row groups to
+    read [all]; path: for messages. Nulls are counted in empty["null"], and an error if `strict`.
+    Raises DataError for a damaged file, one without such a column of text, and one with pages too
+    large to be decoded.
     """
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.compute  # type: ignore[import-untyped]
@@ -36,20 +44,30 @@ def text_rows(
         with pyarrow.parquet.ParquetFile(
             content, buffer_size=BUFFER_BYTES, pre_buffer=False
         ) as file:
-            _check_column(file, column, path)
+            names = _column_path(file.schema_arrow, column, path)
             groups = range(file.num_row_groups) if groups is None else groups
             if groups.stop > file.num_row_groups:
                 raise _FooterError("it has fewer row groups than when it was first read")
-            leaves = [n for n in range(len(file.schema)) if file.schema.column(n).path == column]
-            row, chunks = 0, _chunks(content, column, leaves)
+            dotted = ".".join(names)
+            leaves = [n for n in range(len(file.schema)) if file.schema.column(n).path == dotted]
+            if len(leaves) > 1:
+                raise DataError(f"{path}: {len(leaves)} columns {dotted!r}; leave one of them.")
+            row, chunks = 0, _chunks(content, dotted, leaves)
             for group, (num_rows, chunk) in zip(range(groups.stop), chunks, strict=False):
                 if group not in groups:
                     row += num_rows
                     continue
                 largest = _largest_page(content, path, column, chunk)
                 rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
-                for batch in file.iter_batches(rows, [group], [column]):
-                    values = batch.column(0)
+                for batch in file.iter_batches(rows, [group], [dotted]):
+                    values = _plain_values(batch, names)
+                    if strict and values.null_count:
+                        null = pyarrow.compute.index(values.is_null(), True).as_py()
+                        raise DataError(
+                            f"{path}: column {column!r} is null in row {row + null}; drop such "
+                            "rows, or leave out --strict to skip them."
+                        )
+                    empty["null"] += values.null_count
                     for number in pyarrow.compute.indices_nonzero(values.is_valid()).to_pylist():
                         yield row + number, values[number].as_buffer()
                     row += batch.num_rows
@@ -62,21 +80,71 @@ def damaged(path: Path, error: Exception) -> DataError:
     return DataError(f"{path}: damaged ({error}); copy or write it again.")
 
 
-def _check_column(file: Any, column: str, path: Path) -> None:
-    """Raises DataError if a Parquet file has no such column of text."""
+def _column_path(schema: Any, column: str, path: Path) -> list[str]:
+    """Names that lead to a column of text: [its own], or those of structs before it.
+
+    A column whose name has dots comes before a field of that path. Raises DataError.
+    """
     import pyarrow
 
-    names = file.schema_arrow.names
-    if column not in names:
+    names = _resolved(schema, column)
+    if names is None:
         raise DataError(
-            f"{path}: no column {column!r} (columns: {', '.join(names)}). Name the text's "
+            f"{path}: no column {column!r} (columns: {', '.join(schema.names)}). Name the text's "
             "column with --text-field."
         )
-    if names.count(column) > 1:
-        raise DataError(f"{path}: {names.count(column)} columns {column!r}; leave one of them.")
-    kind = file.schema_arrow.field(column).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise DataError(f"{path}: column {column!r} is {kind}, not a string.")
+    if (count := schema.names.count(names[0])) > 1:
+        raise DataError(f"{path}: {count} columns {names[0]!r}; leave one of them.")
+    kind = schema.field(names[0]).type
+    for name in names[1:]:
+        kind = kind.field(name).type
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        kind = kind.storage_type
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    types = pyarrow.types
+    readable = (
+        types.is_string, types.is_large_string, types.is_string_view,
+        types.is_binary, types.is_large_binary, types.is_binary_view, types.is_null,
+    )  # fmt: skip
+    if not any(is_of_kind(kind) for is_of_kind in readable):
+        nested = ""
+        if types.is_struct(kind):
+            fields = ", ".join(f"{column}.{field.name}" for field in kind)
+            nested = f" Name one of its fields with --text-field: {fields}."
+        raise DataError(f"{path}: column {column!r} is {kind}, not a string.{nested}")
+    return names
+
+
+def _resolved(fields: Any, column: str) -> list[str] | None:
+    """The names that `column` consists of in a schema or struct type; None if there is no such."""
+    import pyarrow
+
+    have = {field.name: field.type for field in fields}
+    if column in have:
+        return [column]
+    parts = column.split(".")
+    for cut in range(1, len(parts)):
+        name, rest = ".".join(parts[:cut]), ".".join(parts[cut:])
+        if name in have and pyarrow.types.is_struct(have[name]):
+            names = _resolved(have[name], rest)
+            if names is not None:
+                return [name, *names]
+    return None
+
+
+def _plain_values(batch: Any, names: Sequence[str]) -> Any:
+    """A column's values as an array of strings or bytes."""
+    import pyarrow
+
+    values = batch.column(names[0])
+    for name in names[1:]:  # null where a struct around it is
+        values = pyarrow.compute.struct_field(values, [name])
+    if isinstance(values, pyarrow.ExtensionArray):
+        values = values.storage
+    if isinstance(values, pyarrow.DictionaryArray):  # as many rows as room is for its values
+        values = values.dictionary_decode()
+    return values
 
 
 # -- read here: pyarrow ends the process over some damage ------------------------------------------
@@ -99,7 +167,8 @@ def _chunks(
 ) -> Iterator[tuple[int, tuple[int, int]]]:
     """Rows of each row group, and the bytes [begin, end) of the file that have its column.
 
-    leaves: the numbers that the column may have. Raises _FooterError, ThriftError.
+    column: its name, after those of structs around it and dots; leaves: the numbers that it may
+    have. Raises _FooterError, ThriftError.
     """
     try:
         yield from _described(_footer(content), column, leaves)
@@ -130,7 +199,7 @@ def _described(
         group, at = read(footer, at, kind)
         columns = group.get(COLUMNS, [])
         chunks = [columns[leaf].get(3, {}) for leaf in leaves if leaf < len(columns)]
-        chunks = [chunk for chunk in chunks if chunk.get(PATH) == [column.encode()]]
+        chunks = [chunk for chunk in chunks if b".".join(chunk.get(PATH, ())) == column.encode()]
         if len(chunks) != 1 or not {NUM_BYTES, DATA} <= chunks[0].keys() or NUM_ROWS not in group:
             raise _FooterError(f"row group {number} does not say where column {column!r} is")
         (chunk,) = chunks

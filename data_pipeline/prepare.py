@@ -13,6 +13,7 @@ again.
 import ctypes
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import queue
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import numpy as np
 
 from data_pipeline.claim import Workplace, claim, is_finished, refuse_existing, tidy
 from data_pipeline.corpus import Piece, units
+from data_pipeline.corpus_checks import check_corpus
 from data_pipeline.errors import DataError
 from data_pipeline.mds import INDEX
 from data_pipeline.merge import (
@@ -43,9 +45,10 @@ from data_pipeline.merge import (
 )
 from data_pipeline.meta import FORMAT_VERSION, META, DatasetMeta, Format, parse_meta
 from data_pipeline.packing import Packing
-from data_pipeline.reading import empty_corpus
+from data_pipeline.reading import TextField, check_text_field, empty_corpus
 from data_pipeline.remote import is_remote
 from data_pipeline.remote_units import RemoteUnits
+from data_pipeline.round_trip import MAX_LOST
 from data_pipeline.shard_index import ShardEntry
 from data_pipeline.tokenizer import TextTokenizer, load_tokenizer, read_tokenizer
 from data_pipeline.unit import Compression, Done, Options, load_counts, load_labels, write_unit
@@ -56,6 +59,8 @@ from untrusted.records import MAX_BYTES
 SHARD_BYTES = 1 << 26
 UNIT_BYTES = 1 << 26
 POLL_SECONDS = 0.2
+
+log = logging.getLogger("transxssm")
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,14 @@ def prepare(
     seq_len: int,
     packing: Packing = "best_fit",
     validation_fraction: float = 0.02,
-    text_field: str = "text",
+    text_field: TextField = "text",
     seed: int = 1234,
     progress: Callable[[Progress], None] | None = None,
     *,
+    document_separator: str = "",
+    strict: bool = False,
+    max_lost: float = MAX_LOST,
+    tell: Callable[[str], None] = log.info,
     format: Format = "mds",
     compression: Compression = "none",
     end_of_text: str | None = None,
@@ -102,13 +111,16 @@ def prepare(
 ) -> dict[str, DatasetMeta]:
     """Tokenise, pack and write the corpus `inputs` to a folder or URL; returns each split's meta.
 
-    end_of_text: the tokenizer's token that ends every document [see load_tokenizer]. workers:
+    text_field, document_separator, strict: how inputs become documents [see documents in
+    reading.py]. max_lost: share of the characters of a sample of the corpus that the tokenizer may
+    lose. end_of_text: the tokenizer's token that ends every document [see load_tokenizer]. workers:
     processes (0: one a core). share (i, n): do every n-th unit from the i-th on, of jobs
     that work on one OUT together; merge: put the units together, once all are there. `progress` is
-    called about once a megabyte of text.
+    called about once a megabyte of text, `tell` with sentences about the corpus.
 
-    Raises DataError for bad input, an `out` that holds anything or is being written to, a split
-    without documents and a full disk; `out` then does not exist, units that are done stay.
+    Raises DataError for bad input, a tokenizer that loses text, an `out` that holds anything or is
+    being written to, a split without documents and a full disk; `out` then does not exist, units
+    that are done stay.
     """
     if seq_len < 1 or not 0 <= validation_fraction < 1:
         raise DataError(
@@ -117,15 +129,22 @@ def prepare(
         )
     if not 1 <= share[0] <= share[1]:
         raise DataError(f"share {share[0]}/{share[1]}: write i/n with 1 ≤ i ≤ n.")
+    if not 0 <= max_lost <= 1:
+        raise DataError(f"max_lost={max_lost}: a share of the characters, from 0 to 1.")
+    check_text_field(text_field, inputs)
+    if not isinstance(text_field, str):
+        text_field = text_field[0] if len(text_field) == 1 else tuple(text_field)
     options = Options(
-        seq_len, packing, validation_fraction, text_field, seed, shard_bytes, format, compression
-    )
+        seq_len, packing, validation_fraction, text_field, seed, shard_bytes, format, compression,
+        document_separator, strict,
+    )  # fmt: skip
     tokenizer = load_tokenizer(tokenizer_path, end_of_text)
     plan = _plan(inputs, tokenizer, options, unit_bytes)
     mine = list(plan)[share[0] - 1 :: share[1]]
     if is_remote(str(out)):
         remote = RemoteUnits(str(out))
         remote.refuse_finished()
+        check_corpus(plan, tokenizer, options, max_lost, tell)
         _work_remotely(remote, plan, mine, tokenizer, options, workers, progress)
         return _merge_remotely(remote, list(plan), tokenizer, options) if merge else {}
     out = _resolved(out)
@@ -133,6 +152,8 @@ def prepare(
     if is_finished(out, work):
         tidy(out)
         return _metas(out, options)
+    refuse_existing(out)
+    check_corpus(plan, tokenizer, options, max_lost, tell)
     with claim(out, work, plan.keys(), alone=merge) as place:
         try:
             refuse_existing(out)  # another start may have ended meanwhile
@@ -157,7 +178,7 @@ def _plan(
 ) -> dict[str, list[Piece]]:
     """All units in order, by a key each: equal if and only if the same text becomes the same
     shards."""
-    how = [asdict(options), tokenizer.hash, tokenizer.eod_id, FORMAT_VERSION]
+    how = [options.identity(), tokenizer.hash, tokenizer.eod_id, FORMAT_VERSION]
     plan = {}
     for unit in units(inputs, unit_bytes):
         what = [(p.name, p.start, p.end, p.num_bytes, p.content) for p in unit]

@@ -1,35 +1,47 @@
-"""Documents of pieces of input files: UTF-8 text, .jsonl and .parquet.
+"""Documents of pieces of input files: UTF-8 text, JSON lines and .parquet.
 
 A long document comes in parts of at most PART_BYTES, so memory is bounded by that, by
-MAX_LINE_BYTES and MAX_VALUES of a .jsonl line and by the pages of a .parquet file (parquet.py).
+MAX_LINE_BYTES and MAX_VALUES of a line of JSON and by the pages of a .parquet file (parquet.py).
 """
 
 import io
 import json
+import logging
 import re
+import shlex
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import zstandard
 
 from data_pipeline.compressed import is_compressed, open_bytes
-from data_pipeline.corpus import ROW_SUFFIXES, TEXT_SUFFIXES, Piece, kind, units
+from data_pipeline.corpus import LINE_SUFFIXES, ROW_SUFFIXES, TEXT_SUFFIXES, Piece, kind, units
 from data_pipeline.errors import DataError
-from data_pipeline.parquet import damaged, text_rows
+from data_pipeline.fields import NoText, field_names, find_field
+from data_pipeline.parquet import text_rows
+from data_pipeline.sections import Section, Separator, sections
 from untrusted.errors import UntrustedError
 from untrusted.files import open_regular
 
 PART_BYTES = 1 << 20  # one token a byte, encoded, takes a hundred bytes of memory
 MAX_LINE_BYTES = 64 << 20
-MAX_VALUES = 1 << 21  # of a .jsonl line, which take up to a hundred times their bytes
+MAX_VALUES = 1 << 21  # of a line of JSON, which take up to a hundred times their bytes
+FIRST_ROWS = 1000  # of an input, one of which has to have the field of the text
 # what a value of JSON begins with or is followed by: strings whole, also one that is cut off
 VALUES = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{,]', re.DOTALL)
+
+TextField = str | Sequence[str]
+"""The field that is the text, of a row in any input, or one for each input."""
+
+log = logging.getLogger("transxssm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +58,43 @@ class Document:
     ends: bool = True
 
 
-def documents(inputs: Sequence[Path | str], text_field: str = "text") -> Iterator[Document]:
+def documents(
+    inputs: Sequence[Path | str],
+    text_field: TextField = "text",
+    *,
+    separator: str = "",
+    strict: bool = False,
+) -> Iterator[Document]:
     """Every non-empty document of `inputs`: files, folders (recursively), globs; long ones in
     parts.
 
     Folders give their files with a known suffix and skip hidden names; a file that is named itself
-    is read whatever its suffix. `text_field` is the field of a .jsonl line, the column of a
-    .parquet row.
+    is read whatever its suffix. `text_field` is the field of a JSON line, the column of a .parquet
+    row; dots lead into nested ones. `separator` cuts text files into documents [see Separator].
+    Rows without text are counted in a warning at the end; if `strict`, the first is an error.
     Raises DataError for missing inputs, files that are not UTF-8, malformed lines, and when there
     is no document at all.
     """
+    check_text_field(text_field, inputs)
+    pieces = [piece for unit in units(inputs, unit_bytes=1 << 62) for piece in unit]
+    check_first_rows(pieces, text_field)
     found = False
-    for unit in units(inputs, unit_bytes=1 << 62):
-        for document in unit_documents(unit, text_field):
-            found = True
-            yield document
+    empty: Counter[str] = Counter()
+    for document in unit_documents(
+        pieces, text_field, separator=separator, strict=strict, empty=empty
+    ):
+        found = True
+        yield document
     if not found:
         raise empty_corpus(inputs)
+    if rows := empty.total():
+        log.warning("%s", empty_rows_message(rows))
+
+
+def empty_rows_message(rows: int) -> str:
+    """The report of rows without text."""
+    are = "1 row has" if rows == 1 else f"{rows:,} rows have"
+    return f"{are} no text (null, missing or blank) and became no document"
 
 
 def empty_corpus(inputs: Sequence[Path | str]) -> DataError:
@@ -75,27 +107,124 @@ def empty_corpus(inputs: Sequence[Path | str]) -> DataError:
     )
 
 
-def unit_documents(unit: Sequence[Piece], text_field: str) -> Iterator[Document]:
-    """The documents of a unit's pieces, in order. Raises DataError."""
+def check_text_field(text_field: TextField, inputs: Sequence[Path | str]) -> None:
+    """Raise DataError unless there is one field, or one for each input."""
+    fields = [text_field] if isinstance(text_field, str) else list(text_field)
+    if len(fields) not in (1, len(inputs)):
+        raise DataError(
+            f"{len(fields)} text fields ({', '.join(fields)}) for {len(inputs)} inputs; give "
+            "--text-field once for all, or once for each input, in their order."
+        )
+    if not all(fields):
+        raise DataError("--text-field is empty; give the name of the field that holds the text.")
+
+
+def _field_of(piece: Piece, text_field: TextField) -> str:
+    """The field of the text in a piece's rows."""
+    if isinstance(text_field, str):
+        return text_field
+    return text_field[piece.input_number if len(text_field) > 1 else 0]
+
+
+def check_first_rows(pieces: Iterable[Piece], text_field: TextField) -> None:
+    """Raise DataError if none of the first rows of an input's JSON lines has the text's field:
+    the name is wrong then, and all of them would count as rows without text."""
+    lines = (piece for piece in pieces if kind(piece.path) in LINE_SUFFIXES)
+    for _, of_input in groupby(lines, lambda piece: piece.input_number):
+        missing: list[tuple[Path, str, str]] = []
+        for path, field, row in islice(_rows(of_input, text_field), FIRST_ROWS):
+            if find_field(row, field) is not NoText.MISSING:
+                break
+            missing.append((path, field, "" if missing else field_names(row)))
+        else:
+            for path, field, names in missing[:1]:
+                raise DataError(
+                    f"{path}: no field {field!r} (fields: {names}) in its first row, nor in any of "
+                    f"the first {len(missing):,} rows of this input. Name the text's field with "
+                    "--text-field."
+                )
+
+
+def _rows(pieces: Iterable[Piece], text_field: TextField) -> Iterator[tuple[Path, str, Any]]:
+    """Path, name of the text's field, and fields, of every row of JSON lines."""
+    for piece in pieces:
+        field = _field_of(piece, text_field)
+        with _errors_of(piece.path):
+            for _, _, row in _json_rows(piece, field):
+                yield piece.path, field, row
+
+
+def unit_documents(
+    unit: Sequence[Piece],
+    text_field: TextField,
+    *,
+    separator: str = "",
+    strict: bool = False,
+    empty: Counter[str] | None = None,
+) -> Iterator[Document]:
+    """The documents of a unit's pieces, in order. Raises DataError.
+
+    text_field, separator, strict: see documents. empty: counts rows without text, by the reason.
+    """
+    empty = Counter() if empty is None else empty
+    between = Separator(separator) if separator else None
     for piece in unit:
-        try:
-            if kind(piece.path) == ".jsonl":
-                yield from _jsonl_documents(piece, text_field)
+        field = _field_of(piece, text_field)
+        with _errors_of(piece.path):
+            if kind(piece.path) in LINE_SUFFIXES:
+                yield from _line_documents(piece, field, strict, empty)
             elif kind(piece.path) == ".parquet":
-                yield from _parquet_documents(piece, text_field)
+                yield from _parquet_documents(piece, field, strict, empty)
             else:
-                yield from _text_documents(piece)
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{piece.path}: cannot be read ({reason}).") from error
-        except UntrustedError as error:
-            raise DataError(str(error)) from error
+                yield from _text_documents(piece, field, between)
 
 
-def _text_documents(piece: Piece) -> Iterator[Document]:
-    """The file as one document."""
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Turn errors of reading and decompressing a file into DataError."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({reason}).") from error
+    except UntrustedError as error:
+        raise DataError(str(error)) from error
+
+
+def _text_documents(
+    piece: Piece, text_field: str, separator: Separator | None
+) -> Iterator[Document]:
+    """The file as one document, or one for each section, named by its first byte."""
     with open_bytes(piece.path) as file:
-        yield from _parts(piece.name, file, piece.path)
+        if separator is not None:
+            for section in sections(file, separator):
+                name = f"{piece.name}@{section.offset}"
+                yield from _parts(name, section, piece.path, section.offset)
+            return
+        for number, part in enumerate(_parts(piece.name, file, piece.path)):
+            if number == 0:
+                _check_no_rows(part.text, text_field, piece.path)
+            yield part
+
+
+def _check_no_rows(text: str, text_field: str, path: Path) -> None:
+    """Raise DataError, or warn where the name says that it is text, for a file of JSON lines."""
+    line = text[: MAX_LINE_BYTES >> 6].lstrip().partition("\n")[0]
+    if not line.startswith("{"):
+        return
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(find_field(row, text_field), str):
+        return
+    message = (
+        f"{path}: holds rows of JSON (field {text_field!r}), but its name does not end with .jsonl "
+        "or .json, so that it would be one document with all the JSON in it"
+    )
+    if kind(path) not in TEXT_SUFFIXES:
+        raise DataError(f"{message}; rename it.")
+    log.warning("%s: that is what it becomes; rename it if the rows are meant", message)
 
 
 def _row_documents(name: str, text: str, num_bytes: int, path: Path) -> Iterator[Document]:
@@ -106,8 +235,9 @@ def _row_documents(name: str, text: str, num_bytes: int, path: Path) -> Iterator
         yield Document(name, text, num_bytes)
 
 
-def _parts(name: str, file: IO[bytes], path: Path) -> Iterator[Document]:
-    """One document of all there is in `file`, which was found in `path`; nothing if it is blank."""
+def _parts(name: str, file: IO[bytes] | Section, path: Path, begin: int = 0) -> Iterator[Document]:
+    """One document of all there is in `file`, which was found in `path` at byte `begin`; nothing
+    if it is blank."""
     offset, begun = 0, False
     block = file.read(PART_BYTES)
     while block:
@@ -117,7 +247,7 @@ def _parts(name: str, file: IO[bytes], path: Path) -> Iterator[Document]:
             cut = block.rfind(b"\n") + 1 or _character_start(block)
         head, rest = block[:cut], block[cut:]
         block = rest + file.read(PART_BYTES - len(rest))
-        text = _decode(head, path, offset)
+        text = _decode(head, path, begin + offset)
         begun = begun or bool(text.strip())
         if begun:
             yield Document(name, text, len(head), ends=not block)
@@ -132,8 +262,23 @@ def _character_start(block: bytes) -> int:
     return start
 
 
-def _jsonl_documents(piece: Piece, text_field: str) -> Iterator[Document]:
-    """One document a line, named by its first byte; blank lines are skipped."""
+def _line_documents(
+    piece: Piece, text_field: str, strict: bool, empty: Counter[str]
+) -> Iterator[Document]:
+    """One document a line, named by its first byte; blank lines are skipped, rows without text
+    counted."""
+    for offset, num_bytes, row in _json_rows(piece, text_field):
+        text = _field(row, text_field, piece.path, offset, strict)
+        if isinstance(text, NoText):
+            empty[text.value] += 1
+        elif not text.strip():
+            empty["blank"] += 1
+        else:
+            yield from _row_documents(f"{piece.name}@{offset}", text, num_bytes, piece.path)
+
+
+def _json_rows(piece: Piece, text_field: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """First byte, number of bytes and fields of each line that is not blank."""
     path = piece.path
     with open_bytes(path) as file:
         offset = piece.start
@@ -147,14 +292,18 @@ def _jsonl_documents(piece: Piece, text_field: str) -> Iterator[Document]:
                 return
             text = _decode(line, path, offset)
             if text.strip():
-                value = _field(text, text_field, path, offset)
-                yield from _row_documents(f"{piece.name}@{offset}", value, len(line), path)
+                yield offset, len(line), _row(text, text_field, path, offset)
             offset += len(line)
 
 
 def _read_line(file: IO[bytes], path: Path, offset: int) -> bytes:
     """The rest of the line at byte `offset`."""
     line = file.readline(MAX_LINE_BYTES)
+    if offset == 0 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        raise DataError(
+            f"{path}: is a JSON array. Rows have to be one JSON object a line, for example as "
+            f"`{_by_jq(path, '.[]')}` writes them."
+        )
     if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
         raise DataError(
             f"{_line(path, offset)}: the line is longer than {MAX_LINE_BYTES} bytes; split the "
@@ -163,21 +312,38 @@ def _read_line(file: IO[bytes], path: Path, offset: int) -> bytes:
     return line
 
 
-def _parquet_documents(piece: Piece, text_field: str) -> Iterator[Document]:
-    """One document a row, named by its number in the file; empty ones and nulls are skipped."""
+def _by_jq(path: Path, program: str) -> str:
+    """A command that writes JSON as one value a line."""
+    source, target = shlex.quote(path.name), shlex.quote(f"{path.name.partition('.')[0]}.jsonl")
+    if not is_compressed(path):
+        return f"jq -c '{program}' {source} > {target}"
+    unpack = "gzip" if path.suffix.lower() == ".gz" else "zstd"
+    return f"{unpack} -dc {source} | jq -c '{program}' > {target}"
+
+
+def _parquet_documents(
+    piece: Piece, text_field: str, strict: bool, empty: Counter[str]
+) -> Iterator[Document]:
+    """One document a row, named by its number in the file; empty ones and nulls are counted."""
     path = piece.path
     groups = None if is_compressed(path) else range(piece.start, piece.end)
     with _seekable(path) as content:
-        for row, value in text_rows(content, path, text_field, groups):
+        for row, value in text_rows(content, path, text_field, groups, strict, empty):
             name = f"{piece.name}@{row}"
             if value.size > PART_BYTES:
                 yield from _parts(name, io.BytesIO(value), path)
-            elif value.size:
-                try:
-                    text = str(value, "utf-8")
-                except UnicodeDecodeError as error:
-                    raise damaged(path, error) from error
+                continue
+            try:
+                text = str(value, "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}: column {text_field!r} of row {row} is not UTF-8 text ({error.reason} "
+                    f"at byte {error.start}). Name another column with --text-field, or convert it."
+                ) from error
+            if text.strip():
                 yield from _row_documents(name, text, value.size, path)
+            else:
+                empty["blank"] += 1
 
 
 def _seekable(path: Path) -> IO[bytes]:
@@ -205,8 +371,8 @@ def _line(path: Path, offset: int) -> str:
     return f"{path}:{number}"
 
 
-def _field(line: str, text_field: str, path: Path, offset: int) -> str:
-    """The text of one .jsonl line, which begins at a byte of the file."""
+def _row(line: str, text_field: str, path: Path, offset: int) -> dict[str, Any]:
+    """The fields of one line of JSON, which begins at a byte of the file."""
     if len(line) > MAX_VALUES and any(islice(VALUES.finditer(line), MAX_VALUES, None)):
         raise DataError(
             f"{_line(path, offset)}: the line has more than {MAX_VALUES:,} values; leave out the "
@@ -216,22 +382,39 @@ def _field(line: str, text_field: str, path: Path, offset: int) -> str:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # also of an integer of too many digits
         raise DataError(
-            f"{_line(path, offset)}: not valid JSON ({error}). Every line must be one JSON object."
+            f"{_line(path, offset)}: not valid JSON ({error}). Every line must be one JSON object, "
+            f"as `{_by_jq(path, '.')}` writes them; leave out the file if it holds no rows."
         ) from error
     if not isinstance(row, dict):
         raise DataError(
             f"{_line(path, offset)}: a JSON {type(row).__name__}, not an object with fields."
         )
-    if text_field not in row:
-        fields = ", ".join(row) or "none"
-        raise DataError(
-            f"{_line(path, offset)}: no field {text_field!r} (fields: {fields}). Name the text's "
-            "field with --text-field."
-        )
-    value = row[text_field]
+    return row
+
+
+def _field(
+    row: dict[str, Any], text_field: str, path: Path, offset: int, strict: bool
+) -> str | NoText:
+    """The text of a row, or why it has none. Raises DataError, also for that if `strict`."""
+    value = find_field(row, text_field)
+    if isinstance(value, NoText):
+        if strict and value is NoText.MISSING:
+            raise DataError(
+                f"{_line(path, offset)}: no field {text_field!r} (fields: {field_names(row)}). "
+                "Name the text's field with --text-field, or leave out --strict to skip such rows."
+            )
+        if strict:
+            raise DataError(
+                f"{_line(path, offset)}: field {text_field!r} is null; drop the line, or leave out "
+                "--strict to skip such rows."
+            )
+        return value
     if not isinstance(value, str):
+        fields = [f"{text_field}.{name}" for name in value] if isinstance(value, dict) else []
+        nested = f" Name one of its fields with --text-field: {', '.join(fields[:20])}."
         raise DataError(
             f"{_line(path, offset)}: field {text_field!r} is {type(value).__name__}, not a string."
+            f"{nested if fields else ''}"
         )
     try:
         value.encode()

@@ -14,11 +14,12 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # type: ignore[import-untyped]
 
 from data_pipeline.errors import DataError
-from data_pipeline.reading import documents
+from data_pipeline.reading import TextField, documents
 from parallel import bounds
 from untrusted.errors import UnsafeFileError, check_refusal
 from untrusted.files import read_regular, write_durably
 from untrusted.text import printable
+from untrusted.tokenizer_json import as_in_training, differing_parts
 
 END_OF_TEXT = "<|endoftext|>"
 # of GPT-2 and GPT-NeoX; Llama 3; Llama 2; Gemma
@@ -52,12 +53,20 @@ class TextTokenizer:
 
 
 def train_tokenizer(
-    inputs: Sequence[Path | str], out: Path, vocab_size: int, text_field: str = "text"
+    inputs: Sequence[Path | str],
+    out: Path,
+    vocab_size: int,
+    text_field: TextField = "text",
+    *,
+    document_separator: str = "",
+    strict: bool = False,
 ) -> Path:
     """Train on the corpus `inputs` and write `out` (a .json file, or a folder to hold one).
 
-    Reads the corpus as a stream; the same corpus gives the same file. A small corpus may fill
-    less than `vocab_size`. Returns the file's path. Raises DataError for a bad corpus or size.
+    text_field, document_separator, strict: how inputs become documents [see documents in
+    reading.py]. Reads the corpus as a stream; the same corpus gives the same file. A small corpus
+    may fill less than `vocab_size`. Returns the file's path. Raises DataError for a bad corpus or
+    size.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise DataError(
@@ -73,7 +82,8 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(inputs, text_field), trainer)
+    texts = _texts(inputs, text_field, separator=document_separator, strict=strict)
+    tokenizer.train_from_iterator(texts, trainer)
 
     file = out if out.suffix == ".json" else out / "tokenizer.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -81,13 +91,19 @@ def train_tokenizer(
     return file
 
 
-def _texts(inputs: Sequence[Path | str], text_field: str) -> Iterator[str]:
+def _texts(
+    inputs: Sequence[Path | str],
+    text_field: TextField,
+    *,
+    separator: str = "",
+    strict: bool = False,
+) -> Iterator[str]:
     """The corpus in short texts: the library holds 256 of them at a time, however long.
 
     They are cut within what would be a very long word, as of base64: every merge goes through all
     of each word that has its pair, so long ones without end would keep the trainer for hours.
     """
-    for document in documents(inputs, text_field):
+    for document in documents(inputs, text_field, separator=separator, strict=strict):
         for at in range(0, len(document.text), CHUNK):
             text, begin = document.text[at : at + CHUNK], 0
             for word in LONG_WORD.finditer(text):
@@ -105,10 +121,7 @@ def load_tokenizer(path: Path, end_of_text: str | None = None) -> TextTokenizer:
     """
     file = path / "tokenizer.json" if path.is_dir() else path
     data = read_tokenizer(file)
-    tokenizer = parse_tokenizer(data, str(file))
-    tokenizer.encode_special_tokens = True  # text that spells a special token stays text
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = as_in_training(parse_tokenizer(data, str(file)))
     names = KNOWN_ENDS if end_of_text is None else (end_of_text,)
     end = next((name for name in names if tokenizer.token_to_id(name) is not None), None)
     if end is None:
@@ -163,6 +176,14 @@ def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
             "0 on."
         )
     return tokenizer
+
+
+def differing_tokenizers(one: bytes, other: bytes, names: tuple[str, str]) -> list[str]:
+    """Names of what differs between two tokenizer.json of what decides ids; none if they are the
+    same tokenizer. Raises DataError, naming the file, for what is none."""
+    if one == other:
+        return []
+    return differing_parts(parse_tokenizer(one, names[0]), parse_tokenizer(other, names[1]))
 
 
 def vocab_size_of(tokenizer: Tokenizer) -> int:

@@ -8,11 +8,12 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NotRequired, cast
 
 import numpy as np
 import xxhash
@@ -27,7 +28,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.mds import INDEX, described, open_writer
 from data_pipeline.meta import Format, token_dtype
 from data_pipeline.packing import Packing, PackingCounts, Sample, make_packer
-from data_pipeline.reading import Document, unit_documents
+from data_pipeline.reading import Document, TextField, unit_documents
 from data_pipeline.shard_index import FileEntry, ShardEntry, read_index
 from data_pipeline.shard_names import check_ours
 from data_pipeline.tar import TarShardWriter
@@ -43,13 +44,15 @@ Compression = Literal["none", "zstd"]
 
 
 class SplitCounts(TypedDict):
-    """PackingCounts, as counts.json has them."""
+    """PackingCounts, as counts.json has them, and rows of the unit without text (of the first
+    split alone)."""
 
     documents: Count
     cut_documents: Count
     samples: Count
     tokens: Count
     padding: Count
+    empty_rows: NotRequired[Count]
 
 
 Counts = dict[str, SplitCounts]  # by split
@@ -63,15 +66,40 @@ class Options:
     seq_len: int
     packing: Packing
     validation_fraction: float
-    text_field: str
+    text_field: TextField
     seed: int
     shard_bytes: int
     format: Format
     compression: Compression = "none"
+    document_separator: str = ""
+    strict: bool = False
 
     @property
     def splits(self) -> list[str]:
         return ["train"] + ["validation"] * (self.validation_fraction > 0)
+
+    def split_of(self, document: Document) -> str:
+        """The split that a document belongs to, by its name alone."""
+        name = f"{self.seed}:{document.id}".encode("utf-8", "surrogateescape")
+        share = xxhash.xxh64_intdigest(name) / 2**64
+        return "validation" if share < self.validation_fraction else "train"
+
+    def documents(
+        self, pieces: Sequence[Piece], empty: Counter[str] | None = None
+    ) -> Iterator[Document]:
+        """Documents of pieces, in order [see unit_documents]. Raises DataError."""
+        return unit_documents(
+            pieces,
+            self.text_field,
+            separator=self.document_separator,
+            strict=self.strict,
+            empty=empty,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What tells one unit's work from another's; the same as before for options of before."""
+        new = {"document_separator": "", "strict": False}
+        return {n: value for n, value in asdict(self).items() if n not in new or value != new[n]}
 
 
 @dataclass(frozen=True)
@@ -97,16 +125,16 @@ def write_unit(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     splits = {name: SplitWriter(temporary / name, tokenizer, options) for name in options.splits}
+    empty: Counter[str] = Counter()
     try:
-        for batch, tokens, done in _encoded(_batches(unit, options.text_field), tokenizer):
+        for batch, tokens, done in _encoded(_batches(unit, options, empty), tokenizer):
             for document, ids in zip(batch, tokens, strict=True):
-                name = f"{options.seed}:{document.id}".encode("utf-8", "surrogateescape")
-                share = xxhash.xxh64_intdigest(name) / 2**64
-                held_out = share < options.validation_fraction
-                splits["validation" if held_out else "train"].add(ids, document.ends)
+                splits[options.split_of(document)].add(ids, document.ends)
                 done = Done(done.num_bytes, done.documents, done.tokens + len(ids))
             report(done)
         counts = {name: asdict(split.finish()) for name, split in splits.items()}
+        if empty.total():
+            counts[options.splits[0]]["empty_rows"] = empty.total()
     except BaseException:
         for split in splits.values():
             split.cancel()
@@ -157,7 +185,9 @@ def load_index(folder: Path) -> list[ShardEntry]:
     return shards
 
 
-def _batches(unit: Sequence[Piece], text_field: str) -> Iterator[tuple[list[Document], Done]]:
+def _batches(
+    unit: Sequence[Piece], options: Options, empty: Counter[str]
+) -> Iterator[tuple[list[Document], Done]]:
     """Documents in lists of about BATCH_BYTES, with the input's bytes and documents they are.
 
     A part of a long document is counted when it is the last."""
@@ -165,7 +195,7 @@ def _batches(unit: Sequence[Piece], text_field: str) -> Iterator[tuple[list[Docu
     size = reported = 0
     for piece in unit:
         read = 0
-        for document in unit_documents([piece], text_field):
+        for document in options.documents([piece], empty):
             batch.append(document)
             size += document.num_bytes
             # what is compressed has more text than bytes

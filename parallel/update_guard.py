@@ -10,6 +10,8 @@ from typing import Any
 import deepspeed
 import torch
 
+from untrusted.errors import UserError
+
 
 class EngineError(UserError):
     """The installed DeepSpeed does not do what training relies on; the message says what."""

@@ -21,6 +21,7 @@ from pretrain import stop
 from pretrain.checkpoint_cli import checkpoint_app
 from pretrain.console import LogFormatter, local, print_fields, say, shown
 from pretrain.evaluation import cli as evaluation_command
+from pretrain.text_options import DocumentSeparator, Strict, TextFields
 from slurm import cli as job_commands
 from untrusted.errors import UserError, is_panic
 from untrusted.numbers import counted, number
@@ -51,7 +52,10 @@ app.command()(evaluation_command.evaluate)
 
 REPORT_IT = "This is a fault of transxssm itself: please report it, with the lines above."
 SECONDS_TO_CAUSE = 8.0  # until another rank has said why it broke the collectives of this one
-Inputs = Annotated[list[str], typer.Argument(help="Files, folders or globs of text or jsonl.")]
+Inputs = Annotated[
+    list[str],
+    typer.Argument(help="Files, folders or globs of text, JSON lines or Parquet; also .gz, .zst."),
+]
 
 
 def main() -> None:
@@ -361,7 +365,15 @@ def prepare(
     validation_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Share of documents held out.")
     ] = 0.02,
-    text_field: Annotated[str, typer.Option(help="Field of jsonl records.")] = "text",
+    text_field: TextFields = None,
+    document_separator: DocumentSeparator = "",
+    strict: Strict = False,
+    max_lost_characters: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Share of a sample's characters that the tokenizer may lose."
+        ),
+    ] = 0.001,
     end_of_text: Annotated[
         str | None,
         typer.Option(help="Token that ends every document.", show_default="the tokenizer's own"),
@@ -389,6 +401,7 @@ def prepare(
     """
     from data_pipeline.prepare import Progress as Done
     from data_pipeline.prepare import prepare as run
+    from data_pipeline.reading import empty_rows_message
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
     with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -406,9 +419,13 @@ def prepare(
             seq_len,
             packing=packing,
             validation_fraction=validation_fraction,
-            text_field=text_field,
+            text_field=text_field or "text",
             seed=seed,
             progress=report,
+            document_separator=document_separator,
+            strict=strict,
+            max_lost=max_lost_characters,
+            tell=say,
             format=format,
             compression=compression,
             end_of_text=end_of_text,
@@ -416,6 +433,8 @@ def prepare(
             share=_share(shard),
             merge=merge or not shard,
         )
+    if empty_rows := sum(meta.empty_rows for meta in metas.values()):
+        say(empty_rows_message(empty_rows))
     for split, meta in metas.items():
         filled = meta.tokens / (meta.tokens + meta.padding)
         say(
@@ -439,12 +458,22 @@ def tokenizer_train(
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="Where tokenizer.json goes.", callback=local)],
     vocab_size: Annotated[int, typer.Option(min=258, max=bounds.VOCABULARY)] = 8192,
-    text_field: Annotated[str, typer.Option(help="Field of jsonl records.")] = "text",
+    text_field: TextFields = None,
+    document_separator: DocumentSeparator = "",
+    strict: Strict = False,
 ) -> None:
     """Train a byte-level BPE on text."""
     from data_pipeline.tokenizer import train_tokenizer
 
-    say(str(train_tokenizer([Path(i) for i in inputs], out, vocab_size, text_field)))
+    made = train_tokenizer(
+        [Path(i) for i in inputs],
+        out,
+        vocab_size,
+        text_field or "text",
+        document_separator=document_separator,
+        strict=strict,
+    )
+    say(str(made))
 
 
 @tokenizer_app.command("inspect")

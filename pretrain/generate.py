@@ -20,6 +20,7 @@ from checkpoints_tools.tokenizer_file import TOKENIZER, parse_tokenizer, read_to
 from untrusted.errors import UserError
 from untrusted.numbers import counted
 from untrusted.text import without_controls
+from untrusted.tokenizer_json import as_in_training
 
 END_OF_TEXT = "<|endoftext|>"
 REPLACEMENT = "\ufffd"
@@ -214,9 +215,4 @@ def run(
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     """Return the tokenizer of a folder, as training data is prepared with it. Raises ModelError."""
     path = Path(model_dir) / TOKENIZER
-    tokenizer = parse_tokenizer(read_tokenizer(path), path)
-    # As in data_pipeline/tokenizer.py: a prompt becomes the tokens its text had in training.
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return as_in_training(parse_tokenizer(read_tokenizer(path), path))

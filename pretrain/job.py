@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoints_tools.manifest import read_manifest
 from parallel.compat import prepare_host
 from parallel.groups import destroy_groups, from_rank_0, init_distributed, init_groups
 from parallel.launch import Launch
@@ -22,7 +23,7 @@ from pretrain.run_dir import begin_log, lock_run, record_start, start_log
 from pretrain.sources import blend, keep_tokenizer, open_data
 from pretrain.starts import record_ended
 from pretrain.trackers import check_trackers
-from pretrain.trainer import Trainer
+from pretrain.trainer import Trainer, refuse_without_loss
 from pretrain.watchdog import Watchdog
 from untrusted.numbers import counted, number
 
@@ -62,6 +63,7 @@ def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watch
     data, validation = open_data(config)
     start = find_start(config, data)
     if start is not None and start.has_ended:
+        from_rank_0(lambda: _refuse_without_loss(start.folder, Path(config.logging.run_dir)))
         log.info("nothing to do: %s is the end of the run", start.folder)
         return None
     begin_log()
@@ -97,6 +99,13 @@ def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watch
     else:
         record_ended("stopped", f"{reason}, all saved", step=trainer.step)
     return reason
+
+
+def _refuse_without_loss(folder: Path, run_dir: Path) -> None:
+    """Refuse to call a run finished that has learned nothing. Rank 0 only."""
+    manifest = read_manifest(folder)
+    if "judge" in manifest:  # older checkpoints have none
+        refuse_without_loss(manifest["judge"]["losses"], manifest["step"], run_dir)
 
 
 def _watch_time_left(margin: float) -> None:

@@ -10,6 +10,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
 from data_pipeline.remote import is_remote
+from untrusted.tokenizer_json import as_in_training
 
 
 def real_tokens(state: dict[str, Any], tokenizer_json: Path, length: int) -> tuple[list[int], str]:
@@ -19,17 +20,31 @@ def real_tokens(state: dict[str, Any], tokenizer_json: Path, length: int) -> tup
     text of the Python installation with the checkpoint's tokenizer. Raises DataError when no text
     can be had.
     """
+    from checkpoints_tools.single_gpu import ModelError
+    from checkpoints_tools.tokenizer_file import parse_tokenizer, read_tokenizer
+
+    try:
+        content = read_tokenizer(tokenizer_json)
+        tokenizer = as_in_training(parse_tokenizer(content, tokenizer_json))
+    except ModelError as error:
+        raise DataError(str(error)) from error
     for folder in _folders(state):
         if is_remote(folder):  # may be slow, or out of reach from here
             continue
         try:
-            dataset = PackedDataset(folder, tokenizer_hash=state["tokenizer_hash"])
+            dataset = PackedDataset(folder, tokenizer=content)
             text = _beginning(dataset, length)
         except (DataError, OSError, ImportError):
             continue
         if len(text) > 1:
             return text, folder
-    return _of_python(state, tokenizer_json, length)
+    ids, where = _of_python(tokenizer, state["config"]["model"]["vocab_size"], length)
+    if len(ids) < min(2, length):
+        raise DataError(
+            f"{tokenizer_json} makes no tokens of the text of {where}; use --no-verify, or make "
+            "the data of the run readable here"
+        )
+    return ids, where
 
 
 def _beginning(dataset: PackedDataset, length: int) -> list[int]:
@@ -51,25 +66,14 @@ def _folders(state: dict[str, Any]) -> list[str]:
     return [*data.validation_sets.values(), *training]
 
 
-def _of_python(state: dict[str, Any], tokenizer_json: Path, length: int) -> tuple[list[int], str]:
-    from checkpoints_tools.single_gpu import ModelError
-    from checkpoints_tools.tokenizer_file import parse_tokenizer, read_tokenizer
-
+def _of_python(tokenizer: Any, vocab_size: int, length: int) -> tuple[list[int], str]:
+    """Ids of text that comes with Python, of the vocabulary alone, and where it lies."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    texts = [
-        path for name in ("LICENSE.txt", "this.py", "ast.py") if (path := folder / name).exists()
-    ]
-    vocab_size = state["config"]["model"]["vocab_size"]
-    try:
-        tokenizer = parse_tokenizer(read_tokenizer(tokenizer_json), tokenizer_json)
-    except ModelError as error:
-        raise DataError(str(error)) from error
-    for path in texts:
+    for path in (folder / name for name in ("LICENSE.txt", "this.py", "ast.py")):
+        if not path.exists():
+            continue
         ids: list[int] = tokenizer.encode(path.read_text("utf-8"), add_special_tokens=False).ids
         ids = [i for i in ids if i < vocab_size][:length]
         if len(ids) >= min(2, length):
             return ids, str(path)
-    raise DataError(
-        f"{tokenizer_json} makes no tokens of the text of {folder}; use --no-verify, or make the "
-        "data of the run readable here"
-    )
+    return [], str(folder)

@@ -1,6 +1,5 @@
 """What a run starts from: the newest sound checkpoint, checked against configuration and data."""
 
-import hashlib
 import logging
 import tempfile
 from pathlib import Path
@@ -15,9 +14,7 @@ from checkpoints_tools.importing import model_section, read_config
 from checkpoints_tools.manifest import damaged_files, listed, read_manifest
 from checkpoints_tools.safetensors_files import is_exported
 from checkpoints_tools.sharded import load_stored_weights
-from checkpoints_tools.single_gpu import ModelError
 from checkpoints_tools.stored import StoredTensors
-from checkpoints_tools.tokenizer_file import TOKENIZER, read_tokenizer
 from data_pipeline.blend import Blend
 from parallel.groups import from_rank_0
 from parallel.zero import ZeroOptimizer
@@ -26,6 +23,7 @@ from pretrain.bad_steps import Windows, write_windows
 from pretrain.config import Config
 from pretrain.lost_checkpoints import keep_record, record_saves
 from pretrain.same_run import FREE_MODEL_FIELDS, Start, check_same_run, differences, model_advice
+from pretrain.sources import tokenizer_differences
 
 log = logging.getLogger("transxssm")
 
@@ -177,20 +175,16 @@ def _weights_source(source: Path, config: Config, data: Blend) -> tuple[bool, Pa
     exported = is_exported(source)
     folder = source if exported else folders.resolve(source)
     if exported:
-        model = model_section(read_config(folder), folder)
-        try:
-            tokenizer = hashlib.sha256(read_tokenizer(folder / TOKENIZER)).hexdigest()
-        except ModelError as error:
-            raise CheckpointError(str(error)) from error
+        model, tokenizer_hash = model_section(read_config(folder), folder), ""
     else:
         manifest = read_manifest(folder)
-        model, tokenizer = manifest["config"]["model"], manifest["tokenizer_hash"]
+        model, tokenizer_hash = manifest["config"]["model"], manifest["tokenizer_hash"]
     lines: dict[str, list[str]] = {"model": [], "tokenizer": []}
     for name, (old, new) in differences(model, config.model.model_dump(mode="json")).items():
         if name.partition(".")[0] not in FREE_MODEL_FIELDS:
             lines["model"].append(f"model.{name}: {old!r} there, {new!r} here")
-    if tokenizer != (ours := data.meta.tokenizer_hash):
-        lines["tokenizer"].append(f"{tokenizer[:12]}… there, {ours[:12]}… here")
+    if tokenizer_hash != data.meta.tokenizer_hash:
+        lines["tokenizer"] = tokenizer_differences(folder, data)
     for danger, found in lines.items():
         if not found:
             continue

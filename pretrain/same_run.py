@@ -20,7 +20,7 @@ from pretrain.config import Config, OptimizerConfig
 from pretrain.credentials import recorded
 from pretrain.lr import learning_rate
 from pretrain.phases import Phase, continued_phases, length, phase_at, run_phases
-from pretrain.sources import stages_of
+from pretrain.sources import stages_of, tokenizer_differences
 from untrusted.secrets import redact_values
 
 log = logging.getLogger("transxssm")
@@ -184,11 +184,13 @@ def _dangers(
             found["model"].append(_line(name, old, new))
         elif name in ORDER_FIELDS:
             found["data"].append(_line(name, old, new))
-    if manifest["data_fingerprint"] != data.fingerprint_with(stages_of(made)):
+    stages, there = stages_of(made), manifest["data_fingerprint"]
+    same = {data.fingerprint_with(stages)}
+    if manifest["tokenizer_hash"] != data.meta.tokenizer_hash:
+        found["tokenizer"] += tokenizer_differences(folder, data)
+        same.add(data.fingerprint_with(stages, manifest["tokenizer_hash"]))
+    if there not in same:
         found["data"] += _other_sources(manifest, data)
-    if (there := manifest["tokenizer_hash"]) != (here := data.meta.tokenizer_hash):
-        where = data.sources[0].folder
-        found["tokenizer"].append(f"tokenizer of {where}: {there[:12]}… there, {here[:12]}… here")
     return found
 
 

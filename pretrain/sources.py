@@ -6,8 +6,11 @@ Does not import Megatron-core.
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoints_tools.errors import CheckpointError
+from checkpoints_tools.single_gpu import ModelError
+from checkpoints_tools.tokenizer_file import TOKENIZER, read_tokenizer
 from data_pipeline.blend import Blend, Stage
-from data_pipeline.dataset import PackedDataset
+from data_pipeline.dataset import PackedDataset, refuse_without_loss
 from data_pipeline.node_cache import default_cache_dir
 from data_pipeline.storage import Cache
 from pretrain.config import Config, ConfigError
@@ -20,19 +23,22 @@ from untrusted.paths import expand_path
 def open_data(config: Config) -> tuple[Blend, dict[str, PackedDataset]]:
     """Training sources and validation sets, checked against the configuration and each other.
 
-    Raises ConfigError, UntrustedError or DataError.
+    Raises ConfigError, UntrustedError or DataError, the last also for data in which no token has a
+    loss.
     """
     data = open_blend(config)
-    data.sources[0].tokenizer()  # missing? now rather than at the first save
+    tokenizer = data.sources[0].tokenizer()  # missing? now rather than at the first save
     validation = {
         name: PackedDataset(
             location,
             seq_len=config.data.seq_len,
-            tokenizer_hash=data.meta.tokenizer_hash,
+            tokenizer=tokenizer,
             cache=_cache(config),
         )
         for name, location in config.data.validation_sets.items()
     }
+    for dataset in (*data.sources, *validation.values()):
+        refuse_without_loss(dataset)
     return data, validation
 
 
@@ -86,3 +92,15 @@ def keep_tokenizer(data: Blend, run_dir: Path) -> Path:
     path = run_dir / "tokenizer.json"
     write_durably(path, data.sources[0].tokenizer())
     return path
+
+
+def tokenizer_differences(folder: Path, data: Blend) -> list[str]:
+    """How the tokenizer of a checkpoint or export differs from the data's, in a line; none for the
+    same tokenizer, whatever its file. Raises CheckpointError for a file that is none."""
+    file, source = folder / TOKENIZER, data.sources[0]
+    try:
+        different = source.differing_tokenizer(read_tokenizer(file))
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
+    line = f"{file} and {source.tokenizer_name} differ in {', '.join(different)}"
+    return [line] if different else []

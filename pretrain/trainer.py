@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -60,6 +60,18 @@ class TrainingError(UserError):
     """Training cannot go on; the message says why and what to do."""
 
 
+def refuse_without_loss(losses: Collection[float], steps: int, run_dir: Path) -> None:
+    """Raise TrainingError at the end of a run of which no step had a finite loss.
+
+    losses: those of good steps, as the judge has them.
+    """
+    if not losses:
+        raise TrainingError(
+            f"no step of this run, of {steps}, had a finite loss, so that its weights have learned "
+            f"nothing; look at the data (`transxssm data inspect`) and at {EVENTS} in {run_dir}"
+        )
+
+
 class Trainer:
     """One rank's live training state and the loop over steps."""
 
@@ -83,6 +95,7 @@ class Trainer:
         self.unwritten: dict[str, Any] | None = None  # metrics of a step not evaluated yet
         self.skipped: list[tuple[str, int]] = []  # shards, as TrainingBatches has them
         self.judge = Judge(config.training)
+        self.losses_known = True  # whether the judge has those of all steps so far
         self.stragglers = Stragglers(config.logging.stragglers_every)
         self.windows: Windows = []  # of samples to pass over
         self.skipped_updates = 0
@@ -108,7 +121,8 @@ class Trainer:
         self.step, self.samples = state["step"], state["samples"]
         self.skipped = [(name, shard) for name, shard in state.get("skipped_shards", [])]
         self.saved_step, self.unwritten = self.step, state.get("unwritten_metrics")
-        if "judge" in state:  # older checkpoints have none of these
+        self.losses_known = "judge" in state  # older checkpoints have none of these
+        if self.losses_known:
             self.judge.restore(state["judge"], str(step_dir))
         self.windows = [(first, end) for first, end in state.get("skipped_windows", [])]
         self.skipped_updates = state.get("skipped_updates", 0)
@@ -155,6 +169,8 @@ class Trainer:
             if self.step > self.saved_step:  # the last steps were passed over
                 self.save()
             self.saver.drain()
+            if self.losses_known:
+                refuse_without_loss(self.judge.losses, self.step, self.run_dir)
         except TrainingError:  # which all ranks raise alike
             self.saver.drain()
             raise

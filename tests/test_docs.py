@@ -1,6 +1,8 @@
 """The documentation: it builds with strict links, its commands run, its messages exist."""
 
 import ast
+import gzip
+import json
 import os
 import re
 import shlex
@@ -74,6 +76,10 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the documentation's commands take for granted."""
     folder = tmp_path_factory.mktemp("docs")
     write_text(folder / "corpus", 1_500_000)
+    stories = [path.read_text() for path in sorted((folder / "corpus").iterdir())[:200]]
+    (folder / "stories.txt").write_text("\n<|endoftext|>\n".join(stories))
+    rows = "".join(json.dumps({"text": text, "id": n}) + "\n" for n, text in enumerate(stories))
+    (folder / "web.json.gz").write_bytes(gzip.compress(rows.encode()))
     (folder / "configs").symlink_to(ROOT / "configs")
     shutil.copy(ROOT / "README.md", folder)
     sections = {

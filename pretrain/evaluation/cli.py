@@ -10,6 +10,7 @@ import typer
 from parallel import bounds
 from pretrain import stop
 from pretrain.console import local
+from pretrain.text_options import DocumentSeparator, TextFields
 
 
 def evaluate(
@@ -22,7 +23,8 @@ def evaluate(
     text: Annotated[
         list[str] | None, typer.Option(help="File or folder of text, repeatable.")
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Field of jsonl records.")] = "text",
+    text_field: TextFields = None,
+    document_separator: DocumentSeparator = "",
     needle: Annotated[
         bool, typer.Option("--needle", help="Hide a number in the text and ask for it.")
     ] = False,
@@ -82,7 +84,8 @@ def evaluate(
         Asked(
             data=tuple(data or ()),
             text=tuple(text or ()),
-            text_field=text_field,
+            text_field=tuple(text_field or ("text",)),
+            document_separator=document_separator,
             needle=needle,
             recall=recall,
             cases=cases,

@@ -16,7 +16,7 @@ from checkpoints_tools.folder import resolve
 from checkpoints_tools.manifest import model_of, read_manifest
 from checkpoints_tools.safetensors_files import is_exported
 from data_pipeline.dataset import PackedDataset
-from data_pipeline.reading import documents
+from data_pipeline.reading import check_text_field, documents
 from parallel.launch import Launch
 from pretrain.config import ConfigError
 from pretrain.console import print_json, shown, whole_console
@@ -46,7 +46,9 @@ class Asked:
     """Prepared folders."""
     text: tuple[str, ...] = ()
     """Files or folders of text."""
-    text_field: str = "text"
+    text_field: tuple[str, ...] = ("text",)
+    """Of rows in them: one for all, or one for each."""
+    document_separator: str = ""
     needle: bool = False
     recall: bool = False
     cases: int = 8
@@ -104,9 +106,7 @@ def open_model(
 def evaluate(model: Model, asked: Asked) -> Found:
     """All that was asked. A collective. Raises DataError, ModelError or ConfigError."""
     found = Found()
-    sets = {
-        folder: PackedDataset(folder, tokenizer_hash=model.tokenizer_hash) for folder in asked.data
-    }
+    sets = {folder: PackedDataset(folder, tokenizer=model.tokenizer_json) for folder in asked.data}
     for folder, dataset in sets.items():
         if dataset.meta.seq_len > model.max_length:
             raise ConfigError(
@@ -118,7 +118,12 @@ def evaluate(model: Model, asked: Asked) -> Found:
                 f"{folder} has sequences of {dataset.meta.seq_len} tokens, and this layout splits "
                 f"them into {model.length_multiple}; use other --tensor and --context"
             )
-    texts = {name: _text_ids(model, name, asked) for name in asked.text}
+    check_text_field(asked.text_field, asked.text)
+    fields = asked.text_field * (1 if len(asked.text_field) > 1 else len(asked.text))
+    texts = {
+        name: _text_ids(model, name, field, asked)
+        for name, field in zip(asked.text, fields, strict=True)
+    }
     for folder, dataset in sets.items():
         table = score_dataset(model, dataset, asked.limit)
         name = redact_value(folder)
@@ -148,12 +153,12 @@ def evaluate(model: Model, asked: Asked) -> Found:
     return found
 
 
-def _text_ids(model: Model, name: str, asked: Asked) -> tuple[list[Ids], int]:
+def _text_ids(model: Model, name: str, text_field: str, asked: Asked) -> tuple[list[Ids], int]:
     """Token ids of every document, and the bytes of all."""
     ids: list[Ids] = []
     size = 0
     parts: list[Ids] = []
-    for document in documents([name], asked.text_field):
+    for document in documents([name], text_field, separator=asked.document_separator):
         for piece in _pieces(document.text):
             # fast: without the place in the text of every token
             (encoded,) = model.tokenizer.encode_batch_fast([piece], add_special_tokens=False)

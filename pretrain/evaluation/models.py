@@ -1,6 +1,5 @@
 """Models that are evaluated: sharded over this job's ranks, or exported, in one process."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -36,7 +35,8 @@ class Model(Protocol):
 
     name: str
     tokenizer: Tokenizer
-    tokenizer_hash: str
+    tokenizer_json: bytes
+    """Content of its file."""
     vocab_size: int
     end_of_text: int
     max_length: int
@@ -64,7 +64,7 @@ class ExportedModel:
         self.name = str(folder)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer = load_tokenizer(folder)
-        self.tokenizer_hash = hashlib.sha256(read_tokenizer(folder / TOKENIZER)).hexdigest()
+        self.tokenizer_json = read_tokenizer(folder / TOKENIZER)
         self.model = load_model(folder, self.device, DTYPES[dtype])
         config = self.model.config
         self.vocab_size = config.vocab_size
@@ -147,7 +147,7 @@ class ShardedModel:
         init_groups(parallel)
         from_rank_0(lambda: _check_files(step_dir, manifest))
         self.tokenizer = load_tokenizer(step_dir)
-        self.tokenizer_hash = manifest["tokenizer_hash"]
+        self.tokenizer_json = read_tokenizer(step_dir / TOKENIZER)
         self.vocab_size, self.end_of_text = model.vocab_size, manifest["eod_id"]
         self.max_length = max_length or model.max_position_embeddings
         self.length_multiple = parallel.context * parallel.tensor

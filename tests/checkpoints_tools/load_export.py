@@ -64,7 +64,7 @@ def examine(folder: Path, prompts: list[list[int]], new_tokens: int) -> dict[str
         and all(torch.equal(before[name], after[name]) for name in before),
         "saved_tokens": [greedy(again, prompt, new_tokens) for prompt in prompts],
         "float32": sorted(n for n, p in narrow.named_parameters() if p.dtype == torch.float32),
-        "text_ids": tokenizer(text)["input_ids"],
+        "text_ids": tokenizer(text, split_special_tokens=True)["input_ids"],
         "decoded": tokenizer.decode(tokenizer(text)["input_ids"]),
         "tokenizer": type(tokenizer).__name__,
         "special": [tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.model_max_length],

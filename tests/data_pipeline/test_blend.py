@@ -238,7 +238,7 @@ def test_sources_of_two_tokenizers_are_refused(
 ) -> None:
     other = train_tokenizer([corpus], tmp_path / "other.json", 290)
     prepare([corpus], other, tmp_path / "o", SEQ_LEN, validation_fraction=0)
-    with pytest.raises(DataError, match=r"o/train: made with the tokenizer .* prepare one of them"):
+    with pytest.raises(DataError, match=r"o/train: made with another tokenizer .*in model"):
         Blend([PackedDataset(f) for f in (folders[0], tmp_path / "o" / "train")], seed=0)
 
 

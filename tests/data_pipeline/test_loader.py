@@ -246,8 +246,10 @@ def test_data_that_does_not_fit_the_run_is_refused(prepared):
     train = prepared / "train"
     with pytest.raises(DataError, match=r"Set data\.seq_len=32"):
         PackedDataset(train, seq_len=64)
-    with pytest.raises(DataError, match="tokenizer"):
-        PackedDataset(train, tokenizer_hash="0" * 64)
+    tokenizer = json.loads((prepared / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    with pytest.raises(DataError, match=r"another tokenizer .*differ in normalizer\)"):
+        PackedDataset(train, tokenizer=json.dumps(tokenizer).encode())
     with pytest.raises(DataError, match=r"model\.vocab_size is 299"):
         PackedDataset(train, vocab_size=299)
     with pytest.raises(DataError, match="no such folder"):

@@ -133,7 +133,7 @@ class Induction:
     def __init__(self, tokenizer: Tokenizer, suffix: int, rank: int = 0, ranks: int = 1) -> None:
         self.tokenizer, self.suffix = tokenizer, suffix
         self.vocab_size, self.end_of_text = tokenizer.get_vocab_size(), 0
-        self.tokenizer_hash = ""
+        self.tokenizer_json = b""
         self.data_rank, self.data_ranks = rank, ranks
 
     def sums(self, batches: Sequence[Batch], key: Key, size: int) -> Tensor:
