@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 FLOAT32_SUMS = "float32 sums inside products"
 COLUMN_SLICES = "column slices of one buffer"
+SCAN_SEGMENTS = "segments of the scan"
 
 _off: set[str] = set()
 

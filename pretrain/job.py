@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from parallel import self_check
+from parallel.build import DTYPES
 from parallel.compat import prepare_host
 from parallel.groups import destroy_groups, from_rank_0, init_distributed, init_groups
 from parallel.launch import Launch
@@ -57,6 +59,8 @@ def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watch
     from_rank_0(lambda: record_start(config, launch.world_size))
     from_rank_0(lambda: record_saves(config))
     from_rank_0(lambda: keep_tokenizer(data, Path(config.logging.run_dir)))
+    watchdog.at("checking kernels")
+    self_check.prove(config.model, device, DTYPES[config.training.dtype])
     watchdog.at("building the model")
     trainer = Trainer(config, data, validation, device, watchdog.at)
     _tell_of_layout(config, launch, device)

@@ -40,8 +40,8 @@ def sums_of_steps(
 ) -> tuple[list[Sums], list[float]]:
     """After the micro-batches of each of three steps, the second of which is refused; the norms.
 
-    hooks: whose, "ours" or "deepspeed"; unused: layer 0 is passed over in one micro-batch of a
-    step, and layer 1's feed-forward in all of them.
+    hooks: whose, "ours" or "deepspeed"; unused: layer 0's mixer is passed over in one micro-batch
+    of a step, and layer 1's feed-forward in all of them.
     """
     import parallel.zero as zero_module
     from parallel.build import build_stage
@@ -87,14 +87,15 @@ def sums_of_steps(
 
 def _pass_over_layers(layers: nn.ModuleDict) -> None:
     calls = 0
-    forward, feed_forward = layers["0"].forward, layers["1"].feed_forward
+    mixer, feed_forward = layers["0"].ssd, layers["1"].feed_forward
+    forward = mixer.forward
 
     def maybe(h: Tensor, positions: Any) -> Tensor:
         nonlocal calls
         calls += 1
         return h if calls % MICRO_BATCHES == 2 else forward(h, positions)
 
-    layers["0"].forward = maybe
+    mixer.forward = maybe
     feed_forward.forward = lambda h: h
 
 
@@ -252,3 +253,12 @@ def test_layouts_with_float32_sums(
     parallel: dict[str, Any], dtype: torch.dtype, expected: bool
 ) -> None:
     assert run_ranks(1, sums_of_layout, parallel, dtype) == [expected]
+
+
+def gradients_of_a_step() -> dict[str, Tensor]:
+    """Of a data-parallel rank."""
+    from tests.parallel.test_update import built_zero
+
+    zero = built_zero({}, torch.bfloat16, MODEL)
+    found: dict[str, Tensor] = zero.full_gradients()
+    return found
