@@ -138,29 +138,40 @@ def _failure(
     check: Check, model: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> str | None:
     """Why the fast path is not to be used, or None."""
+    fast: Sequence[Tensor] | str
     with _forgotten():
         try:
             fast = check.compute(_inputs(model, device, dtype))
-            norms = [float(result.double().norm()) for result in fast]  # waits for the device
+            _wait(fast)
         except Exception as error:  # whatever compiler, driver and library throw
             _expect_usable(check.path, device, error)
-            return _first_line(error)
+            fast = _first_line(error)
         try:
             with without(check.path):
                 plain = check.compute(_inputs(model, device, dtype))
+                _wait(plain)
         except Exception as error:
             raise SelfCheckError(
                 f"{check.path}: what would run in its place fails as well: {_first_line(error)}"
             ) from error
-    if len(fast) != len(plain):
-        return f"it has {len(fast)} results, not {len(plain)}"
-    for result, expected, norm in zip(fast, plain, norms, strict=True):
-        if result.shape != expected.shape:
-            return f"a result has shape {tuple(result.shape)}, not {tuple(expected.shape)}"
-        difference = float((result.double() - expected.double()).norm())
-        difference /= max(float(expected.double().norm()), 1e-30)
-        if not difference <= TOLERANCE or norm != norm:  # NaN too
-            return f"results differ by {difference:.1e} of their size, more than {TOLERANCE}"
+    return fast if isinstance(fast, str) else _difference(fast, plain)
+
+
+def _wait(results: Sequence[Tensor]) -> None:
+    """For the device, whose errors come late."""
+    for result in results:
+        result.flatten()[:1].tolist()
+
+
+def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    """What is wrong with the results, or None."""
+    for one, right in zip(found, expected, strict=True):
+        if one.shape != right.shape:
+            return f"a result has shape {tuple(one.shape)}, not {tuple(right.shape)}"
+        size = float(right.double().norm())
+        apart = float((one.double() - right.double()).norm()) / (size or 1.0)
+        if not apart <= TOLERANCE:  # NaN too
+            return f"results differ by {apart:.1e} of their size, more than {TOLERANCE}"
     return None
 
 

@@ -248,10 +248,14 @@ def test_a_plain_path_that_fails_too_is_an_error(gpu: pytest.MonkeyPatch) -> Non
 
 
 def test_a_device_that_computes_no_more_is_an_error(gpu: pytest.MonkeyPatch) -> None:
-    gpu.setattr(kernels.norm.fused, "forward", raising(norm_in_torch.forward))
-    gpu.setattr(self_check, "_expect_usable", real := self_check._expect_usable)
-    with pytest.raises(SelfCheckError, match="left meta unusable: RuntimeError: an illegal access"):
-        real("rms_norm", torch.device("meta"), RuntimeError("an illegal access"))
+    def forward(*_: Any) -> Tensor:
+        gpu.setattr(self_check.torch, "zeros", raising(torch.zeros))
+        raise RuntimeError("an illegal memory access was encountered")
+
+    gpu.setattr(kernels.norm.fused, "forward", forward)
+    message = "rms_norm left cpu unusable: RuntimeError: an illegal memory access was encountered;"
+    with pytest.raises(SelfCheckError, match=message):
+        failures(SMALL, CPU, BF16)
 
 
 # -- ranks -----------------------------------------------------------------------------------------
