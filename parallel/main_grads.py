@@ -58,7 +58,7 @@ class MainGrads:
             return
         if not self._waiting:
             # called once, when the backward pass that runs now has ended
-            engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+            engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(lambda: self.add_waiting())
         self._waiting.append((parameter, gradient))
 

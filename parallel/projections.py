@@ -45,7 +45,7 @@ def project(
     return projected
 
 
-class RowLinear(RowParallelLinear):  # type: ignore[misc]
+class RowLinear(RowParallelLinear):
     """x Wᵀ, W [out, in] split over `in`, summed over the tensor-parallel group.
 
     Under sequence parallelism each rank gets its own tokens of the sum.
@@ -118,12 +118,12 @@ def _weight_gradients(weights: Sequence[Tensor], g: Tensor, u: Tensor) -> Sequen
     None of every weight where it was added to their `main_grad`.
     """
     rows = [weight.shape[0] for weight in weights]
-    totals = [main_grad(weight) for weight in weights]
-    if any(total is None for total in totals):
+    totals = [total for weight in weights if (total := main_grad(weight)) is not None]
+    if len(totals) < len(weights):
         return (g.t() @ u).split(rows)
     if _lie_so(weights):  # and so do their sums
-        total = weights[0].main_grad
-        add_product(total.as_strided((sum(rows), u.shape[1]), (u.shape[1], 1)), g.t(), u)
+        joined = totals[0].as_strided((sum(rows), u.shape[1]), (u.shape[1], 1))
+        add_product(joined, g.t(), u)
     else:
         for total, part in zip(totals, g.split(rows, -1), strict=True):
             add_product(total, part.t(), u)

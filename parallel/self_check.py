@@ -22,7 +22,7 @@ from kernels.paths import COLUMN_SLICES, FLOAT32_SUMS, SCAN_SEGMENTS, switch_off
 from kernels.rope.rope import apply_rope, rotate_qkv
 from kernels.ssd.ssd import ssd
 from kernels.swiglu.swiglu import swiglu
-from kernels.target import current_target, interpreting
+from kernels.target import current_target
 from parallel.config import ModelConfig
 from parallel.groups import host_group
 from parallel.products import add_product, can_sum_inside
@@ -251,9 +251,7 @@ def _cross_entropy(inputs: Inputs) -> list[Tensor]:
         ])  # fmt: skip
         for (first, part), count in zip(halves, valid, strict=True):
             out = torch.empty_like(weights), torch.empty_like(weights)
-            run.finish(
-                part, labels, weights, statistics, out, first, count, vocabulary, 0.0, True
-            )
+            run.finish(part, labels, weights, statistics, out, first, count, vocabulary, 0.0, True)
             found += [part, *out]
     return found
 
@@ -348,9 +346,7 @@ def _slices(inputs: Inputs) -> list[Tensor]:
     ]
 
 
-def _beside(
-    inputs: Inputs, joined: bool, *widths: int, length: int = LENGTH
-) -> tuple[Tensor, ...]:
+def _beside(inputs: Inputs, joined: bool, *widths: int, length: int = LENGTH) -> tuple[Tensor, ...]:
     """Leaves [T, 1, widthᵢ] of ROWS rows: `joined` as a projection gives them."""
     tokens = ROWS * length
     if not joined:

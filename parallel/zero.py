@@ -4,9 +4,9 @@ Megatron's schedule drives the micro-batches, so DeepSpeed sees one accumulation
 
 - stage 1 (the only one with pipeline stages): the schedule runs the bare module; gradients
   accumulate in float32 (in the parameters' gradients, or in BF16_Optimizer's buffers, which
-  `parallel.main_grads` fills during backward) and are reduced once, after the schedule. BF16_Optimizer's gradients
-  are reduced to the rank that owns them. Stage 0 shards nothing: DeepSpeed gets a group of one
-  rank, and gradients are averaged here.
+  `parallel.main_grads` fills during backward) and are reduced once, after the schedule.
+  BF16_Optimizer's gradients are reduced to the rank that owns them. Stage 0 shards nothing:
+  DeepSpeed gets a group of one rank, and gradients are averaged here.
 - stages 2 and 3, and every stage with an offloaded optimizer: the schedule runs the engine, whose
   hooks reduce and partition every micro-batch's gradients during backward; only the last one is an
   accumulation boundary.

@@ -169,7 +169,8 @@ def head_errors(micro_batches: int) -> tuple[float, float, bool]:
         labels, mask = torch.randint(80, (40,)), torch.ones(40)
         for weight in (stock, summed):
             (head_loss(h, weight, labels, mask, 80)[0] * scale).backward()
-        assert stock.grad is not None and summed.grad is None
+        assert stock.grad is not None
+        assert summed.grad is None
         hooked += stock.grad.float()
         stock.grad = None
         weight = stock.detach().double().requires_grad_()

@@ -4,7 +4,7 @@ On a CPU, Triton's kernels and the products of CUDA are played by PyTorch.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -66,7 +66,8 @@ STAND_INS: dict[str, list[tuple[Any, str, Callable[..., Any]]]] = {
 
 def product_of_cuda(total: Tensor, a: Tensor, b: Tensor, *, out_dtype: Any, out: Any) -> Tensor:
     """torch.addmm with out_dtype, which the CPU has not."""
-    assert out is total and out_dtype == torch.float32
+    assert out is total
+    assert out_dtype == torch.float32
     return total.add_(a.float() @ b.float())
 
 
@@ -97,7 +98,7 @@ def be_a_gpu(patch: Patch, **products_of_cuda: Any) -> None:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv("TRANSXSSM_KERNELS", "triton")
     monkeypatch.setattr(paths, "_off", set())
     monkeypatch.setattr(dispatch, "chosen", {"ssd": {"triton"}})
@@ -106,7 +107,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     some = [replace(c, is_taken=lambda _: False) if c.path == paths.SCAN_SEGMENTS else c
             for c in CHECKS]  # fmt: skip
     monkeypatch.setattr(self_check, "CHECKS", some)
-    yield monkeypatch
+    return monkeypatch
 
 
 def test_all_paths_that_agree_stay_on(gpu: pytest.MonkeyPatch) -> None:
@@ -303,7 +304,8 @@ def test_all_ranks_leave_a_path_that_fails_on_one() -> None:
         " gradients are rounded before they are summed instead"
     )
     assert second[1] == []
-    assert first[2] and second[2]
+    assert first[2]
+    assert second[2]
     # and trains as a CPU does
     from tests.parallel.test_main_grads import gradients_of_a_step
 
