@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from kernels.errors import KernelsError
+from kernels.paths import is_off
 from kernels.target import interpreting
 
 Choice = Literal["triton", "torch", "naive"]
@@ -64,7 +65,7 @@ def _choose(op: str, device: torch.device, unsupported: str | None) -> Choice:
             " set TRITON_INTERPRET=1 before Python starts; else set TRANSXSSM_KERNELS=torch"
         )
     if unsupported is None:
-        return "triton"
+        return "torch" if is_off(op) else "triton"
     if strict():
         raise KernelsError(
             f"{op}: {unsupported} (strict mode; without it, torch would run this call)"

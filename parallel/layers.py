@@ -16,7 +16,6 @@ import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
-    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
@@ -26,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.norm.norm import add_rms_norm, rms_norm, weighted_residual
 from kernels.swiglu.swiglu import swiglu
-from parallel.projections import project
+from parallel.projections import RowLinear, project
 
 
 def enter_tensor_parallel(h: Tensor, config: ModelParallelConfig) -> Tensor:
@@ -50,9 +49,9 @@ def column_linear(in_size: int, out_size: int, config: ModelParallelConfig) -> C
     return linear
 
 
-def row_linear(in_size: int, out_size: int, config: ModelParallelConfig) -> RowParallelLinear:
+def row_linear(in_size: int, out_size: int, config: ModelParallelConfig) -> RowLinear:
     """W [out, in] split over `in`; sums (and scatters) its output over the group."""
-    linear = RowParallelLinear(
+    linear = RowLinear(
         in_size,
         out_size,
         config=config,

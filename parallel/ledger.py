@@ -282,6 +282,10 @@ def watch(ledger: Ledger, zero: ZeroOptimizer) -> None:
                 _rename(ledger, child, "final norm")
         for layer in chunk.model.layers.values():
             _watch_layer(ledger, layer)
+    if zero.main_grads is not None:
+        zero.main_grads.add_waiting = ledger.named(  # type: ignore[method-assign]
+            zero.main_grads.add_waiting, HOOKS, ""
+        )
     zero.reduce_gradients = ledger.named(  # type: ignore[method-assign]
         zero.reduce_gradients, "gradient reduction"
     )

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from kernels.cross_entropy.cross_entropy import cross_entropy_
+from parallel.main_grads import main_grad, mark
 from parallel.products import add_product
 from parallel.sizes import head_block_tokens
 
@@ -108,7 +109,10 @@ class _HeadLoss(torch.autograd.Function):
             grad_weight = add_product(grad_weight, logits.t(), h[part])
         assert grad_weight is not None, "no tokens"
         del logits  # before there are two sums
-        ctx.save_for_backward(grad_h, grad_weight.to(weight.dtype))
+        ctx.parameter = weight if main_grad(weight) is not None else None
+        if ctx.parameter is None:
+            grad_weight = grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_h, grad_weight)
         ctx.mark_non_differentiable(by_token)
         ctx.set_materialize_grads(False)  # which would be zeros for by_token
         return by_token.sum(), by_token
@@ -118,4 +122,11 @@ class _HeadLoss(torch.autograd.Function):
         grad_h, grad_weight = ctx.saved_tensors
         scale = grads[0]
         # in place: nobody else has them, and autograd refuses to come here twice
-        return grad_h.mul_(scale), grad_weight.mul_(scale), None, None, None, None
+        grad_h.mul_(scale)
+        if ctx.parameter is None:
+            return grad_h, grad_weight.mul_(scale), None, None, None, None
+        total = main_grad(ctx.parameter)
+        assert total is not None
+        total.addcmul_(grad_weight, scale)  # float32, not rounded before
+        mark(ctx.parameter)
+        return grad_h, None, None, None, None, None

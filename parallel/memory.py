@@ -159,22 +159,29 @@ def chunk_activations(
 def head_bytes(model: ModelConfig, parallel: ParallelConfig, work: Workload) -> int:
     """Besides what the head keeps, the most of three moments: a block's loss, whose gradient takes
     the logits' place; its share of the rows' gradient, which is summed in float32, and which a GPU
-    adds as it computes it; the sum beside its rounded copy."""
+    adds as it computes it; the sum beside its rounded copy, where it is rounded."""
     vocab, hidden = model.padded_vocab_size // parallel.tensor, model.hidden_size
     tokens, item = work.tokens(parallel), work.itemsize
     block = min(tokens, head_block_tokens(vocab, work.on_gpu))
-    logits, kept, total = item * block * vocab, item * vocab * hidden, 4 * vocab * hidden
+    logits, rounded, total = item * block * vocab, item * vocab * hidden, 4 * vocab * hidden
+    kept = head_sum_itemsize(parallel, work) * vocab * hidden
     exponentials = 0 if work.on_gpu else 4 * min(block, rows_at_once(vocab, on_cpu=True)) * vocab
     loss = logits + exponentials + (total if block < tokens else 0)
-    product = logits + total + (0 if work.on_gpu or item == 4 else kept)
-    rounding = total + (kept if item < 4 else 0)
+    product = logits + total + (0 if work.on_gpu or item == 4 else rounded)
+    rounding = total + (kept if kept < total else 0)
     return max(loss, product, rounding) - kept
 
 
 def head_gradients(model: ModelConfig, parallel: ParallelConfig, work: Workload) -> int:
     """What the head's forward leaves for backward: gradients of hidden states and of its rows."""
-    rows = work.tokens(parallel) + model.padded_vocab_size // parallel.tensor
-    return rows * model.hidden_size * work.itemsize
+    tokens = work.tokens(parallel) * work.itemsize
+    vocab = model.padded_vocab_size // parallel.tensor * head_sum_itemsize(parallel, work)
+    return (tokens + vocab) * model.hidden_size
+
+
+def head_sum_itemsize(parallel: ParallelConfig, work: Workload) -> int:
+    """Bytes of a number of the rows' gradient: not rounded where it is added to a float32 one."""
+    return work.itemsize if parallel.reduces_in_backward else 4
 
 
 def working_bytes(model: ModelConfig, parallel: ParallelConfig, work: Workload) -> int:

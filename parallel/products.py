@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kernels.paths import FLOAT32_SUMS, is_off
+
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """total + a b, a [m, k], b [k, n] of one dtype; float32 [m, n] for 16 bits, in place.
@@ -21,6 +23,10 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 
 def sums_inside(a: Tensor) -> bool:
-    """Whether a product of 16-bit matrices can be added to a float32 one as it is computed. Meta
-    tensors stand for those of a GPU."""
-    return not a.is_cpu and torch.version.hip is None
+    """Whether a product of 16-bit matrices can be added to a float32 one as it is computed."""
+    return can_sum_inside(a.device) and not is_off(FLOAT32_SUMS)
+
+
+def can_sum_inside(device: torch.device) -> bool:
+    """Whether PyTorch has such products for a device. Meta tensors stand for those of a GPU."""
+    return device.type != "cpu" and torch.version.hip is None

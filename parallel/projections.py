@@ -1,7 +1,11 @@
-"""Column-parallel projections of the same tokens, as one matrix product each way.
+"""Projections: several of the same tokens into heads, and one back, one matrix product each way.
 
     [x₁ | x₂ | ...] = u Wᵀ        W = [W₁; W₂; ...]        u: tokens of the whole tensor group
     dW = Gᵀ u,  du = G W          G = [dx₁ | dx₂ | ...]
+
+The first kind is column-parallel, the second (one W, summed over the group) row-parallel. Where
+weights have float32 sums of their gradients (`parallel.main_grads`), dW is added to them by the
+product itself, and autograd gets no gradient.
 
 Parameters and their names stay apart. After DeepSpeed's ZeRO 1 and 2 have flattened them, the Wᵢ
 lie one after the other in memory, and W is a view; elsewhere they are concatenated. The xᵢ are
@@ -16,11 +20,19 @@ import torch
 import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.parallel_state import get_tensor_model_parallel_group
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.paths import COLUMN_SLICES, is_off
 from kernels.slices import ROW_ELEMENTS, shared_stride
+from parallel.main_grads import main_grad, mark
+from parallel.products import add_product
 
 
 def project(
@@ -31,6 +43,39 @@ def project(
     weights = (linear.weight for linear in linears)
     projected: tuple[Tensor, ...] = _JoinedLinears.apply(split, h, *weights)
     return projected
+
+
+class RowLinear(RowParallelLinear):
+    """x Wᵀ, W [out, in] split over `in`, summed over the tensor-parallel group.
+
+    Under sequence parallelism each rank gets its own tokens of the sum.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """[T, 1, in / tp] → [T or T/tp, 1, out], and no bias."""
+        product: Tensor = _Linear.apply(x, self.weight)
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(product), None
+        if get_tensor_model_parallel_group().size() > 1:
+            return reduce_from_tensor_model_parallel_region(product), None
+        return product, None
+
+
+class _Linear(torch.autograd.Function):
+    """x Wᵀ of tokens x [T, 1, in]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.parameter = weight  # the saved tensor is another one where a layer is recomputed
+        return torch.mm(x.flatten(0, 1), weight.t()).unsqueeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        g, u = grad.flatten(0, 1), x.flatten(0, 1)
+        return (g @ weight).unsqueeze(1), *_weight_gradients((ctx.parameter,), g, u)
 
 
 class _JoinedLinears(torch.autograd.Function):
@@ -44,15 +89,15 @@ class _JoinedLinears(torch.autograd.Function):
     def forward(ctx: Any, split: bool, h: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.split = split
         ctx.save_for_backward(h, *weights)
+        ctx.parameters = weights  # saved tensors are others where a layer is recomputed
         u, gathering = _gather(h) if split else (h, None)
         _wait(gathering)
         widths = [weight.shape[0] for weight in weights]
-        columns = sum(widths)
-        rest = -columns % ROW_ELEMENTS
-        out = u.new_empty(*u.shape[:2], columns + rest)
-        torch.mm(u.flatten(0, 1), joined_rows(weights).t(), out=out.flatten(0, 1)[:, :columns])
-        # unsafe: for autograd they are no views of each other, so one may be overwritten
-        return tuple(out.unsafe_split_with_sizes([*widths, rest], -1)[: len(widths)])
+        width = sum(widths)
+        rest = -width % ROW_ELEMENTS
+        out = u.new_empty(*u.shape[:2], width + rest)
+        torch.mm(u.flatten(0, 1), joined_rows(weights).t(), out=out.flatten(0, 1)[:, :width])
+        return columns(out, widths)
 
     @staticmethod
     @once_differentiable
@@ -62,9 +107,41 @@ class _JoinedLinears(torch.autograd.Function):
         joined = joined_columns(grads)
         d_h, summing = _sum((joined @ joined_rows(weights)).unsqueeze(1), ctx.split)
         _wait(gathering)
-        d_weights = joined.t() @ u.flatten(0, 1)
+        d_weights = _weight_gradients(ctx.parameters, joined, u.flatten(0, 1))
         _wait(summing)
-        return None, d_h, *d_weights.split([weight.shape[0] for weight in weights])
+        return None, d_h, *d_weights
+
+
+def _weight_gradients(weights: Sequence[Tensor], g: Tensor, u: Tensor) -> Sequence[Tensor | None]:
+    """Gᵀ u for G [T, Σ outᵢ] and u [T, in], by weight [outᵢ, in].
+
+    None of every weight where it was added to their `main_grad`.
+    """
+    rows = [weight.shape[0] for weight in weights]
+    totals = [total for weight in weights if (total := main_grad(weight)) is not None]
+    if len(totals) < len(weights):
+        return (g.t() @ u).split(rows)
+    if _lie_so(weights):  # and so do their sums
+        joined = totals[0].as_strided((sum(rows), u.shape[1]), (u.shape[1], 1))
+        add_product(joined, g.t(), u)
+    else:
+        for total, part in zip(totals, g.split(rows, -1), strict=True):
+            add_product(total, part.t(), u)
+    for weight in weights:
+        mark(weight)
+    return [None] * len(weights)
+
+
+def columns(buffer: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
+    """The first columns [T, 1, widthᵢ] of a buffer [T, 1, width], beside each other.
+
+    Contiguous copies where kernels are not to read slices (`kernels.paths`).
+    """
+    # unsafe: for autograd they are no views of each other, so one may be overwritten
+    parts = buffer.unsafe_split_with_sizes([*widths, buffer.shape[-1] - sum(widths)], -1)
+    if is_off(COLUMN_SLICES):
+        return tuple(part.contiguous() for part in parts[: len(widths)])
+    return tuple(parts[: len(widths)])
 
 
 def joined_rows(weights: Sequence[Tensor]) -> Tensor:

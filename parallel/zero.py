@@ -3,10 +3,10 @@
 Megatron's schedule drives the micro-batches, so DeepSpeed sees one accumulation step. Two ways:
 
 - stage 1 (the only one with pipeline stages): the schedule runs the bare module; gradients
-  accumulate in float32 (in the parameters' gradients, or in BF16_Optimizer's buffers, which its
-  hooks fill during backward) and are reduced once, after the schedule. BF16_Optimizer's gradients
-  are reduced to the rank that owns them. Stage 0 shards nothing: DeepSpeed gets a group of one
-  rank, and gradients are averaged here.
+  accumulate in float32 (in the parameters' gradients, or in BF16_Optimizer's buffers, which
+  `parallel.main_grads` fills during backward) and are reduced once, after the schedule.
+  BF16_Optimizer's gradients are reduced to the rank that owns them. Stage 0 shards nothing:
+  DeepSpeed gets a group of one rank, and gradients are averaged here.
 - stages 2 and 3, and every stage with an offloaded optimizer: the schedule runs the engine, whose
   hooks reduce and partition every micro-batch's gradients during backward; only the last one is an
   accumulation boundary.
@@ -38,6 +38,7 @@ from parallel.build import BuiltStage
 from parallel.config import ParallelConfig
 from parallel.grad_norm import GradNorm, counts_here
 from parallel.groups import MpuAdapter, group_of_this_rank, replicas_group
+from parallel.main_grads import MainGrads
 from parallel.model import PipelineStage
 from parallel.params import EMBEDDING, ParamInfo
 from parallel.sizes import BUCKET_ELEMENTS, GATHERED_ELEMENTS
@@ -114,6 +115,9 @@ class ZeroOptimizer:
         self.optimizer: Any = self.engine.optimizer
         self.adam = adam
         self._guard = UpdateGuard(adam, self.optimizer)
+        self.main_grads = (
+            MainGrads(self.optimizer) if isinstance(self.optimizer, BF16_Optimizer) else None
+        )
         self.clip_grad_norm = clip_grad_norm
         counted = {id(p) for name, p in parameters.items() if counts_here(self.infos[name])}
         self._grad_norm = GradNorm(self.optimizer, lambda p: id(p) in counted, shards)
@@ -308,7 +312,7 @@ class ZeroOptimizer:
     def _accumulated_gradient(self, parameter: Tensor) -> Tensor:
         """The stage-1 accumulation buffer of a parameter."""
         if isinstance(self.optimizer, BF16_Optimizer):
-            return parameter._hp_grad  # type: ignore[attr-defined]
+            return parameter.main_grad  # type: ignore[attr-defined]
         assert parameter.grad is not None
         return parameter.grad
 

@@ -649,11 +649,18 @@ def doctor(
     gpus_per_node: Annotated[
         int, typer.Option(min=1, max=bounds.RANKS_PER_NODE, help="Ranks a node, with --layout.")
     ] = 8,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Instead, compare fast paths with plain ones here.")
+    ] = False,
 ) -> None:
     """Check this machine: versions, devices, name clashes, disk, memory, compilers, network.
 
-    With --layout, fields are overridden by --section.field VALUE.
+    With --layout, fields are overridden by --section.field VALUE. --kernels runs what training
+    checks at its start: kernels and products on the GPU against PyTorch. Without a GPU the kernels
+    are interpreted, which takes about a minute.
     """
+    if kernels and layout is not None:
+        raise typer.BadParameter("--kernels and --layout exclude each other")
     if layout is not None:
         from pretrain.config import load_config
         from pretrain.layout import print_layout
@@ -662,6 +669,10 @@ def doctor(
         return
     if context.args:
         raise typer.BadParameter(f"{' '.join(context.args)}: overrides go with --layout")
+    if kernels:
+        from pretrain.kernel_check import run_here
+
+        raise typer.Exit(run_here())
     from pretrain.doctor import doctor as run
 
     raise typer.Exit(run())

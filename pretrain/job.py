@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from checkpoints_tools.manifest import read_manifest
+from parallel import self_check
+from parallel.build import DTYPES
 from parallel.compat import prepare_host
 from parallel.groups import destroy_groups, from_rank_0, init_distributed, init_groups
 from parallel.launch import Launch
@@ -71,6 +73,8 @@ def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watch
     from_rank_0(lambda: record_start(config, launch.world_size, first_step))
     from_rank_0(lambda: record_saves(config))
     from_rank_0(lambda: keep_tokenizer(data, Path(config.logging.run_dir)))
+    watchdog.at("checking kernels")
+    self_check.prove(config.model, device, DTYPES[config.training.dtype])
     watchdog.at("building the model")
     continued = config
     if start is not None:

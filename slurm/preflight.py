@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from parallel import self_check
+from parallel.build import DTYPES
 from parallel.compat import prepare_host
 from parallel.groups import destroy_groups, host_group, init_distributed, init_groups
 from parallel.launch import Launch, host_name
@@ -69,6 +71,8 @@ class Report:
     """Larger is better; compared between ranks."""
     faults: list[str] = field(default_factory=list)
     """Bad in themselves."""
+    paths: dict[str, str] = field(default_factory=dict)
+    """Fast paths that failed their check on this rank's device, and why (parallel.self_check)."""
 
 
 def preflight(config: Config, launch: Launch) -> dict[str, list[str]]:
@@ -84,6 +88,7 @@ def preflight(config: Config, launch: Launch) -> dict[str, list[str]]:
     reports = _gathered(report)
     refusal = _told(differences(reports) if reports else None)
     if refusal is None:
+        paths, faults = _path_failures(config, device)
         dist.barrier(group=host_group())
         report = Report(
             launch.rank,
@@ -91,9 +96,12 @@ def preflight(config: Config, launch: Launch) -> dict[str, list[str]]:
             report.installed,
             clock=time.time(),
             speeds=_speeds(device) | _disk(launch, run_dir) | _collectives(device),
-            faults=_gpu_faults(launch, device) + _space_faults(launch, config, run_dir),
+            faults=faults + _gpu_faults(launch, device) + _space_faults(launch, config, run_dir),
+            paths=paths,
         )
         reports = _gathered(report)
+        for line in unusable_paths(reports):
+            print(shown(f"preflight: {line}"), file=sys.stderr)
         slow = SLOW_GPU if device.type == "cuda" else SLOW_CPU
         found = _told(bad_nodes(reports, slow) if reports else None) or {}
         if reports:
@@ -172,7 +180,26 @@ def bad_nodes(reports: list[Report], slow: float) -> dict[str, list[str]]:
             if report.speeds[name] * slow < usual:
                 said = f"{name} {report.speeds[name]:.3g}, usually {usual:.3g}"
                 found[report.host].append(f"rank {report.rank}: {said}")
+    systematic = _systematic(reports)
+    for report in reports:
+        for path, reason in report.paths.items():
+            if path not in systematic:
+                found[report.host].append(f"rank {report.rank}: {path}: {reason}")
     return {host: faults for host, faults in found.items() if faults}
+
+
+def unusable_paths(reports: list[Report]) -> list[str]:
+    """What training will do without fast paths that fail on most ranks, a line a path."""
+    return [self_check.in_words(path, reason) for path, reason in _systematic(reports).items()]
+
+
+def _systematic(reports: list[Report]) -> dict[str, str]:
+    """Paths that fail on at least half of the ranks, so that no node is to blame, and why."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for report in reports:
+        for path, reason in report.paths.items():
+            reasons[path].append(f"rank {report.rank}: {reason}")
+    return {path: found[0] for path, found in reasons.items() if 2 * len(found) >= len(reports)}
 
 
 # -- what every rank finds -------------------------------------------------------------------------
@@ -195,6 +222,15 @@ def installed() -> dict[str, str]:
             digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     found = {"python": platform.python_version(), "source": digest.hexdigest()[:12]}
     return found | {"revision": git_revision()[:12]} | package_versions()
+
+
+def _path_failures(config: Config, device: torch.device) -> tuple[dict[str, str], list[str]]:
+    """Fast paths that fail on this rank's device, and faults for which nothing can run instead."""
+    dtype = DTYPES[config.training.dtype]
+    try:
+        return self_check.failures(config.model, device, dtype), []
+    except self_check.SelfCheckError as error:
+        return {}, [str(error)]
 
 
 def _speeds(device: torch.device) -> dict[str, float]:

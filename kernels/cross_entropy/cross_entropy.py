@@ -58,7 +58,7 @@ def cross_entropy_(
     if choice == "naive":
         _naive(logits, labels, weights, valid, out, z_loss, gradient, group)
         return
-    implementation = _implementation(choice)
+    implementation = implementation_of(choice)
     with launch_on(logits):
         statistics = None
         if group is not None and ranks > 1:
@@ -84,7 +84,8 @@ def _gathered(statistics: Tensor, group: dist.ProcessGroup) -> Tensor:
     return gathered.view(-1, *statistics.shape)
 
 
-def _implementation(choice: Choice) -> ModuleType:
+def implementation_of(choice: Choice) -> ModuleType:
+    """The module of the two halves, `statistics` and `finish`; of Triton or of PyTorch."""
     if choice == "triton":
         from kernels.cross_entropy import fused
 

@@ -50,9 +50,11 @@ def forced_torch(*_: Any) -> AbstractContextManager[None]:
 
 
 def counted_with_torch(config: Config) -> Counts:
-    """Without Triton's kernels, which do not run on a CPU."""
+    """Without Triton's kernels and float32 sums inside products, which do not run on a CPU."""
+    from kernels.paths import FLOAT32_SUMS, switch_off
     from pretrain import launches
 
+    switch_off(FLOAT32_SUMS)
     launches.record_only = forced_torch
     return launches.count(config)
 
@@ -164,11 +166,15 @@ def test_a_step_is_its_micro_batches_and_what_it_has_once() -> None:
     )
 
 
-def test_every_parameter_has_its_hook() -> None:
+def test_gradients_that_reach_autograd_are_added_together() -> None:
     counts = counted(tiny(training={"dtype": "bf16"}))
-    # norms and feed-forwards, SSD mixers, attention mixer; embedding (the head, too), last norm
-    parameters = 4 * (4 + 3) + 3 * 7 + 4 + 2
-    assert counts.of("", HOOKS).kinds == {"_to_copy": parameters, "add_": parameters}
+    # the embedding; norms, residual weights, A_log and dt_bias
+    expected = {"add_": 1, "_foreach_copy_": 1, "_foreach_add_": 1}
+    assert counts.of("", HOOKS).kinds == expected
+    # every weight of a product: two halves, in and out, of each layer; the head's two, of a block
+    products = counts.of(direction="backward").kinds
+    assert products["addmm"] == 4 * 4
+    assert products["addcmul_"] == 1
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,33 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from benchmarks.slurm_cluster import Cluster
-from slurm.preflight import BAD_NODES, Report, bad_nodes, differences, gpu_faults
+from parallel import self_check
+from slurm.preflight import (
+    BAD_NODES,
+    Report,
+    bad_nodes,
+    differences,
+    gpu_faults,
+    unusable_paths,
+)
+from tests.parallel.failing_path import fail_first_path
 from tests.pretrain.command import paragraph, run_command, write_config
 
 ROOT = Path(__file__).parents[2]
 
 
-def be_another_node(only_rank: int, slow: bool = False, edited: bool = False) -> None:
-    """Every rank is a host of its own; one has a slow memory, or another source file."""
+def be_another_node(
+    only_rank: int, slow: bool = False, edited: bool = False, nothing_instead: bool | None = None
+) -> None:
+    """Every rank is a host of its own; one has a slow memory, or another source file, or a fast
+    path that fails, perhaps with what is to run instead."""
     from slurm import preflight
 
     rank = int(os.environ.get("RANK", "0"))
@@ -27,6 +40,8 @@ def be_another_node(only_rank: int, slow: bool = False, edited: bool = False) ->
         preflight._speeds = lambda device: {k: v / 1000 for k, v in speeds(device).items()}
     if rank == only_rank and edited:
         preflight.installed = lambda: installed() | {"source": "edited"}
+    if rank == only_rank and nothing_instead is not None:
+        fail_first_path(nothing_instead)
 
 
 def test_fit_nodes(tiny_data: Path, tmp_path: Path) -> None:
@@ -80,6 +95,40 @@ def test_what_is_compared() -> None:
     assert "torch: 2.14 on node0, node1, node2, node3, absent on slow" in str(
         differences([*reports, slow])
     )
+
+
+def test_a_path_that_fails_on_few_ranks_is_their_nodes_fault() -> None:
+    path, reason = self_check.CHECKS[0].path, "results differ"
+    reports = [Report(rank, f"node{rank // 2}", {}) for rank in range(8)]
+    reports[3] = replace(reports[3], paths={path: reason})
+    assert bad_nodes(reports, 1.5) == {"node1": [f"rank 3: {path}: {reason}"]}
+    assert unusable_paths(reports) == []
+
+
+def test_a_path_that_fails_on_most_ranks_is_no_nodes_fault() -> None:
+    path, reason = self_check.CHECKS[0].path, "results differ"
+    reports = [Report(rank, "node", {}, paths={path: reason} if rank else {}) for rank in range(4)]
+    assert bad_nodes(reports, 1.5) == {}
+    assert unusable_paths(reports) == [
+        f"{path} failed its check on the device: rank 1: {reason}; on all ranks weight gradients"
+        " are rounded before they are summed instead"
+    ]
+
+
+@pytest.mark.parametrize("nothing_instead", [False, True])
+def test_paths_are_checked_on_every_rank(
+    tiny_data: Path, tmp_path: Path, nothing_instead: bool
+) -> None:
+    config = write_config(tmp_path, tiny_data)
+    before = partial(be_another_node, 1, nothing_instead=nothing_instead)
+    sizes = ("--training.global_batch_size=6", "--training.micro_batch_size=1")
+    ends = run_command("preflight", config, *sizes, ranks=3, before=before)
+    assert [end.code for end in ends] == [BAD_NODES] * 3, ends[0].output
+    found = json.loads((tmp_path / "run/preflight.json").read_text())["bad_nodes"]
+    (fault,) = found["host1"]
+    assert self_check.CHECKS[0].path in fault
+    assert "RuntimeError: no such kernel" in fault
+    assert ("fails as well" in fault) == nothing_instead
 
 
 def test_what_gpus_say_of_themselves() -> None:
