@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
+from kernels.checks import once_per_shape
+
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float | None = None
@@ -55,6 +57,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return out.transpose(1, 2)
 
 
+@once_per_shape
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
     if q.ndim != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected [B, L, Hq, D]")
