@@ -223,12 +223,6 @@ def operations_of_a_layer(attends: bool) -> dict[str, int]:
 def test_a_half_is_six_products_and_no_sum_or_copy(attends: bool) -> None:
     (counted,) = run_ranks(1, operations_of_a_layer, attends)
     assert counted["mm"] == 12, counted
-    assert not counted.keys() & {"add", "add_", "addmm", "bmm", "clone", "contiguous"}, counted
-    if attends:
-        # the gradient of values, which attention's backward gives in memory of its own
-        assert counted["copy_"] == 1, counted
-    else:
-        assert "copy_" not in counted, counted
-    assert not counted.keys() & {"cat", "arange", "bucketize", "index"}, (
-        counted
-    )  # all tables are given
+    sums_and_copies = {"add", "add_", "addmm", "bmm", "clone", "contiguous", "copy_"}
+    tables = {"cat", "arange", "bucketize", "index"}  # which the micro-batch has
+    assert not counted.keys() & (sums_and_copies | tables), counted
