@@ -107,7 +107,7 @@ def layer_call(model: ModelConfig, layer: int, problem: Problem) -> Callable[[],
     grad = torch.randn_like(h)
     weights = [p for p in module.model.layers.parameters() if p.requires_grad]
     run = module.model.layers["0"]
-    return lambda: torch.autograd.grad(run(h, positions), [h, *weights], grad)
+    return lambda: torch.autograd.grad(run(h, None, positions, None)[0], [h, *weights], grad)
 
 
 def products_call(problem: Problem, *, attention: bool) -> Callable[[], object]:

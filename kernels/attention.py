@@ -16,6 +16,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 # have as many sizes as a row has tokens: on a CPU in 16 bits they are padded to multiples of this.
 DOCUMENT_BLOCK = 64
 
+from kernels.checks import once_per_shape
+
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float | None = None
@@ -71,6 +73,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return out.transpose(1, 2)
 
 
+@once_per_shape
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
     if q.ndim != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected [B, L, Hq, D]")

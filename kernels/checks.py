@@ -1,11 +1,43 @@
 """Checks of an operation's arguments that read no device memory; errors name the argument."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.slices import row_stride
+
+REMEMBERED = 10_000  # arguments that passed a check, at most: shapes of generation never repeat
+
+
+def once_per_shape(check: Callable[..., None]) -> Callable[..., None]:
+    """Run a check once for each combination of what it may read of its positional arguments: shape,
+    strides, dtype and device of tensors, and the value of all else, which is hashable.
+
+    Arguments that fail the check are checked again each time.
+    """
+    passed: set[tuple[Any, ...]] = set()
+
+    @wraps(check)
+    def checked(*arguments: Any) -> None:
+        if torch.compiler.is_compiling():  # there a check runs once anyway
+            return check(*arguments)
+        key = tuple(
+            [
+                (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a
+                for a in arguments
+            ]
+        )
+        if key not in passed:
+            check(*arguments)
+            if len(passed) >= REMEMBERED:
+                passed.clear()
+            passed.add(key)
+        return None
+
+    return checked
 
 
 def check_tensor(

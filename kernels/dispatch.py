@@ -51,13 +51,17 @@ def choose(op: str, device: torch.device, unsupported: str | None) -> Choice:
     return choice
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Whether operations that Triton can serve run in Triton for tensors on `device`."""
+    forced = _forced()
+    return forced == "triton" or (not forced and device.type == "cuda")
+
+
 def _choose(op: str, device: torch.device, unsupported: str | None) -> Choice:
     forced = _forced()
-    if forced == "torch":
-        return "torch"
     if forced == "naive":
         return "naive"
-    if not forced and device.type != "cuda":
+    if not runs_triton(device):
         return "torch"
     if device.type == "cpu" and not interpreting():
         raise KernelsError(

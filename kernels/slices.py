@@ -9,6 +9,7 @@ The first two dimensions of a tensor are its tokens, [B, L] or [T, 1]; the rest 
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,7 +25,11 @@ def row_stride(tensor: Tensor) -> int | None:
 
     None where tokens are not rows at equal distances, each contiguous.
     """
-    shape, strides = tensor.shape, tensor.stride()
+    return _row_stride(tensor.shape, tensor.stride())
+
+
+@lru_cache(1 << 12)
+def _row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     width = 1
     for size, stride in zip(reversed(shape[TOKENS:]), reversed(strides[TOKENS:]), strict=True):
         if size != 1 and stride != width:
@@ -47,19 +52,28 @@ def shared_stride(tensors: Sequence[Tensor]) -> int:
 
     0 where they are not.
     """
-    first = tensors[0]
-    storage, stride = first.untyped_storage()._cdata, row_stride(first)
-    begin = end = first.storage_offset()
-    for tensor in tensors:
-        if (
-            tensor.storage_offset() != end
-            or row_stride(tensor) != stride
-            or tensor.shape[:TOKENS] != first.shape[:TOKENS]
-            or tensor.dtype != first.dtype
-            or tensor.untyped_storage()._cdata != storage
-        ):
+    layouts = tuple([(t.shape, t.stride(), t.storage_offset(), t.dtype) for t in tensors])
+    stride = _shared_stride(layouts)
+    if stride:
+        storage = tensors[0].untyped_storage()._cdata
+        for tensor in tensors[1:]:
+            if tensor.untyped_storage()._cdata != storage:
+                return 0
+    return stride
+
+
+@lru_cache(1 << 12)
+def _shared_stride(
+    layouts: tuple[tuple[torch.Size, tuple[int, ...], int, torch.dtype], ...],
+) -> int:
+    """As if all were in one storage: of shape, strides, first element and dtype of each."""
+    shape, strides, begin, dtype = layouts[0]
+    tokens, stride, end = shape[:TOKENS], _row_stride(shape, strides), begin
+    for shape, strides, offset, other in layouts:
+        same = offset == end and _row_stride(shape, strides) == stride
+        if not same or shape[:TOKENS] != tokens or other != dtype:
             return 0
-        end += math.prod(tensor.shape[TOKENS:])
+        end += math.prod(shape[TOKENS:])
     return stride if stride and end - begin <= stride else 0
 
 
@@ -67,7 +81,7 @@ def buffer_size(shapes: Sequence[torch.Size], stride: int) -> int:
     """Elements of the buffer that `sliced` cuts."""
     if stride:
         return math.prod(shapes[0][:TOKENS]) * stride
-    return sum(math.prod(shape) for shape in shapes)
+    return sum([math.prod(shape) for shape in shapes])
 
 
 def sliced(buffer: Tensor, shapes: Sequence[torch.Size], stride: int) -> tuple[Tensor, ...]:
@@ -75,15 +89,21 @@ def sliced(buffer: Tensor, shapes: Sequence[torch.Size], stride: int) -> tuple[T
 
     For stride 0, contiguous tensors, one after the other.
     """
+    return tuple([buffer.as_strided(*view) for view in _views(tuple(shapes), stride)])
+
+
+@lru_cache(1 << 12)
+def _views(shapes: tuple[torch.Size, ...], stride: int) -> list[tuple[torch.Size, list[int], int]]:
+    """Shape, strides and first element of each."""
     found, start = [], 0
     for shape in shapes:
         width = math.prod(shape[TOKENS:])
         tokens = [math.prod(shape[at + 1 : TOKENS]) for at in range(min(TOKENS, len(shape)))]
         columns = [math.prod(shape[at + 1 :]) for at in range(TOKENS, len(shape))]
         strides = [n * (stride or width) for n in tokens] + columns
-        found.append(buffer.as_strided(shape, strides, start))
+        found.append((shape, strides, start))
         start += width if stride else math.prod(shape)
-    return tuple(found)
+    return found
 
 
 def empty_together(*tensors: Tensor) -> tuple[Tensor, ...]:

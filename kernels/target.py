@@ -3,7 +3,9 @@
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -19,28 +21,40 @@ class Target:
 INTERPRETED = Target("cuda", 90, 132)  # what Triton's interpreter stands for: an H100
 
 
+@cache
 def interpreting() -> bool:
     """Whether Triton kernels run in its CPU interpreter (decided before triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("0", "")
 
 
 def current_target() -> Target:
-    """The target of the active Triton driver."""
+    """The target of the active Triton driver.
+
+    Found once for a driver: one process uses one kind of GPU, and the audit, which pretends
+    several, has a driver for each.
+    """
     if interpreting():
         return INTERPRETED
+    global _driver, _target
+    active = _drivers().active
+    if _driver is None or _driver() is not active:
+        found = active.get_current_target()
+        properties = active.utils.get_device_properties(active.get_current_device())
+        target = Target(found.backend, found.arch, int(properties["multiprocessor_count"]))
+        _driver, _target = ref(active), target
+    assert _target is not None
+    return _target
+
+
+_driver: ref[Any] | None = None
+_target: Target | None = None
+
+
+@cache
+def _drivers() -> Any:
     from triton.runtime import driver
 
-    found = driver.active.get_current_target()
-    return Target(found.backend, found.arch, _num_sms(found.backend, found.arch))
-
-
-@lru_cache
-def _num_sms(backend: str, arch: int | str) -> int:
-    """Keyed by target: one process uses one kind of GPU (the audit pretends several)."""
-    from triton.runtime import driver
-
-    properties = driver.active.utils.get_device_properties(driver.active.get_current_device())
-    return int(properties["multiprocessor_count"])
+    return driver
 
 
 def launch_on(tensor: Tensor) -> AbstractContextManager[object]:

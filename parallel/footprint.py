@@ -131,8 +131,6 @@ def _ssd(model: ModelConfig, parallel: ParallelConfig, work: Workload, selective
     chunk = chunk if work.on_gpu else model.chunk_size or CPU_CHUNK
     states = -(-work.seq_len // context // chunk) + (not work.on_gpu)
     kept += item * state * states
-    if work.on_gpu:  # a rotation table in 16 bits, and the document of every token
-        kept += tokens * (4 + (min(item, 4) * model.state_dim if model.rope == "unified" else 0))
     if context > 1:  # what the ranks' states are made of, and what a token reads of them
         kept += 4 * state * (2 * context - 1 + context * (context > 2)) + 16 * tokens * heads
     return kept

@@ -10,7 +10,7 @@ nothing is ever transposed.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -23,9 +23,11 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.norm.norm import add_rms_norm, rms_norm, weighted_residual
+from kernels.norm.norm import add_rms_norm, branch_rms_norm, weighted_residual
 from kernels.swiglu.swiglu import swiglu
 from parallel.projections import RowLinear, project
+
+Result = TypeVar("Result")
 
 
 def enter_tensor_parallel(h: Tensor, config: ModelParallelConfig) -> Tensor:
@@ -84,11 +86,11 @@ def head_parameter(size: int, dtype: torch.dtype, device: torch.device) -> nn.Pa
     return parameter
 
 
-def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def recomputed(function: Callable[..., Result], *args: Any) -> Result:
     """function(*args), of which backward keeps the arguments alone and computes the rest again."""
     if not torch.is_grad_enabled():
         return function(*args)
-    result: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    result: Result = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
     return result
 
 
@@ -122,30 +124,27 @@ class RMSNorm(ReplicatedScale):
 
     def forward(
         self, h: Tensor, update: Tensor | None = None, residual_weight: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """[..., hidden] → [..., hidden]; for NormedResidual, h' = r ⊙ h + update and its norm."""
+    ) -> tuple[Tensor, Tensor]:
+        """h [..., hidden] → h, for its next reader, and its norm; for WeightedResidual,
+        h' = r ⊙ h + update and its norm."""
         if update is None or residual_weight is None:
-            return rms_norm(h, self.scale(), self.eps)
+            return branch_rms_norm(h, self.scale(), self.eps)
         return add_rms_norm(h, update, residual_weight, self.scale(), self.eps)
 
 
 class WeightedResidual(ReplicatedScale):
-    """r ⊙ h + update, with a learnable weight r per channel."""
+    """h' = r ⊙ h + update, with a learnable weight r per channel, and the norm that reads h'.
 
-    def forward(self, h: Tensor, update: Tensor) -> Tensor:
-        """[..., hidden] × 2 → [..., hidden]."""
-        return weighted_residual(h, update, self.scale())
-
-
-class NormedResidual(ReplicatedScale):
-    """h' = r ⊙ h + update and the norm that reads it, in one pass over memory.
-
-    The norm runs inside this module's forward: ZeRO-3 gathers a weight only around its own
-    module's forward and backward, and the pass needs both weights.
+    The norm runs inside this module's forward: one pass over memory computes both, and ZeRO-3
+    gathers a weight only around its own module's forward and backward.
     """
 
-    def forward(self, h: Tensor, update: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        """[..., hidden] × 2 → h' and norm(h'), [..., hidden] each."""
+    def forward(
+        self, h: Tensor, update: Tensor, norm: RMSNorm | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[..., hidden] × 2 → h' and norm(h') if there is a norm, [..., hidden] each."""
+        if norm is None:
+            return weighted_residual(h, update, self.scale()), None
         normed: tuple[Tensor, Tensor] = norm(h, update, self.scale())
         return normed
 

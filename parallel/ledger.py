@@ -36,7 +36,7 @@ Direction = Literal["forward", "backward"]
 HOOKS, HEAD = "gradient hooks", "head and loss"
 # Beside views they give memory or a name to it, and launch nothing.
 _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view",
-         "_reshape_alias", "lift_fresh", "set_"}  # fmt: skip
+         "unsafe_split_with_sizes", "_reshape_alias", "lift_fresh", "set_"}  # fmt: skip
 _OVERWRITES = {"copy_", "fill_", "zero_"}  # what stood in the first argument is not read
 _GATHERS = {"index", "index_select", "gather", "embedding"}  # read of it as much as they return
 _READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}
@@ -279,7 +279,7 @@ def watch(ledger: Ledger, zero: ZeroOptimizer) -> None:
             if name == "word_embed":
                 _rename(ledger, child, "embedding")
             elif name == "final_layernorm":
-                _rename(ledger, child, "final norm")
+                _rename(ledger, child, "norms")
         for layer in chunk.model.layers.values():
             _watch_layer(ledger, layer)
     if zero.main_grads is not None:

@@ -153,6 +153,9 @@ def chunk_activations(
         total += head_gradients(model, parallel, work)
     rotations = {model.head_dim} if model.rope != "none" else set()
     rotations |= {model.state_dim} if model.rope == "unified" else set()
+    if work.on_gpu and not all(model.is_attention(layer) for layer in layers):
+        # the document of every token, and the scan's own table of rotations
+        total += tokens * (4 + (work.itemsize * model.state_dim if model.rope == "unified" else 0))
     return total + 4 * tokens * sum(rotations)  # cos and sin, float32
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kernels.attention import attention
 from kernels.rope.rope import rotate_qkv
 from kernels.ssd.ssd import ssd
+from kernels.ssd.tables import ScanTables
 from parallel.config import ModelConfig
 from parallel.context import add_earlier_ranks, context_attention
 from parallel.layers import (
@@ -36,7 +37,9 @@ class Positions:
     With context parallelism this rank has seq_len = L / context tokens of each row. cu_seqlens:
     int32 [num_segments + 1] borders of whole rows, local_cu_seqlens of what this rank has;
     position_ids [B, seq_len]. attention_rope, ssd_rope: (cos, sin), each float32
-    [B, seq_len, dim/2], or None where nothing is rotated.
+    [B, seq_len, dim/2], or None where nothing is rotated. scan_tables: what Triton's scan makes of
+    local_cu_seqlens and ssd_rope, None where it does not run. ages: int64 [T], of every token since
+    its document began; None without a convolution.
     """
 
     batch_size: int
@@ -46,6 +49,15 @@ class Positions:
     position_ids: Tensor
     attention_rope: tuple[Tensor, Tensor] | None
     ssd_rope: tuple[Tensor, Tensor] | None
+    scan_tables: ScanTables | None
+    ages: Tensor | None
+
+
+def document_ages(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Tokens since the document began, int64 [tokens], of packed documents."""
+    token = torch.arange(tokens, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
+    return token - cu_seqlens.long()[document]
 
 
 class AttentionMixer(nn.Module):
@@ -102,16 +114,16 @@ class CausalConv(nn.Module):
             torch.empty(channels, 1, width, dtype=config.params_dtype, device=device)
         )
 
-    def forward(self, xbc: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """[T, channels] → the same; taps that would reach into an earlier document read zero."""
+    def forward(self, xbc: Tensor, ages: Tensor) -> Tensor:
+        """[T, channels] → the same; taps that would reach into an earlier document read zero.
+
+        ages: int64 [T], tokens since the document began.
+        """
         total, width = xbc.shape[0], self.weight.shape[-1]
-        token = torch.arange(total, device=xbc.device)
-        segment = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
-        age = token - cu_seqlens.long()[segment]  # [T], tokens since the document began
         out = xbc * self.weight[:, 0, -1]
         for back in range(1, min(width, total)):
             shifted = F.pad(xbc, (0, 0, back, 0))[:total]
-            inside = (age >= back)[:, None]
+            inside = (ages >= back)[:, None]
             out = out + torch.where(inside, shifted, 0) * self.weight[:, 0, -1 - back]
         return F.silu(out)
 
@@ -164,7 +176,8 @@ class SSDMixer(nn.Module):
     def scan(self, x: Tensor, b: Tensor, c: Tensor, dt: Tensor, positions: Positions) -> Tensor:
         """What is between the projections: [T, 1, channels / tp] each → [T, 1, x's]."""
         if self.conv is not None:
-            xbc = self.conv(torch.cat((x, b, c), dim=-1).squeeze(1), positions.cu_seqlens)
+            assert positions.ages is not None
+            xbc = self.conv(torch.cat((x, b, c), dim=-1).squeeze(1), positions.ages)
             widths = [x.shape[-1], b.shape[-1], c.shape[-1]]
             x, b, c = (t.contiguous().unsqueeze(1) for t in xbc.split(widths, dim=-1))
         rows = (positions.batch_size, positions.seq_len)
@@ -186,6 +199,7 @@ class SSDMixer(nn.Module):
             chunk_size=self.chunk_size,
             output_final_state=True,
             D=self.D,
+            tables=positions.scan_tables,
         )
         if self.config.context_parallel_size > 1:
             y = add_earlier_ranks(

@@ -8,7 +8,7 @@ normalises and predicts. Parameter names are those of the single-GPU model.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from megatron.core.enums import ModelType
@@ -16,10 +16,11 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
 
+from kernels.dispatch import runs_triton
 from kernels.rope.table import rotary_cos_sin
+from kernels.ssd.tables import scan_tables
 from parallel.config import ModelConfig
 from parallel.layers import (
-    NormedResidual,
     RMSNorm,
     SwiGLU,
     WeightedResidual,
@@ -28,7 +29,7 @@ from parallel.layers import (
     recomputed,
 )
 from parallel.loss import head_logits, head_loss, head_scores
-from parallel.mixers import AttentionMixer, Positions, SSDMixer
+from parallel.mixers import AttentionMixer, Positions, SSDMixer, document_ages
 from parallel.params import EMBEDDING
 
 Recompute = Callable[[int], Literal["none", "selective", "full"]]
@@ -51,18 +52,29 @@ class DecoderLayer(nn.Module):
         attends = model.is_attention(layer)
         self.attn = AttentionMixer(model, config, recompute_mixer) if attends else None
         self.ssd = None if attends else SSDMixer(model, config, device, recompute_mixer)
-        self.post_sequence_residual = NormedResidual(model.hidden_size, config, device)
+        self.post_sequence_residual = WeightedResidual(model.hidden_size, config, device)
         self.pre_state_layernorm = norm()
         self.feed_forward = SwiGLU(model.hidden_size, model.intermediate_size, config)
         self.post_state_residual = WeightedResidual(model.hidden_size, config, device)
 
-    def forward(self, h: Tensor, positions: Positions) -> Tensor:
-        """[T or T/tp, 1, hidden] → the same."""
+    def forward(
+        self, h: Tensor, normed: Tensor | None, positions: Positions, next_norm: RMSNorm | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """h [T or T/tp, 1, hidden] → the same, and next_norm of it if there is one.
+
+        normed: pre_sequence_layernorm of h, where it was computed together with h. So a layer
+        computes the norm of the next one: in the pass of its own last residual.
+        """
+        if normed is None:
+            h, normed = self.pre_sequence_layernorm(h)
         mixer = self.ssd if self.attn is None else self.attn
         assert mixer is not None
-        mixed = mixer(self.pre_sequence_layernorm(h), positions)
+        mixed = mixer(normed, positions)
         h, u = self.post_sequence_residual(h, mixed, self.pre_state_layernorm)
-        return self.post_state_residual(h, self.feed_forward(u))
+        after: tuple[Tensor, Tensor | None] = self.post_state_residual(
+            h, self.feed_forward(u), next_norm
+        )
+        return after
 
 
 class Decoder(nn.Module):
@@ -129,6 +141,7 @@ class PipelineStage(nn.Module):
         super().__init__()
         self.config, self.model_config, self.z_loss = config, model, z_loss
         self.first, self.last = first, last
+        self.has_scans = not all(model.is_attention(layer) for layer in layers)
         self.recomputes = [recompute(n) == "full" for n in range(len(layers))]
         self.tied_head = last and model.tie_word_embeddings
         embeds = first or self.tied_head
@@ -163,7 +176,7 @@ class PipelineStage(nn.Module):
     def positions(
         self, position_ids: Tensor, cu_seqlens: Tensor, local_cu_seqlens: Tensor | None
     ) -> Positions:
-        """Gather this micro-batch's rotations. position_ids [B, L]."""
+        """What all layers read of this micro-batch, made once. position_ids [B, L]."""
         model = self.model_config
         attention = ssd = None
         if model.rope != "none":
@@ -175,7 +188,16 @@ class PipelineStage(nn.Module):
             ssd = attention if same else (cos[position_ids], sin[position_ids])
         batch_size, seq_len = position_ids.shape
         local = cu_seqlens if local_cu_seqlens is None else local_cu_seqlens
-        return Positions(batch_size, seq_len, cu_seqlens, local, position_ids, attention, ssd)
+        tables = None
+        if self.has_scans and runs_triton(position_ids.device):
+            dtype = next(self.model.layers.parameters()).dtype
+            tables = scan_tables(local, ssd, position_ids.numel(), dtype)
+        ages = None
+        if self.has_scans and model.ssd_conv_width:
+            ages = document_ages(cu_seqlens, position_ids.numel())
+        return Positions(
+            batch_size, seq_len, cu_seqlens, local, position_ids, attention, ssd, tables, ages
+        )
 
     def forward(
         self,
@@ -215,9 +237,25 @@ class PipelineStage(nn.Module):
         else:
             assert self._input is not None
             h, self._input = self._input, None  # the schedule decides how long it lives
-        for layer, again in zip(self.model.layers.values(), self.recomputes, strict=True):
-            h = recomputed(layer, h, positions) if again else layer(h, positions)
-        return self.model.final_layernorm(h) if self.last else h.contiguous()
+        normed = None  # the norm of h that the next layer reads, if there is one already
+        layers = cast(list[DecoderLayer], list(self.model.layers.values()))
+        for n, layer in enumerate(layers):
+            if self.recomputes[n]:
+                h, normed = recomputed(layer, h, None, positions, None)  # keeps h alone
+                continue
+            if normed is None:
+                h, normed = layer.pre_sequence_layernorm(h)
+            h, normed = layer(h, normed, positions, self._norm_after(n, layers))
+        if not self.last:
+            return h.contiguous()
+        return self.model.final_layernorm(h)[1] if normed is None else normed
+
+    def _norm_after(self, n: int, layers: list[DecoderLayer]) -> RMSNorm | None:
+        """The norm that reads the output of the n-th layer; None where there is none, and where a
+        layer that is recomputed has its own inside."""
+        if n + 1 == len(layers):
+            return self.model.final_layernorm if self.last else None
+        return None if self.recomputes[n + 1] else layers[n + 1].pre_sequence_layernorm
 
     def logits(self, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Logits [T, vocab / tp] of a stage that is the last; for inspection."""

@@ -105,13 +105,18 @@ def _layer_calls(
     positions = stage.positions(ids, boundaries, None)
     layer = stage.model.layers["0"]
     shape = (SEQUENCES * TOKENS, 1, model.hidden_size)
-    h = torch.randn(shape, dtype=dtype, requires_grad=True)
-    gradient, weights = torch.randn_like(h), list(layer.parameters())
+    h, normed = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(2))
+    gradients = torch.randn_like(h), torch.randn_like(h)
+    inputs = [h, normed, *layer.parameters()]
 
-    def both() -> object:
-        return torch.autograd.grad(layer(h, positions), [h, *weights], gradient)
+    def forward() -> tuple[torch.Tensor, torch.Tensor]:
+        # its own norm in place of the next layer's
+        after: tuple[torch.Tensor, torch.Tensor] = layer(
+            h, normed, positions, layer.pre_sequence_layernorm
+        )
+        return after
 
-    return lambda: layer(h, positions), both
+    return forward, lambda: torch.autograd.grad(forward(), inputs, gradients)
 
 
 def count_calls(function: Callable[[], object]) -> int:
@@ -155,7 +160,8 @@ def measure(model: ModelConfig, dtype: str, sms: int, folder: Path) -> HostCost:
 
     build_stub(folder)
     activate(replace(TARGETS["sm_90"], num_sms=sms), folder)
-    dispatch.interpreting = lambda: True  # tensors may be on the CPU
+    # tensors may be on the CPU
+    dispatch.interpreting = lambda: True  # type: ignore[assignment]
     forward, both = _layer_calls(model, dtype)
     both()
     return HostCost(count_calls(both), microseconds(forward), microseconds(both))

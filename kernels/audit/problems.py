@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.audit.roofline import Traffic, Work
 from kernels.cross_entropy.cross_entropy import cross_entropy_
-from kernels.norm.norm import add_rms_norm, rms_norm, weighted_residual
+from kernels.norm.norm import add_rms_norm, branch_rms_norm, weighted_residual
 from kernels.rope.rope import rotate_qkv
 from kernels.slices import ROW_ELEMENTS
 from kernels.ssd import traffic
@@ -101,10 +101,14 @@ def rope(
     def work(target: Target) -> dict[str, Work]:
         from kernels.rope import fused
 
-        tokens, heads = batch * length, q_heads + k_heads
-        moved = Traffic(*fused.traffic(tokens, heads, dim, dtype.itemsize, target.num_sms))
-        minimum = tokens * (2 * heads * dim * dtype.itemsize + 4 * dim)
-        return dict.fromkeys(("forward", "backward"), Work(moved, minimum, flops=0))
+        def moved(heads: int) -> Work:
+            size = tokens, heads, dim, dtype.itemsize
+            minimum = tokens * (2 * heads * dim * dtype.itemsize + 4 * dim)
+            return Work(Traffic(*fused.traffic(*size, target.num_sms)), minimum, flops=0)
+
+        tokens = batch * length
+        # backward puts the gradient of values beside those of queries and keys
+        return {"forward": moved(q_heads + k_heads), "backward": moved(q_heads + 2 * k_heads)}
 
     return Problem(run, work)
 
@@ -120,7 +124,7 @@ def norm(dtype: torch.dtype, *, rows: int, channels: int, add: bool, norm: bool)
         elif add:
             yield from _passes((h, update, r), [weighted_residual(h, update, r)])
         else:
-            yield from _passes((h, w), [rms_norm(h, w, 1e-6)])
+            yield from _passes((h, w), branch_rms_norm(h, w, 1e-6))
 
     def work(target: Target) -> dict[str, Work]:
         from kernels.norm import fused
@@ -130,7 +134,7 @@ def norm(dtype: torch.dtype, *, rows: int, channels: int, add: bool, norm: bool)
         backward = Traffic(*fused.backward_traffic(*size, add=add, norm=norm))
         array = rows * channels * dtype.itemsize
         # read h (and update), write h' and u; read h, h', dh' and du, write dh (and d_update)
-        forward_arrays, backward_arrays = 1 + 2 * add + norm, 2 * (add + norm) + 1 + (add and norm)
+        forward_arrays, backward_arrays = 1 + 2 * add + norm, 2 + add + 2 * norm + (add and norm)
         return {
             "forward": Work(forward, forward_arrays * array, flops=0),
             "backward": Work(backward, backward_arrays * array, flops=0),

@@ -44,12 +44,17 @@ def backward(
     norm_weight: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of h, update, residual_weight and norm_weight; None for what forward lacked."""
+    """Gradients of h, update, residual_weight and norm_weight; None for what forward lacked.
+
+    d_new_h: None where nobody else reads h'; d_u: None where forward had no norm.
+    """
     given = d_new_h if d_u is None else d_u
     assert given is not None
     exact = torch.promote_types(given.dtype, torch.float32)
     d_h = torch.empty_like(given)
-    d_update = d_new_h if d_u is None or d_new_h is None else torch.empty_like(given)
+    d_update = None
+    if residual_weight is not None:
+        d_update = d_new_h if d_u is None else torch.empty_like(given)
     d_residual = torch.zeros(given.shape[-1], dtype=exact, device=given.device)
     d_norm = torch.zeros_like(d_residual)
     blocks = _blocks(d_new_h, d_u, h, new_h, d_h, d_update)
@@ -58,8 +63,10 @@ def backward(
             total = d_new_.to(exact)
         else:
             total = _norm_backward(d_u_, new_, norm_weight.to(exact), eps, d_norm)
-            if h is not None:
-                d_update_.copy_(total.add_(d_new_))
+            if d_new_ is not None:
+                total.add_(d_new_)
+            if residual_weight is not None:
+                d_update_.copy_(total)
         if residual_weight is None:
             d_h_.copy_(total)
         else:

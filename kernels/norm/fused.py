@@ -1,10 +1,13 @@
-"""RMSNorm and weighted residual in Triton: one launch forward, one and a small sum backward.
+"""RMSNorm and weighted residual in Triton: one launch forward, one and a small one backward.
 
 A program walks over its share of the rows and holds a whole row in registers, so statistics cost no
 pass over memory, and backward finds them anew instead of loading them; the weights are loaded once.
-Their gradients are sums over rows: each program writes one partial sum, added in a fixed order.
+Their gradients are sums over rows: each program writes one partial sum of each in float32, and a
+second launch adds these in a fixed order and rounds once.
 Formulas in `kernels.norm.norm`; all tensors [..., N], contiguous: T rows.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -18,6 +21,8 @@ from kernels.target import current_target
 BYTES_PER_THREAD = 32
 # What fits an SM's 65,536 registers: forward needs at most 64 a thread, backward 128.
 FORWARD_WARPS_PER_SM, BACKWARD_WARPS_PER_SM = 32, 16
+# The tile in which partial sums are added: rows of 128 bytes, 16 loads in flight a thread.
+SUM_PROGRAMS, SUM_CHANNELS, SUM_WARPS = 128, 32, 8
 
 
 def forward(
@@ -52,7 +57,10 @@ def backward(
     norm_weight: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of h, update, residual_weight and norm_weight; None for what forward lacked."""
+    """Gradients of h, update, residual_weight and norm_weight; None for what forward lacked.
+
+    d_new_h: None where nobody else reads h'; d_u: None where forward had no norm.
+    """
     given = d_new_h if d_u is None else d_u
     assert given is not None
     channels = given.shape[-1]
@@ -61,9 +69,11 @@ def backward(
     programs = backward_programs(rows, channels, given.element_size(), current_target().num_sms)
     add, norm = h is not None, new_h is not None
     d_h = torch.empty_like(given)
-    d_update = torch.empty_like(given) if add and norm else d_new_h
-    weights = [w for w in (residual_weight, norm_weight) if w is not None]
-    partial = given.new_empty(len(weights), programs, channels, dtype=torch.float32)
+    d_update = None
+    if add:
+        d_update = torch.empty_like(given) if norm else d_new_h
+    partial = given.new_empty(add + norm, programs, channels, dtype=torch.float32)
+    d_weights = given.new_empty(add + norm, channels)
     if rows > 0:
         norm_backward_kernel[(programs,)](
             d_new_h, d_u, h, new_h, residual_weight, norm_weight, d_h, d_update, partial,
@@ -71,10 +81,14 @@ def backward(
             N=channels, ADD=add, NORM=norm, BLOCK_ROWS=block_rows, BLOCK_N=block_channels,
             num_warps=num_warps,
         )  # fmt: skip
-    sums = partial.sum(1).to(given.dtype)  # [1 or 2, N]
-    return d_h, d_update, sums[0] if add else None, sums[-1] if norm else None
+    weight_gradient_kernel[(-(-channels // SUM_CHANNELS), add + norm)](
+        partial, d_weights, programs,
+        N=channels, BLOCK_PROGRAMS=SUM_PROGRAMS, BLOCK_N=SUM_CHANNELS, num_warps=SUM_WARPS,
+    )  # fmt: skip
+    return d_h, d_update, d_weights[0] if add else None, d_weights[-1] if norm else None
 
 
+@lru_cache
 def tile(channels: int, itemsize: int) -> tuple[int, int, int]:
     """Rows and channels of a program's tile, and its warps; the same for every architecture.
 
@@ -86,12 +100,14 @@ def tile(channels: int, itemsize: int) -> tuple[int, int, int]:
     return block_rows, block_channels, block_rows * block_channels // warp
 
 
+@lru_cache
 def forward_programs(rows: int, channels: int, itemsize: int, num_sms: int) -> int:
     """As many programs as run at once; rows are shared evenly."""
     block_rows, _, num_warps = tile(channels, itemsize)
     return min(triton.cdiv(rows, block_rows), num_sms * (FORWARD_WARPS_PER_SM // num_warps))
 
 
+@lru_cache
 def backward_programs(rows: int, channels: int, itemsize: int, num_sms: int) -> int:
     """As many programs as run at once, so that partial sums are few; rows are shared evenly."""
     block_rows, _, num_warps = tile(channels, itemsize)
@@ -110,11 +126,11 @@ def forward_traffic(
 def backward_traffic(
     rows: int, channels: int, itemsize: int, num_sms: int, *, add: bool, norm: bool
 ) -> tuple[int, int]:
-    """Bytes loaded and stored by the backward kernel, partial sums included."""
+    """Bytes loaded and stored by the backward kernels, where h' has other readers."""
     programs = backward_programs(rows, channels, itemsize, num_sms)
-    row = channels * itemsize
-    loaded = rows * row * 2 * (add + norm) + programs * row * (add + norm)
-    stored = rows * row * (1 + (add and norm)) + programs * channels * 4 * (add + norm)
+    row, partial = channels * itemsize, programs * channels * 4
+    loaded = rows * row * (1 + add + 2 * norm) + (programs * row + partial) * (add + norm)
+    stored = rows * row * (1 + (add and norm)) + (partial + row) * (add + norm)
     return loaded, stored
 
 
@@ -166,7 +182,7 @@ def norm_backward_kernel(
         mask = (row < rows) & within
         at = row * N + channel
         total = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
-        if ADD:
+        if d_new_h is not None:
             total += tl.load(d_new_h + at, mask=mask, other=0.0).to(tl.float32)
         if NORM:
             x = tl.load(new_h + at, mask=mask, other=0.0).to(tl.float32)
@@ -188,3 +204,22 @@ def norm_backward_kernel(
         partial += programs * N
     if NORM:
         tl.store(partial + program * N + channel, tl.sum(d_norm, axis=0)[None, :], mask=within)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    partial, gradient, programs,
+    N: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """gradient [weights, N] = the sum of partial [weights, programs, N] over programs."""
+    channel = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    within = channel < N
+    weight = tl.program_id(1)
+    source = partial + tl.cast(weight, tl.int64) * programs * N + channel
+    total = tl.zeros((BLOCK_PROGRAMS, BLOCK_N), tl.float32)
+    for first in range(0, programs, BLOCK_PROGRAMS):
+        program = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_PROGRAMS)[:, None]
+        mask = (program < programs) & within
+        total += tl.load(source + program * N, mask=mask, other=0.0)
+    result = tl.sum(total, axis=0)[None, :].to(gradient.dtype.element_ty)
+    tl.store(gradient + weight * N + channel, result, mask=within)

@@ -8,8 +8,12 @@ weights. With s = 1/sqrt(mean(h'²) + eps):
 
     dh' += s (w ⊙ du) - h' s³ mean(h' ⊙ w ⊙ du)
     dh  = r ⊙ dh'      d_update = dh'      dr = Σ dh' ⊙ h      dw = Σ s h' ⊙ du     (over rows)
+
+A residual stream has two readers, the norm and the next residual. Operations that return h' beside
+u take the gradients of both, so autograd has nothing left to add.
 """
 
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.checks import check_floating, check_tensor
+from kernels.checks import check_floating, check_tensor, once_per_shape
 from kernels.dispatch import Choice, choose
 from kernels.norm import blocked
 from kernels.norm.naive import rms_norm_naive, weighted_residual_naive
@@ -35,13 +39,22 @@ def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
     """
-    _check_input(h)
-    _check_like(h, weight=weight)
+    return branch_rms_norm(h, weight, eps)[1]
+
+
+def branch_rms_norm(h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """h and u = RMSNorm(h) ⊙ weight, for an h that is read again.
+
+    Whoever reads the returned h leaves its gradient to this operation's backward, which adds that
+    of the norm in the same pass. The returned h is a view of the given one, or a contiguous copy.
+    Otherwise as rms_norm.
+    """
+    _check(h, None, None, weight)
     choice = _choose("rms_norm", h)
     if choice == "naive":
-        return rms_norm_naive(h, weight, eps).to(h.dtype)
-    u: Tensor = _AddNorm.apply(choice, h.contiguous(), None, None, weight, eps)
-    return u
+        return h, rms_norm_naive(h, weight, eps).to(h.dtype)
+    both: tuple[Tensor, Tensor] = _AddNorm.apply(choice, h.contiguous(), None, None, weight, eps)
+    return both
 
 
 def weighted_residual(h: Tensor, update: Tensor, weight: Tensor) -> Tensor:
@@ -49,8 +62,7 @@ def weighted_residual(h: Tensor, update: Tensor, weight: Tensor) -> Tensor:
 
     h, update [..., N] and weight [N] of one floating dtype. Raises as rms_norm.
     """
-    _check_input(h)
-    _check_like(h, update=update, weight=weight)
+    _check(h, update, weight, None)
     choice = _choose("weighted_residual", h)
     if choice == "naive":
         return weighted_residual_naive(h, update, weight).to(h.dtype)
@@ -66,8 +78,7 @@ def add_rms_norm(
     The statistics are those of h' as returned, in h's dtype. h, update [..., N] and both weights
     [N] of one floating dtype. Raises as rms_norm.
     """
-    _check_input(h)
-    _check_like(h, update=update, residual_weight=residual_weight, norm_weight=norm_weight)
+    _check(h, update, residual_weight, norm_weight)
     choice = _choose("add_rms_norm", h)
     if choice == "naive":
         new_h = weighted_residual_naive(h, update, residual_weight).to(h.dtype)
@@ -79,9 +90,10 @@ def add_rms_norm(
 
 
 class _AddNorm(torch.autograd.Function):
-    """Without `update` the norm alone, without `norm_weight` the residual alone.
+    """h' and u; without `update` h' is h, without `norm_weight` there is no u.
 
-    Outputs are no views: Megatron-core frees the memory of a pipeline stage's output by itself.
+    h' of a residual is no view: Megatron-core frees the memory of a pipeline stage's output by
+    itself.
     """
 
     @staticmethod
@@ -95,6 +107,7 @@ class _AddNorm(torch.autograd.Function):
         eps: float,
     ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.choice, ctx.eps = choice, eps
+        ctx.set_materialize_grads(False)
         with launch_on(h):
             new_h, u = _implementation(choice).forward(h, update, residual_weight, norm_weight, eps)
         ctx.save_for_backward(
@@ -103,22 +116,28 @@ class _AddNorm(torch.autograd.Function):
             residual_weight,
             norm_weight,
         )
-        if update is None:
-            return u
-        return new_h if norm_weight is None else (new_h, u)
+        return new_h if u is None else (new_h, u)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_new_h: Tensor | None, d_u: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         h, new_h, residual_weight, norm_weight = ctx.saved_tensors
-        d_new_h = None if residual_weight is None else grads[0].contiguous()
-        d_u = None if norm_weight is None else grads[-1].contiguous()
+        # what an output's readers give; h' may have none beside the norm
+        if norm_weight is None:
+            d_new_h = torch.zeros_like(h) if d_new_h is None else d_new_h
+        else:
+            d_u = torch.zeros_like(new_h) if d_u is None else d_u.contiguous()
+        if d_new_h is not None:
+            d_new_h = d_new_h.contiguous()
         d_h, d_update, d_residual_weight, d_norm_weight = _implementation(ctx.choice).backward(
             d_new_h, d_u, h, new_h, residual_weight, norm_weight, ctx.eps
         )
         return None, d_h, d_update, d_residual_weight, d_norm_weight, None
 
 
+@cache
 def _implementation(choice: Choice) -> ModuleType:
     if choice == "triton":
         from kernels.norm import fused
@@ -137,15 +156,16 @@ def _choose(op: str, h: Tensor) -> Choice:
     return choose(op, h.device, unsupported)
 
 
-def _check_input(h: Tensor) -> None:
+@once_per_shape
+def _check(
+    h: Tensor, update: Tensor | None, residual_weight: Tensor | None, norm_weight: Tensor | None
+) -> None:
+    """Raises as rms_norm says; what an operation lacks is None."""
     if h.ndim < 1 or h.shape[-1] == 0:
         raise ValueError(f"h has shape {tuple(h.shape)}; expected [..., N] with N at least 1")
     check_floating("h", h)
-
-
-def _check_like(h: Tensor, *, update: Tensor | None = None, **weights: Tensor) -> None:
-    """That update has h's shape and each weight is [N], all of h's dtype and device."""
     if update is not None:
         check_tensor("update", update, h.shape, (h.dtype,), h.device)
-    for name, weight in weights.items():
-        check_tensor(name, weight, h.shape[-1:], (h.dtype,), h.device)
+    for name, weight in (("residual_weight", residual_weight), ("norm_weight", norm_weight)):
+        if weight is not None:
+            check_tensor(name, weight, h.shape[-1:], (h.dtype,), h.device)

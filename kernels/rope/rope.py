@@ -6,6 +6,7 @@
 The gradient is the transposed map, the same rotation by -sin, so backward needs cos and sin alone.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.checks import check_floating, check_rows, check_tensor
+from kernels.checks import check_floating, check_rows, check_tensor, once_per_shape
 from kernels.dispatch import choose
 from kernels.rope import blocked
 from kernels.rope.naive import apply_rope_naive
@@ -103,17 +104,17 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        given = [g if g.stride(-1) == 1 else g.contiguous() for g in grads[: ctx.rotated]]
-        others = grads[ctx.rotated :]
+        grads = tuple([g if g.stride(-1) == 1 else g.contiguous() for g in grads])
+        given, others = grads[: ctx.rotated], grads[ctx.rotated :]
         if ctx.stride:
             shapes = [g.shape for g in grads]
             buffer = grads[0].new_empty(buffer_size(shapes, ctx.stride))
             out = sliced(buffer, shapes, ctx.stride)
-            for slot, grad in zip(out[ctx.rotated :], others, strict=True):
-                slot.copy_(grad)
+            copied = tuple(zip(others, out[ctx.rotated :], strict=True))
         else:
-            out = (*_empty_like(given), *others)
-        _run(ctx.choice, given, out[: ctx.rotated], *ctx.saved_tensors, conjugate=True)
+            out, copied = (*_empty_like(given), *others), ()
+        cos, sin = ctx.saved_tensors
+        _run(ctx.choice, given, out[: ctx.rotated], cos, sin, copied, conjugate=True)
         return None, None, None, None, None, *out
 
 
@@ -123,16 +124,20 @@ def _run(
     out: Sequence[Tensor],
     cos: Tensor,
     sin: Tensor,
+    copied: Sequence[tuple[Tensor, Tensor]] = (),
     *,
     conjugate: bool,
 ) -> None:
+    """Rotate `tensors` into `out`; copied: at most one tensor, and where it goes."""
     if choice == "triton":
         from kernels.rope import fused
 
         with launch_on(cos):
-            fused.rotate(tensors, out, cos, sin, conjugate)
+            fused.rotate(tensors, out, cos, sin, conjugate, *copied)
     else:
         blocked.rotate(tensors, out, cos, sin, conjugate)
+        for source, target in copied:
+            target.copy_(source)
 
 
 def _empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -140,8 +145,18 @@ def _empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _check(*named: tuple[str, Tensor], cos: Tensor, sin: Tensor, inplace: bool) -> None:
-    first = named[0][1]
-    for name, tensor in named:
+    _check_shapes(cos, sin, *itertools.chain.from_iterable(named))
+    if inplace:
+        for name, tensor in named:
+            _check_overwritable(name, tensor)
+
+
+@once_per_shape
+def _check_shapes(cos: Tensor, sin: Tensor, *named: Any) -> None:
+    """named: a name, its tensor, and so on."""
+    pairs: list[tuple[str, Tensor]] = list(zip(named[::2], named[1::2], strict=True))
+    first = pairs[0][1]
+    for name, tensor in pairs:
         if tensor.ndim != 4 or tensor.shape[-1] % 2 or tensor.shape[-1] == 0:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; expected [B, L, H, D] with D even"
@@ -151,8 +166,6 @@ def _check(*named: tuple[str, Tensor], cos: Tensor, sin: Tensor, inplace: bool) 
         heads = tensor.shape[2]
         check_tensor(name, tensor, (batch, length, heads, dim), (first.dtype,), first.device)
         check_rows(name, tensor)
-        if inplace:
-            _check_overwritable(name, tensor)
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor(name, table, (batch, length, dim // 2), (torch.float32,), first.device)
 

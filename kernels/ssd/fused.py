@@ -19,6 +19,7 @@ from kernels.ssd.fused_backward import (
 )
 from kernels.ssd.fused_forward import chunk_output_kernel, chunk_state_kernel, scan_kernel
 from kernels.ssd.fused_parts import state_passing_kernel
+from kernels.ssd.tables import ScanTables
 from kernels.ssd.tiles import Tile, backward_is_fused, fills_gpu, tile
 from kernels.target import current_target
 
@@ -27,21 +28,12 @@ _PASSING_STAGES = 8
 
 
 def ssd_fused(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cos: Tensor | None, sin: Tensor | None,
-    dt_bias: Tensor, cu_seqlens: Tensor, chunk_size: int, initial_state: Tensor | None,
-    D: Tensor | None,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, tables: ScanTables, dt_bias: Tensor,
+    chunk_size: int, initial_state: Tensor | None, D: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [B, L, H, P] and the final state [B, H, P, N]; arguments as `kernels.ssd.ssd.ssd`."""
-    batch, length = x.shape[:2]
-    token = torch.arange(batch * length, device=x.device, dtype=torch.int32)
-    documents = torch.bucketize(token, cu_seqlens[1:].int(), right=True, out_int32=True)
-    table = None
-    if cos is not None and sin is not None:
-        # for 16-bit B and C a float16 table is exact to an eighth of their rounding
-        exact = x.dtype == torch.float32
-        table = torch.cat((cos, sin), dim=-1).to(torch.float32 if exact else torch.float16)
     result: tuple[Tensor, Tensor] = _FusedScan.apply(
-        x, dt, A, B, C, table, dt_bias, documents, initial_state, D, chunk_size
+        x, dt, A, B, C, tables.rotation, dt_bias, tables.documents, initial_state, D, chunk_size
     )
     return result
 

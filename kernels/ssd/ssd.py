@@ -10,10 +10,17 @@ import itertools
 import torch
 from torch import Tensor
 
-from kernels.checks import check_contiguous, check_tables, check_tensor, check_tokens
+from kernels.checks import (
+    check_contiguous,
+    check_tables,
+    check_tensor,
+    check_tokens,
+    once_per_shape,
+)
 from kernels.dispatch import choose, strict
 from kernels.ssd.chunked import ssd_chunked
 from kernels.ssd.naive import ssd_naive
+from kernels.ssd.tables import ScanTables, rotation_dtype, scan_tables
 from kernels.target import launch_on
 
 _PER_TOKEN = ("x", "dt", "B", "C")
@@ -35,6 +42,7 @@ def ssd(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     D: Tensor | None = None,
+    tables: ScanTables | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scan packed documents; differentiable in every floating tensor but cos and sin.
 
@@ -49,6 +57,8 @@ def ssd(
     chunk_size:    a power of two; 0 leaves it to the implementation, Triton takes it as an upper
                    bound (`kernels.ssd.tiles`)
     initial_state: [B, H, P, N] float32, enters the first segment of each row
+    tables:        what Triton reads of cu_seqlens, cos and sin, made of these very tensors by
+                   `kernels.ssd.tables.scan_tables`; so that many calls share it. None: made here
 
     x, dt, B and C may be column slices of one buffer, into a like of which backward then writes
     their gradients (`kernels.slices`); all else is contiguous.
@@ -61,13 +71,22 @@ def ssd(
     waits for the device.
     """
     _check(x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, chunk_size, initial_state, D)
+    if strict() and not x.is_meta:
+        _check_values(A, cu_seqlens, *x.shape[:2])
+    if tables is not None:
+        _check_tables(tables, x, cos, sin, cu_seqlens)
     choice = choose("ssd", x.device, _unsupported(x, B, chunk_size))
     arguments = (x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, chunk_size, initial_state, D)
     if choice == "triton":
         from kernels.ssd.fused import ssd_fused
 
         with launch_on(x):
-            y, final_state = ssd_fused(*arguments)
+            if tables is None:
+                rope = None if cos is None or sin is None else (cos, sin)
+                tables = scan_tables(cu_seqlens, rope, x.shape[0] * x.shape[1], x.dtype)
+            y, final_state = ssd_fused(
+                x, dt, A, B, C, tables, dt_bias, chunk_size, initial_state, D
+            )
     elif choice == "torch":
         y, final_state = ssd_chunked(*arguments)
     else:
@@ -101,6 +120,7 @@ def _naive(
     return y.to(x.dtype), final_state.to(exact)
 
 
+@once_per_shape
 def _check(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cos: Tensor | None, sin: Tensor | None,
     dt_bias: Tensor, cu_seqlens: Tensor, chunk_size: int, initial_state: Tensor | None,
@@ -145,8 +165,26 @@ def _check(
     check_contiguous("cu_seqlens", cu_seqlens)
     if chunk_size < 0 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size={chunk_size}; expected a power of two, or 0 to choose one")
-    if strict() and not x.is_meta:
-        _check_values(A, cu_seqlens, batch, length)
+
+
+def _check_tables(
+    tables: ScanTables, x: Tensor, cos: Tensor | None, sin: Tensor | None, cu_seqlens: Tensor
+) -> None:
+    """Raises ValueError for tables of other tensors than this call's."""
+    if cu_seqlens is tables.cu_seqlens and cos is tables.cos and sin is tables.sin:
+        return _check_table_shapes(x, tables.documents, tables.rotation)
+    raise ValueError(
+        "tables were made of another cu_seqlens, cos or sin than this call's: its documents or"
+        " rotations would be those of another batch; make them of these by scan_tables"
+    )
+
+
+@once_per_shape
+def _check_table_shapes(x: Tensor, documents: Tensor, rotation: Tensor | None) -> None:
+    tokens, dtype = x.shape[0] * x.shape[1], rotation_dtype(x.dtype)
+    check_tensor("tables.documents", documents, (tokens,), (torch.int32,), x.device)
+    if rotation is not None:
+        check_tensor("tables.rotation", rotation, rotation.shape, (dtype,), x.device)
 
 
 def _check_values(A: Tensor, cu_seqlens: Tensor, batch: int, length: int) -> None:

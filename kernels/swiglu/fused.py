@@ -20,7 +20,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) ⊙ up."""
     out = gate.new_empty(gate.shape)
     if gate.numel():
-        swiglu_forward_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
+        swiglu_forward_kernel[(-(-gate.numel() // BLOCK),)](
             gate, up, out, gate.numel(),
             **_rows(GATE=gate, UP=up), WIDTH=_width(gate), BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -31,7 +31,7 @@ def backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up, slices of one buffer where those are; d_out is contiguous."""
     d_gate, d_up = empty_together(gate, up)
     if gate.numel():
-        swiglu_backward_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
+        swiglu_backward_kernel[(-(-gate.numel() // BLOCK),)](
             d_out, gate, up, d_gate, d_up, gate.numel(),
             **_rows(GATE=gate, UP=up, D_GATE=d_gate), WIDTH=_width(gate), BLOCK=BLOCK,
             num_warps=NUM_WARPS,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.checks import check_floating, check_tensor
+from kernels.checks import check_floating, check_tensor, once_per_shape
 from kernels.dispatch import choose
 from kernels.slices import empty_together, row_stride
 from kernels.swiglu.naive import swiglu_naive
@@ -32,8 +32,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Raises ValueError for unequal shapes or devices, TypeError for a wrong dtype.
     """
-    check_floating("gate", gate)
-    check_tensor("up", up, gate.shape, (gate.dtype,), gate.device)
+    _check(gate, up)
     unsupported = "Triton kernels compute in float32, not float64"
     choice = choose("swiglu", gate.device, unsupported if gate.dtype == torch.float64 else None)
     if choice == "naive":
@@ -41,6 +40,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     function = _TorchSwiGLU if choice == "torch" else _FusedSwiGLU
     product: Tensor = function.apply(gate, up)
     return product
+
+
+@once_per_shape
+def _check(gate: Tensor, up: Tensor) -> None:
+    check_floating("gate", gate)
+    check_tensor("up", up, gate.shape, (gate.dtype,), gate.device)
 
 
 class _TorchSwiGLU(torch.autograd.Function):

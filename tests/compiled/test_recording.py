@@ -1,12 +1,14 @@
 """The driver that names launches, and the library that stands in for CUDA's."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from kernels.audit import compiling
 from kernels.audit.compiling import TARGETS
 from kernels.audit.recording import Recorded, distinct_bytes, record_only
 from kernels.audit.stub_driver import NoCompilerError, build_stub
@@ -35,6 +37,21 @@ def test_operations_choose_triton() -> None:
     # h is also given as h', which the norm alone does not write
     assert [launch.name for launch in found] == ["norm_forward_kernel"]
     assert found[0].bytes == 3 * h.nbytes + weight.nbytes
+
+
+def test_the_target_is_found_once_for_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    stock = compiling._Driver.get_current_target
+
+    def counted(self: compiling._Driver) -> Any:
+        asked.append(self)
+        return stock(self)
+
+    monkeypatch.setattr(compiling._Driver, "get_current_target", counted)
+    for name in ("sm_80", "sm_90", "sm_80"):
+        with record_only(TARGETS[name], lambda launch: None):
+            assert [current_target() for _ in range(3)] == [TARGETS[name]] * 3
+    assert len(asked) == 3
 
 
 def test_expanded_tensors_have_few_bytes() -> None:

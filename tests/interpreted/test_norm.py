@@ -9,6 +9,7 @@ from kernels.norm import fused
 from kernels.norm.norm import rms_norm
 from tests.kernels.norm_cases import (
     OPERATIONS,
+    assert_one_output_is_enough,
     assert_small_rows_feel_eps,
     assert_statistics_are_of_the_result,
     inputs,
@@ -17,6 +18,7 @@ from tests.kernels.operation_cases import (
     DTYPES,
     assert_matches,
     assert_repeatable,
+    outputs_and_gradients,
 )
 
 names = pytest.mark.parametrize("name", OPERATIONS)
@@ -53,6 +55,27 @@ def test_rows_shared_among_programs(name, programs, monkeypatch):
     for function in ("forward_programs", "backward_programs"):
         monkeypatch.setattr(fused, function, lambda *_: programs)
     assert_matches(*OPERATIONS[name][:2], inputs(name, (83, 90), torch.bfloat16))
+
+
+@names
+@pytest.mark.parametrize("programs", [1, 127, 129])
+def test_any_number_of_partial_sums(name, programs, monkeypatch):
+    """Of programs that have a row each, and of those that have none."""
+    monkeypatch.setattr(fused, "backward_programs", lambda *_: programs)
+    assert_matches(*OPERATIONS[name][:2], inputs(name, (83, 70)))
+
+
+@pytest.mark.parametrize(("name", "read"), [("branch", 0), ("branch", 1), ("both", 0), ("both", 1)])
+def test_an_output_that_nobody_reads_has_no_gradient(name, read):
+    assert_one_output_is_enough(name, read)
+
+
+@names
+def test_no_rows(name):
+    operation, _, tensors, _ = OPERATIONS[name]
+    given = [t[:0] if i < tensors else t for i, t in enumerate(inputs(name, (2, 70)))]
+    found = outputs_and_gradients(operation, given)
+    assert all(not t.any() for t in found)
 
 
 @names

@@ -34,18 +34,21 @@ def test_a_rotation_is_one_launch_each_way(size):
     assert (kernel.loaded, kernel.stored) == (4 * loaded, 4 * stored)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", ["branch", "residual", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_norm_is_one_launch_each_way(name, dtype):
+def test_a_norm_is_one_launch_each_way_and_one_for_weights(name, dtype):
     rows, channels = 700, 17
     with count_traffic() as traffic:
         outputs_and_gradients(OPERATIONS[name][0], norm_inputs(name, (rows, channels), dtype))
-    what = {"add": name != "norm", "norm": name != "residual"}
+    what = {"add": name != "branch", "norm": name != "residual"}
     size = (rows, channels, dtype.itemsize, INTERPRETED.num_sms)
-    forward, backward = traffic["norm_forward_kernel"], traffic["norm_backward_kernel"]
-    assert forward.launches == backward.launches == 1
+    forward, backward, weights = (
+        traffic[f"{part}_kernel"] for part in ("norm_forward", "norm_backward", "weight_gradient")
+    )
+    assert forward.launches == backward.launches == weights.launches == 1
     assert (forward.loaded, forward.stored) == norm.forward_traffic(*size, **what)
-    assert (backward.loaded, backward.stored) == norm.backward_traffic(*size, **what)
+    moved = backward.loaded + weights.loaded, backward.stored + weights.stored
+    assert moved == norm.backward_traffic(*size, **what)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -5,10 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.audit.traffic import count_traffic
 from kernels.rope import fused
 from kernels.rope.naive import apply_rope_naive
 from kernels.rope.rope import apply_rope, rotate_qk, rotate_qkv
 from kernels.slices import shared_stride
+from kernels.target import INTERPRETED
 from tests.kernels.operation_cases import (
     DTYPES,
     assert_matches,
@@ -87,3 +89,30 @@ def test_columns_of_one_buffer(dtype):
     )
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert shared_stride(found[3:]) == columns[0].stride(1)
+
+
+@pytest.mark.parametrize("heads_each", [1, 3, 5, 8])
+def test_values_are_shared_among_programs_too(heads_each, monkeypatch):
+    """Shares that end inside q, k and v: the gradient of v is the given one, in one buffer."""
+    monkeypatch.setattr(fused, "heads_per_program", lambda *_: (1, heads_each))
+    q, k = queries_and_keys(1, 5, 4, 2, 16)
+    cos, sin = tables(1, 5, 16)
+
+    def oracle(q, k, v):
+        return *(apply_rope_naive(t, cos, sin) for t in (q, k)), v
+
+    columns = side_by_side((q, k, k + 1), rest=3)
+    assert_matches(lambda *t: rotate_qkv(*t, cos, sin), oracle, columns)
+
+
+def test_all_gradients_are_one_launch():
+    q, k = queries_and_keys(2, 9, 4, 2, 16)
+    cos, sin = tables(2, 9, 16)
+    with count_traffic() as traffic:
+        outputs_and_gradients(
+            lambda *t: rotate_qkv(*t, cos, sin), side_by_side((q, k, k + 1), rest=3)
+        )
+    (kernel,) = traffic.values()
+    passes = [fused.traffic(18, heads, 16, 4, INTERPRETED.num_sms) for heads in (6, 8)]
+    assert kernel.launches == 2
+    assert (kernel.loaded, kernel.stored) == tuple(map(sum, zip(*passes, strict=True)))

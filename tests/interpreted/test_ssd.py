@@ -12,6 +12,7 @@ from kernels.slices import shared_stride
 from kernels.ssd import fused, tiles
 from kernels.ssd.naive import ssd_naive
 from kernels.ssd.ssd import ssd
+from kernels.ssd.tables import scan_tables
 from kernels.ssd.tuning import fastest, run_scan
 from kernels.ssd.tuning import make_inputs as make_tuned
 from kernels.target import Target
@@ -267,3 +268,18 @@ def test_columns_of_one_buffer_are_read_where_they_lie(size, dtype, shape):
     for name, expected in contiguous.items():
         assert torch.equal(found[name], expected), name
     assert shared_stride([found[name] for name in names]) == shared_stride(together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rotated", [True, False], ids=["rotated", "plain"])
+def test_shared_tables_are_those_that_a_call_makes(dtype, rotated, shape):
+    inputs = make_inputs(2, 40, documents=[33], dtype=dtype)
+    if not rotated:
+        inputs |= {"cos": None, "sin": None}
+    tables = ("cu_seqlens", "cos", "sin")
+    same = {name: inputs.pop(name) for name in tables}  # these very tensors, in both calls
+    rope = (same["cos"], same["sin"]) if rotated else None
+    shared = scan_tables(same["cu_seqlens"], rope, 80, dtype)
+    found = run(lambda **a: ssd(**a, **same, tables=shared), inputs)
+    expected = run(lambda **a: ssd(**a, **same), inputs)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.norm.naive import rms_norm_naive, weighted_residual_naive
-from kernels.norm.norm import add_rms_norm, rms_norm, weighted_residual
+from kernels.norm.norm import add_rms_norm, branch_rms_norm, rms_norm, weighted_residual
 from tests.kernels.operation_cases import assert_matches, normal
 
 EPS = 1e-6
@@ -17,9 +17,14 @@ def _add_rms_norm_naive(
     return new_h, rms_norm_naive(new_h, norm_weight, EPS)
 
 
+def _branch_naive(h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return h, rms_norm_naive(h, weight, EPS)
+
+
 # operation, oracle, how many tensors [..., N] and how many weights [N] they take
 OPERATIONS = {
     "norm": (lambda *t: rms_norm(*t, EPS), lambda *t: rms_norm_naive(*t, EPS), 1, 1),
+    "branch": (lambda *t: branch_rms_norm(*t, EPS), _branch_naive, 1, 1),
     "residual": (weighted_residual, weighted_residual_naive, 2, 1),
     "both": (lambda *t: add_rms_norm(*t, EPS), _add_rms_norm_naive, 2, 2),
 }
@@ -42,3 +47,14 @@ def assert_statistics_are_of_the_result(dtype: torch.dtype) -> None:
     new_h, u = OPERATIONS["both"][0](*inputs("both", (9, 40), dtype))
     weight = inputs("both", (9, 40), dtype)[-1]
     assert torch.equal(u, rms_norm(new_h, weight, EPS))
+
+
+def assert_one_output_is_enough(name: str, read: int) -> None:
+    """Gradients of one output alone, of operations that have two, are those of the oracle."""
+    operation, oracle = OPERATIONS[name][:2]
+
+    def expected(*given: Tensor) -> Tensor:
+        outputs = oracle(*given)
+        return outputs[read] + 0 * outputs[1 - read]  # every input has a gradient
+
+    assert_matches(lambda *t: operation(*t)[read], expected, inputs(name, (9, 40)))

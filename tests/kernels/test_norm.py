@@ -11,6 +11,7 @@ from kernels.norm.norm import add_rms_norm, rms_norm, weighted_residual
 from tests.kernels.norm_cases import (
     EPS,
     OPERATIONS,
+    assert_one_output_is_enough,
     assert_small_rows_feel_eps,
     assert_statistics_are_of_the_result,
     inputs,
@@ -106,10 +107,16 @@ def test_saves_no_more_than_inputs_and_outputs():
 
 def test_outputs_own_their_memory():
     """A pipeline stage's output is freed by hand, which Megatron-core refuses for views."""
-    for name, (operation, *_) in OPERATIONS.items():
-        outputs = operation(*(t.requires_grad_() for t in inputs(name, (5, 1, 8))))
+    for name in ("norm", "residual", "both"):
+        outputs = OPERATIONS[name][0](*(t.requires_grad_() for t in inputs(name, (5, 1, 8))))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         assert all(t._base is None for t in outputs)
+
+
+@pytest.mark.parametrize(("name", "read"), [("branch", 0), ("branch", 1), ("both", 0), ("both", 1)])
+def test_an_output_that_nobody_reads_has_no_gradient(name, read):
+    """As the last residual of a model, whose h' only the final norm reads."""
+    assert_one_output_is_enough(name, read)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from kernels.ssd.blocks import blocks, chunks_at_once, heads_at_once
 from kernels.ssd.naive import ssd_naive
 from kernels.ssd.ssd import ssd
 from kernels.ssd.step import ssd_step
+from kernels.ssd.tables import scan_tables
 from tests.kernels.operation_cases import side_by_side
 from tests.kernels.scan_cases import assert_close, make_inputs, relative_error, run
 
@@ -315,3 +316,23 @@ def test_columns_of_one_buffer(groups, dtype):
     contiguous, found = results
     assert all(torch.equal(a, b) for a, b in zip(found, contiguous, strict=True))
     assert shared_stride(found[1:]) == together[0].stride(1)
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens", "cos", "sin"])
+def test_tables_of_other_tensors_are_refused(name):
+    """Equal ones would do, but to compare them would wait for the device."""
+    inputs = make_inputs(2, 8)
+    rope = inputs["cos"], inputs["sin"]
+    tables = scan_tables(inputs["cu_seqlens"], rope, 16, torch.float32)
+    ssd(**inputs, tables=tables)
+    with pytest.raises(ValueError, match="tables were made of another cu_seqlens, cos or sin"):
+        ssd(**(inputs | {name: inputs[name].clone()}), tables=tables)
+
+
+def test_tables_for_another_batch_or_dtype_are_refused():
+    inputs = make_inputs(2, 8)
+    rope = inputs["cos"], inputs["sin"]
+    with pytest.raises(ValueError, match=r"tables.documents has shape \(15,\); expected \(16,\)"):
+        ssd(**inputs, tables=scan_tables(inputs["cu_seqlens"], rope, 15, torch.float32))
+    with pytest.raises(TypeError, match=r"tables\.rotation has dtype torch\.float16"):
+        ssd(**inputs, tables=scan_tables(inputs["cu_seqlens"], rope, 16, torch.bfloat16))

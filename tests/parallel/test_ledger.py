@@ -24,6 +24,7 @@ def test_views_and_allocations_are_free() -> None:
     x = torch.zeros(4, 6)
     assert counted(lambda: x.view(24)[3:].unsqueeze(0).expand(5, -1).detach()) == Tally()
     assert counted(lambda: torch.empty(7).new_empty(3)) == Tally()
+    assert counted(lambda: x.unsafe_split_with_sizes([1, 3])) == Tally()  # copies nothing
 
 
 @pytest.mark.parametrize(

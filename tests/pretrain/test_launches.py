@@ -204,6 +204,34 @@ def test_layouts(parallel: dict[str, Any], rank: int, layers: dict[str, int]) ->
         assert min(forward, backward) > 0 or number == 0
 
 
+@pytest.mark.parametrize(
+    ("parallel", "rank"),
+    [({}, 0), ({"recompute": "full"}, 0), ({"recompute": "selective"}, 0),
+     ({"pipeline": 2}, 0), ({"context": 2}, 0)],
+    ids=str,
+)  # fmt: skip
+def test_documents_and_rotations_are_made_once_a_micro_batch(
+    parallel: dict[str, Any], rank: int
+) -> None:
+    """Not once a layer, nor again where layers are recomputed; no gradients are added between."""
+    counts = counted(tiny(parallel=parallel, training={"dtype": "bf16"}), rank)
+    made = counts.of("", "positions").kinds
+    assert made["bucketize"] == made["arange"] == 1
+    context = "context" in parallel  # reads rotations and states of its own
+    for layer in ("ssd", "attention"):
+        within = counts.of(layer).kinds
+        if not context:
+            assert not within.keys() & {
+                "bucketize",
+                "arange",
+                "searchsorted",
+                "index",
+                "cat",
+                "add",
+            }
+        assert "bucketize" not in within
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 
