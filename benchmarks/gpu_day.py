@@ -32,7 +32,7 @@ import torch
 
 from benchmarks import gpu_day_measurements as measurements
 from benchmarks.gpu_day_page import page, put_into
-from untrusted.files import replace_file
+from untrusted.files import write_durably
 
 FOLDER = Path("runs/gpu_day")
 SHORTEST = 10.0  # seconds that are worth a start
@@ -86,7 +86,7 @@ def measure(name: str, dry_run: bool, path: Path, go: Any) -> None:
     outcome = Outcome(
         name, device_name(), software(), dry_run, time.perf_counter() - begin, rows, error
     )
-    replace_file(path, json.dumps(vars(outcome), indent=1).encode())
+    write_durably(path, json.dumps(vars(outcome), indent=1).encode())
 
 
 def device_name() -> str:

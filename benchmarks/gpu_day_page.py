@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from untrusted.files import replace_file
+from untrusted.files import write_durably
 
 BEGIN, END = "<!-- gpu_day: begin -->", "<!-- gpu_day: end -->"
 TITLES = {
@@ -79,4 +79,4 @@ def put_into(document: Path, outcomes: Sequence[dict[str, Any]]) -> None:
     if not (found_begin and found_end):
         raise ValueError(f"{document}: there is no place for the tables; put in {BEGIN} and {END}")
     content = f"{before}{BEGIN}\n\n{page(outcomes)}\n{END}{after}"
-    replace_file(document, content.encode())
+    write_durably(document, content.encode())
