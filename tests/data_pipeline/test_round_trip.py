@@ -71,6 +71,13 @@ def test_writing_a_character_differently_loses_none(parts: Any, tmp_path: Path) 
     assert round_trip(tokenizer, [f" {text}  {text}\n"]).lost == 0
 
 
+def test_letters_of_the_unknown_token_are_not_taken_for_the_text(tmp_path: Path) -> None:
+    model = models.WordLevel(unk_token="<unk>")
+    tokenizer = load_tokenizer(letters(tmp_path / "t.json", model))
+    found = round_trip(tokenizer, ["nuk knu <unk>"])
+    assert (found.characters, found.lost) == (11, 11)
+
+
 def test_a_byte_level_tokenizer_loses_nothing(tokenizer_file: Path) -> None:
     texts = ["日本 🙂 é \x00 <|endoftext|> \u00a0 e\u0301", *CHINESE]
     found = round_trip(load_tokenizer(tokenizer_file), texts)

@@ -45,26 +45,30 @@ def test_rows_are_not_separated(tmp_path: Path) -> None:
 
 
 @given(
-    text=st.text(st.sampled_from("ab\n\r "), max_size=60).map(lambda text: text.lstrip("\r\n")),
+    pieces=st.lists(st.sampled_from(["a", "b", "\n", " ", "\r\n", None]), max_size=40),
     separator=st.sampled_from(["a", "aa", "aba", "b\n", "\n", "\n\n", "\n\n\n"]),
 )
-def test_sections_do_not_depend_on_how_the_file_is_read(text: str, separator: str) -> None:
-    found = Separator(separator)
-    expected, at = [], 0
-    while at < len(text):
-        match = found.pattern.search(text.encode(), at)
-        end, after = (match.start(), match.end()) if match else (len(text), len(text))
-        expected.append((at, text[at:end].encode()))
-        at = after + len(text[after:]) - len(text[after:].lstrip("\r\n"))
+def test_sections_do_not_depend_on_how_the_file_is_read(
+    pieces: list[str | None], separator: str
+) -> None:
+    """None stands for the separator."""
+    text = "".join(separator if piece is None else piece for piece in pieces).lstrip("\r\n")
     with pytest.MonkeyPatch.context() as patch:
-        for block in (1, 7, 1 << 17):
+        patch.setattr(module, "MAX_BLANKS", 2)
+        between = Separator(separator)
+        expected, at = [], 0
+        while at < len(text):
+            match = between.pattern.search(text.encode(), at)
+            end, after = (match.start(), match.end()) if match else (len(text), len(text))
+            expected.append((at, text[at:end].encode()))
+            at = after + len(text[after:]) - len(text[after:].lstrip("\r\n"))
+        for block, size in ((1, 1), (1, 1000), (7, 3), (1 << 17, 1000)):
             patch.setattr(module, "BLOCK_BYTES", block)
-            for size in (1, 3, 1000):
-                read = []
-                for section in sections(io.BytesIO(text.encode()), found):
-                    parts = iter(lambda: section.read(size), b"")  # noqa: B023
-                    read.append((section.offset, b"".join(parts)))
-                assert read == expected
+            read = []
+            for section in sections(io.BytesIO(text.encode()), between):
+                parts = iter(lambda: section.read(size), b"")  # noqa: B023
+                read.append((section.offset, b"".join(parts)))
+            assert read == expected
 
 
 def test_long_sections_come_in_parts_with_the_byte_of_what_is_wrong(
