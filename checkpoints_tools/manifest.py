@@ -19,7 +19,7 @@ from parallel.config import ModelConfig
 from untrusted.errors import UnsafeFileError, UnsafeNameError
 from untrusted.files import open_regular, read_regular
 from untrusted.names import check_file_name
-from untrusted.records import Count
+from untrusted.records import Count, Finite
 from untrusted.text import printable
 
 MANIFEST = "manifest.json"
@@ -109,6 +109,11 @@ _SkippedShard = Annotated[
 ]
 
 
+class _Evaluation(TypedDict):
+    step: Count
+    validation_loss: Finite
+
+
 class _Manifest(TypedDict, total=False):
     """What the program reads of a manifest; it may hold more."""
 
@@ -132,6 +137,8 @@ class _Manifest(TypedDict, total=False):
     imported: dict[str, Any]
     averaged: list[dict[str, Any]]
     judge: _SpikeState
+    evaluation: _Evaluation | None
+    longest_sequence: Annotated[int, Field(ge=1, le=bounds.LENGTH)] | None
     unwritten_metrics: _Metrics | None
     skipped_updates: Count
     skipped_shards: list[_SkippedShard]
