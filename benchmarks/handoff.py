@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -120,6 +121,7 @@ def run_rows(python: Path, export: Path, results: Path) -> list[dict[str, Any]]:
     variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     variables |= {"HF_HOME": str(results.parent / "hf"), "PYTHONPATH": str(HERE)}
     problems = []
+    results.touch()
     for script in SCRIPTS:
         # -P: neither the present folder nor the script's is searched for modules
         words = [str(python), "-P", str(HERE / script), str(export), str(results)]
@@ -128,13 +130,9 @@ def run_rows(python: Path, export: Path, results: Path) -> list[dict[str, Any]]:
         )
         log = results.with_suffix(f".{script.removesuffix('.py')}.log")
         log.write_text(done.stdout + done.stderr, encoding="utf-8")
-        if done.returncode not in (0, 1):
+        if done.returncode not in (0, 3):  # it has died, whatever rows it had come to
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            problems.append(
-                {"item": "", "row": script, "problem": f"{last} (see {log})", "seconds": 0.0}
-            )
-        elif done.returncode and not results.exists():
-            problems.append({"item": "", "row": script, "problem": f"see {log}", "seconds": 0.0})
+            problems.append({"item": "", "row": script, "problem": f"{last} (see {log})"})
     entries = [json.loads(line) for line in results.read_text().splitlines()]
     return list({entry["row"]: entry for entry in entries}.values()) + problems
 
@@ -158,7 +156,7 @@ def main(arguments: list[str]) -> int:
             for kind, place in exports.items():
                 make_export(Path(fresh) / kind, tied=kind == "tied")
                 if not place.exists() or fingerprint(place) != fingerprint(Path(fresh) / kind):
-                    subprocess.run(["rm", "-rf", str(place)], check=True)
+                    shutil.rmtree(place, ignore_errors=True)
                     (Path(fresh) / kind).rename(place)
     pythons = {version: environment(folder, version, console) for version in ENVIRONMENTS}
     columns: dict[str, dict[str, dict[str, Any]]] = {}

@@ -583,7 +583,7 @@ def autocast(export: Export) -> float:
             found = difference(model(export.ids).logits, export.logits)
     finally:
         module.chunked_scan = original
-    assert seen == {torch.float32}, seen
+    assert seen <= {torch.float32}, seen
     assert found < 0.05, f"{found:.3g} from the float32 logits"
     return 0.0
 
@@ -614,7 +614,7 @@ def passed(results: str) -> set[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the rows that are named, or all that have not passed yet; the exit code."""
+    """Run the rows that are named, or all that have not passed yet; 3 when one fails, else 0."""
     folder, results, *names = arguments
     done = passed(results)
     chosen = [r for r in ROWS if (r[1] in names if names else r[1] not in done)]
@@ -641,7 +641,7 @@ def main(arguments: list[str]) -> int:
         failed += bool(problem)
         with open(results, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-    return 1 if failed else 0
+    return 3 if failed else 0
 
 
 if __name__ == "__main__":
