@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,8 +76,9 @@ class Export:
             self.folder, trust_remote_code=True, **arguments
         ).eval()
 
-    def generated(self, model: Any, new: int = 6, **arguments: Any) -> Tensor:
-        settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    def generated(self, model: Any, **arguments: Any) -> Tensor:
+        """Six tokens after each row of the prompts, greedily."""
+        settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
         tokens: Tensor = model.generate(**settings, **arguments)
         return tokens
 
@@ -370,7 +372,7 @@ def checkpointing(export: Export) -> float:
     for reentrant in (False, True):
         model = export.load().train()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        ran = []
+        ran: list[int] = []
         layer = model.model.layers[0]
         layer.feed_forward.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
         found = max(found, worst(gradients(model, input_ids=export.ids, labels=export.ids),
@@ -550,7 +552,7 @@ def positions(export: Export) -> float:
         wrong = plain.clone()
         wrong[0, 12:] = torch.arange(length - 12)  # two documents in a row
         for ids in (wrong, plain + 1, plain[:, :-1], wrong.expand(2, -1)):
-            refused("position_ids", lambda ids=ids: model(export.ids, position_ids=ids))
+            refused("position_ids", partial(model, export.ids, position_ids=ids))
         refused(
             "position_ids",
             lambda: model(export.ids, attention_mask=export.mask, position_ids=plain),
@@ -568,7 +570,7 @@ def positions(export: Export) -> float:
 def autocast(export: Export) -> float:
     seen: set[torch.dtype] = set()
     model = export.load()
-    module = sys.modules[type(model).__module__]
+    module: Any = sys.modules[type(model).__module__]
     original = module.chunked_scan
 
     def watched(*arguments: Any) -> Any:
