@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from handoff_rows import Blocker, Export, difference, gradients, worst
+from handoff_rows import Blocker, Export, difference, gradients, passed, worst
 from torch import Tensor
 
 BOUND = 0.02  # bf16's own: gradients of two rows are summed in another order
@@ -114,7 +114,7 @@ def compare(folder: Path, kind: str, dtype: torch.dtype) -> float:
         outputs.append(model(ids, labels=ids))
     for rank in ranks:
         kept = set(rank["dtypes"].values())
-        assert kept == {torch.float32}, f"inside forward: {rank['dtypes']}"
+        assert kept <= {torch.float32}, f"inside forward: {rank['dtypes']}"
         assert rank["moved"] == rank["of"], f"{rank['of'] - rank['moved']} parameters do not train"
     found = 0.0
     for rank, output in zip(ranks, outputs, strict=True):
@@ -125,14 +125,15 @@ def compare(folder: Path, kind: str, dtype: torch.dtype) -> float:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the rows that are named, or all; the exit code."""
+    """Run the rows that are named, or all that have not passed yet; 3 when one fails, else 0."""
     folder, results, *names = arguments
     sys.meta_path.insert(0, Blocker())
+    done = passed(results)
     failed = 0
     for kind, label in NAMES.items():
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{label}, loaded in {str(dtype).removeprefix('torch.')}"
-            if names and name not in names:
+            if name not in names if names else name in done:
                 continue
             begin, found, problem = time.perf_counter(), float("nan"), ""
             try:
@@ -147,7 +148,7 @@ def main(arguments: list[str]) -> int:
             failed += bool(problem)
             with open(results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
-    return 1 if failed else 0
+    return 3 if failed else 0
 
 
 if __name__ == "__main__":

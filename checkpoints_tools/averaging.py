@@ -14,7 +14,7 @@ from checkpoints_tools.source import Source, open_source
 from checkpoints_tools.stored_writer import Blocks
 from checkpoints_tools.tokenizer_file import TOKENIZER, differing_tokenizers, read_tokenizer
 
-KEPT = ("config", "data_fingerprint", "tokenizer_hash", "eod_id", "pad_id")
+KEPT = ("config", "data_fingerprint", "tokenizer_hash", "eod_id", "pad_id", "longest_sequence")
 
 
 def average_checkpoints(paths: Sequence[Path], out: Path, *, git_revision: str = "") -> Path:

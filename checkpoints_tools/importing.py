@@ -30,8 +30,10 @@ RENAMED = {
     "num_key_value_heads": "num_kv_heads",
     "ssd_chunk_size": "chunk_size",
 }
-# Of config.json, what is not the model: how it is computed, stored, and which tokens are special.
+# Of config.json, what is not the model: how it is computed, stored, on how long sequences it was
+# trained, and which tokens are special.
 NOT_THE_MODEL = {"ssd_chunk_size", "dtype", "bos_token_id", "eos_token_id", "pad_token_id"}
+NOT_THE_MODEL |= {"max_position_embeddings"}
 
 
 def import_model(

@@ -20,7 +20,7 @@ from untrusted.errors import UnsafeFileError, UnsafeNameError
 from untrusted.files import open_regular, read_regular
 from untrusted.names import check_file_name
 from untrusted.numbers import counted
-from untrusted.records import Count
+from untrusted.records import Count, Finite
 from untrusted.text import printable
 
 MANIFEST = "manifest.json"
@@ -120,6 +120,11 @@ class _Phase(TypedDict):
     weights: list[float]
 
 
+class _Evaluation(TypedDict):
+    step: Count
+    validation_loss: Finite
+
+
 class _Manifest(TypedDict, total=False):
     """What the program reads of a manifest; it may hold more."""
 
@@ -143,6 +148,8 @@ class _Manifest(TypedDict, total=False):
     imported: dict[str, Any]
     averaged: list[dict[str, Any]]
     judge: _SpikeState
+    evaluation: _Evaluation | None
+    longest_sequence: Annotated[int, Field(ge=1, le=bounds.LENGTH)] | None
     unwritten_metrics: _Metrics | None
     skipped_updates: Count
     phases: list[_Phase]

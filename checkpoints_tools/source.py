@@ -69,6 +69,22 @@ def parameter_shapes(config: TransXSSMConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
+def longest_sequence(state: dict[str, Any]) -> int:
+    """Tokens of the longest sequences that a checkpoint was trained on, by its manifest.
+
+    model.max_position_embeddings where it has not been trained. Older manifests do not record it:
+    then it is the longest sequence of the run's data.
+    """
+    limit: int = state["config"]["model"]["max_position_embeddings"]
+    trained = state.get("longest_sequence")
+    data = state["config"].get("data") or {}
+    if trained is None and state.get("tokens"):
+        of_sources = [source.get("seq_len") for source in data.get("sources") or []]
+        lengths = [n for n in (data.get("seq_len"), *of_sources) if isinstance(n, int)]
+        trained = max(lengths, default=0)
+    return min(limit, trained or limit)
+
+
 def single_gpu_config(state: dict[str, Any], dtype: str) -> TransXSSMConfig:
     """The [model] section of a checkpoint under the field names of Hugging Face configurations.
 
@@ -96,7 +112,7 @@ def single_gpu_config(state: dict[str, Any], dtype: str) -> TransXSSMConfig:
             rope_scaling=model["rope_scaling"] or None,
             rms_norm_eps=model["rms_norm_eps"],
             tie_word_embeddings=model["tie_word_embeddings"],
-            max_position_embeddings=model["max_position_embeddings"],
+            max_position_embeddings=longest_sequence(state),
             bos_token_id=state["eod_id"],
             eos_token_id=state["eod_id"],
             pad_token_id=state["pad_id"],

@@ -1,6 +1,7 @@
 """The training run: data → schedule → ZeRO step → metrics, evaluation, checkpoints."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
@@ -93,6 +94,7 @@ class Trainer:
         self.step = self.saved_step = 0
         self.samples = 0
         self.unwritten: dict[str, Any] | None = None  # metrics of a step not evaluated yet
+        self.evaluation: dict[str, Any] | None = None  # the newest one
         self.skipped: list[tuple[str, int]] = []  # shards, as TrainingBatches has them
         self.judge = Judge(config.training)
         self.losses_known = True  # whether the judge has those of all steps so far
@@ -121,6 +123,7 @@ class Trainer:
         self.step, self.samples = state["step"], state["samples"]
         self.skipped = [(name, shard) for name, shard in state.get("skipped_shards", [])]
         self.saved_step, self.unwritten = self.step, state.get("unwritten_metrics")
+        self.evaluation = state.get("evaluation")
         self.losses_known = "judge" in state  # older checkpoints have none of these
         if self.losses_known:
             self.judge.restore(state["judge"], str(step_dir))
@@ -151,6 +154,9 @@ class Trainer:
                     self.unwritten = metrics
                     losses = self._validate()
                     metrics = None if losses is None else metrics | losses
+                    if losses is not None and math.isfinite(losses["validation_loss"]):
+                        loss = losses["validation_loss"]
+                        self.evaluation = {"step": self.step, "validation_loss": loss}
                 if metrics is None:
                     return self.stop_early()
                 self.unwritten = None
@@ -418,6 +424,12 @@ class Trainer:
             "judge": self.judge.state(),
             "skipped_windows": self.windows,
             "skipped_updates": self.skipped_updates,
+            "evaluation": self.evaluation,
+            "longest_sequence": max(
+                phase.seq_len
+                for phase in self.config.phases
+                if phase.first_step < max(self.step, 1)
+            ),
             "config": recorded(self.config),
             "phases": [asdict(phase) for phase in self.config.phases],
             "sources": self.data.fingerprints,

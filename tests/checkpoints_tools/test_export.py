@@ -19,10 +19,14 @@ from safetensors.torch import load_file, save_file
 from benchmarks.checkpoint_layouts import stored_tensors
 from benchmarks.ranks import run_ranks
 from checkpoints_tools import export, safetensors_files, stored
+from checkpoints_tools.averaging import average_checkpoints
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.export import export_checkpoint
+from checkpoints_tools.importing import import_model
 from checkpoints_tools.manifest import read_manifest
+from checkpoints_tools.model_card import place_name
 from checkpoints_tools.model_folder import load_model
+from checkpoints_tools.source import longest_sequence
 from checkpoints_tools.stored import StoredTensors
 from checkpoints_tools.stored_writer import write_untrained_state
 from tests.pretrain.command import paragraph, run_command
@@ -80,9 +84,88 @@ def test_card_says_where_it_comes_from(trained: Path, tmp_path: Path) -> None:
     card = (tmp_path / "model/README.md").read_text()
     for value in (
         f"{parameters:,}", f"{state['tokens']:,}", state["data_fingerprint"],
-        state["git_revision"] or "not recorded", str(trained / "run/checkpoints/step-00000004"),
+        state["git_revision"] or "not recorded", "| source checkpoint | run, step-00000004 |",
     ):  # fmt: skip
         assert value in card
+
+
+def test_card_says_how_to_load_and_what_it_was_trained_on(trained: Path, tmp_path: Path) -> None:
+    step_dir = trained / "run/checkpoints/step-00000004"
+    manifest = read_manifest(step_dir)
+    data = place_name(manifest["config"]["data"]["train"])
+    assert data not in ("", "train")
+    export_checkpoint(step_dir, tmp_path / "model")
+    card = (tmp_path / "model/README.md").read_text()
+    for text in (
+        "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True",
+        "model.generate(",
+        f"| training data | {data} |",
+        f"| longest training sequences | {manifest['config']['data']['seq_len']} tokens |",
+        f"| validation loss | {manifest['evaluation']['validation_loss']:.4f} nats a token, after",
+    ):
+        assert text in card
+    code = card.split("```python")[1].split("```")[0]
+    compile(code, "README.md", "exec")
+
+
+def test_export_names_no_folder_of_the_machine(trained: Path, tmp_path: Path) -> None:
+    steps = [trained / f"run/checkpoints/step-0000000{n}" for n in (2, 4)]
+    export_checkpoint(steps[1], tmp_path / "model")
+    average_checkpoints(steps, tmp_path / "average")
+    import_model(tmp_path / "model", tmp_path / "imported", {})
+    for made in ("average", "imported"):
+        export_checkpoint(tmp_path / made, tmp_path / f"of-{made}")
+    card = (tmp_path / "of-average/README.md").read_text()
+    assert "| average of | step 2 (" in card
+    assert "| imported from | model |" in (tmp_path / "of-imported/README.md").read_text()
+    for folder in ("model", "of-average", "of-imported"):
+        for file in (tmp_path / folder).iterdir():
+            content = file.read_bytes()
+            assert str(tmp_path.parent).encode() not in content, file
+            assert str(trained).encode() not in content, file
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("data/mine/train", "mine"),
+        ("/home/someone/fineweb/train/", "fineweb"),
+        ("s3://bucket/c4-en/train?region=x", "c4-en"),
+        ("https://user:secret@host/train", "host"),
+        ("~/x/validation", "x"),
+        ("train", "train"),
+        ("", ""),
+    ],
+)
+def test_data_are_named_by_their_folder(path: str, name: str) -> None:
+    assert place_name(path) == name
+
+
+def test_lengths_follow_from_what_was_trained(trained: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(trained / "run/checkpoints/step-00000004")
+    trained_on = manifest["config"]["data"]["seq_len"]
+    assert manifest["longest_sequence"] == trained_on
+    assert trained_on < manifest["config"]["model"]["max_position_embeddings"]
+    export_checkpoint(trained / "run", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    tokenizer = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
+    assert config["max_position_embeddings"] == tokenizer["model_max_length"] == trained_on
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ({"longest_sequence": 64, "tokens": 9}, 64),
+        ({"longest_sequence": 9999, "tokens": 9}, 256),
+        ({"tokens": 9}, 128),  # an older manifest
+        ({"tokens": 0}, 256),
+        ({"longest_sequence": None, "tokens": 0}, 256),
+    ],
+)
+def test_longest_sequence_of_a_manifest(state: dict[str, Any], expected: int) -> None:
+    data = {"seq_len": 32, "sources": [{"seq_len": 128}, {"seq_len": 0}]}
+    config = {"model": {"max_position_embeddings": 256}, "data": data}
+    assert longest_sequence({"config": config} | state) == expected
 
 
 # -- refused ---------------------------------------------------------------------------------------

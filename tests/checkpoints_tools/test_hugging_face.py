@@ -83,7 +83,8 @@ def wrap(model: TransXSSM) -> Any:
     """The same weights under the interface of transformers."""
     wrapped = TransXSSMForCausalLM(TransXSSMPretrainedConfig(**vars(model.config)))
     weights = dict(model.state_dict())
-    weights.setdefault("lm_head.weight", weights["model.word_embed.weight"])
+    if wrapped.lm_head is not None:  # tied heads are modules as well
+        weights.setdefault("lm_head.weight", weights["model.word_embed.weight"])
     wrapped.load_state_dict(weights)
     return wrapped.eval()
 
