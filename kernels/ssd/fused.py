@@ -124,8 +124,7 @@ class _FusedScan(torch.autograd.Function):
             "DT_ROW": row_stride(dt), "D_X_ROW": row_stride(dx), "D_BC_ROW": row_stride(dB),
             "D_DT_ROW": row_stride(ddt),
         }  # fmt: skip
-        parts = chunks if shape.kind == "split" else shape.segments
-        dA, d_bias, dD = x.new_empty(3, batch * heads, parts, dtype=torch.float32)
+        dA, d_bias, dD = x.new_empty(3, batch * heads, chunks, dtype=torch.float32)
         if shape.kind == "split":
             spans = triton.cdiv(chunks, shape.span)
             carries = x.new_empty(batch * heads, spans, dtype=torch.float32)
@@ -154,7 +153,7 @@ class _FusedScan(torch.autograd.Function):
         A_out, bias_out = torch.empty_like(A), torch.empty_like(dt_bias)
         D_out = None if D is None else torch.empty_like(D)
         vector_gradient_kernel[(heads,)](
-            A, dA, d_bias, dD, A_out, bias_out, D_out, batch, parts,
+            A, dA, d_bias, dD, A_out, bias_out, D_out, batch, chunks,
             HEADS=heads, BLOCK=_VECTOR_BLOCK, LOG_A=ctx.log_A,
         )  # fmt: skip
         return (

@@ -51,7 +51,7 @@ def scan_backward_kernel(
     """The fused shape (PHASE 0) and the two launches of the segmented one (1 and 2); each head has
     B and C of its own.
 
-    dA, d_bias, dD [B·H, segments] float32. exits [B·H, segments - 1, P, N] float32: the state's
+    dA, d_bias, dD [B·H, chunks] float32. exits [B·H, segments - 1, P, N] float32: the state's
     gradient at the last segment's entry and what each earlier one adds to it, the last first;
     carries [B·H, segments - 1] float32: decay across a segment (of the last: not set).
     """
@@ -90,7 +90,6 @@ def scan_backward_kernel(
             passed *= carry
         tl.store(carries + row_head * slots + reverse, passed)
     else:
-        sum_A, sum_bias, sum_D = 0.0, 0.0, 0.0
         for k in tl.range(0, count, disable_licm=True):
             chunk = stop - 1 - (k ^ zero)
             t0 = chunk * Q
@@ -101,19 +100,14 @@ def scan_backward_kernel(
             ROPE: tl.constexpr = table is not None
             b = load_rotated(B + token * B_ROW + head * N, cos, sin, valid, B_ROW, N, Q, ROPE)
             c = load_rotated(C + token * C_ROW + head * N, cos, sin, valid, C_ROW, N, Q, ROPE)
-            slot = states + (row_head * chunks + chunk) * P * N
-            part_A, part_bias, part_D, carry, gated, _, _ = head_gradients(
-                x, dt, table, D, slot, None, d_state, dy, dx, dB, dC, ddt, bias, rate, skip, b, c,
-                None, None, document, before, end, row, head, head, t0, length, valid, zero,
-                HEADS, P, N, Q, P, False, PRECISION, X_ROW, DT_ROW, D_X_ROW, D_BC_ROW, D_DT_ROW,
+            at = row_head * chunks + chunk
+            carry, gated, _, _ = head_gradients(
+                x, dt, table, D, states + at * P * N, None, d_state, dy, dx, dB, dC, ddt, dA,
+                d_bias, dD, bias, rate, skip, b, c, None, None, document, before, end, row, head,
+                head, at, t0, length, valid, zero, HEADS, P, N, Q, P, False, PRECISION, X_ROW,
+                DT_ROW, D_X_ROW, D_BC_ROW, D_DT_ROW,
             )  # fmt: skip
-            sum_A, sum_bias, sum_D = sum_A + part_A, sum_bias + part_bias, sum_D + part_D
             d_state = tl.dot(tl.trans(gated), c, d_state * carry, input_precision=PRECISION)
-        at = row_head * segments + reverse
-        tl.store(dA + at, sum_A)
-        tl.store(d_bias + at, sum_bias)
-        if D is not None:
-            tl.store(dD + at, sum_D)
     if PHASE == 1:
         tl.store(exits + (row_head * slots + reverse) * P * N + whole, d_state)
     if PHASE != 1 and d_initial is not None:
@@ -178,15 +172,12 @@ def chunk_backward_kernel(
             d_state *= tl.where(there, carry, 1.0)
             gated = tl.trans(weighted_rows(dys, gate))
             d_state = tl.dot(gated, next_c, d_state, input_precision=PRECISION)
-        part_A, part_bias, part_D, _, _, db, dc = head_gradients(
-            x, dt, table, D, states + at * P * N, leaver, d_state, dy, dx, dB, dC, ddt, bias, rate,
-            skip, b, c, db, dc, document, before, end, row, head, group, t0, length, valid, zero,
-            HEADS, P, N, Q, P_BLOCK, SHARED, PRECISION, X_ROW, DT_ROW, D_X_ROW, D_BC_ROW, D_DT_ROW,
+        _, _, db, dc = head_gradients(
+            x, dt, table, D, states + at * P * N, leaver, d_state, dy, dx, dB, dC, ddt, dA, d_bias,
+            dD, bias, rate, skip, b, c, db, dc, document, before, end, row, head, group, at, t0,
+            length, valid, zero, HEADS, P, N, Q, P_BLOCK, SHARED, PRECISION, X_ROW, DT_ROW, D_X_ROW,
+            D_BC_ROW, D_DT_ROW,
         )  # fmt: skip
-        tl.store(dA + at, part_A)
-        tl.store(d_bias + at, part_bias)
-        if D is not None:
-            tl.store(dD + at, part_D)
     if SHARED:
         cos, sin = load_table(table, token, valid, N, Q)
         at = token * D_BC_ROW + group * N
@@ -196,16 +187,16 @@ def chunk_backward_kernel(
 
 @triton.jit
 def head_gradients(
-    x, dt, table, D, entry, leaver, d_state, dy, dx, dB, dC, ddt, bias, rate, skip, b, c,
-    sum_b, sum_c, document, before, end, row, head, group, t0, length, valid, zero,
+    x, dt, table, D, entry, leaver, d_state, dy, dx, dB, dC, ddt, dA, d_bias, dD, bias, rate, skip,
+    b, c, sum_b, sum_c, document, before, end, row, head, group, part, t0, length, valid, zero,
     HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, P_BLOCK: tl.constexpr,
     SHARED: tl.constexpr, PRECISION: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr,
     D_X_ROW: tl.constexpr, D_BC_ROW: tl.constexpr, D_DT_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Stores a chunk's dx and ddt of a head, and dB and dC unless SHARED, where they are added to
-    sum_b and sum_c [N, Q]. Returns its share of dA, d_bias and dD, the decay across it, u ⊙ dy of
-    the last block of P, whose product with c is what a block adds to the state's gradient, sum_b
-    and sum_c.
+    """Stores a chunk's dx and ddt of a head and its share of dA, d_bias and dD, at `part` of these;
+    also dB and dC unless SHARED, where they are added to sum_b and sum_c [N, Q]. Returns the decay
+    across it, u ⊙ dy of the last block of P, whose product with c is what a block adds to the
+    state's gradient, sum_b and sum_c.
 
     entry points to the state that enters, leaver to the gradient of the one that leaves, [P, N]
     each. One block of P at a time is in registers; where there are several, x, dy and leaver are
@@ -222,12 +213,10 @@ def head_gradients(
     at, x_at = (token * HEADS + head) * P, token * X_ROW + head * P
     xs = load_rows(x + x_at, valid, X_ROW, P_BLOCK, Q)
     dys = load_rows(dy + at, valid, HEADS * P, P_BLOCK, Q)
-    part_D = 0.0
     scores = tl.zeros([Q, Q], xs.dtype)
     dg = tl.zeros([Q, Q], xs.dtype)
-    reached = tl.zeros([Q], tl.float32)  # from earlier tokens of the chunk
-    sent = tl.zeros([Q], tl.float32)  # to later ones
-    own = tl.zeros([Q], tl.float32)
+    flow = tl.zeros([Q], tl.float32)  # what reaches a token minus what leaves it, in the chunk
+    written = tl.zeros([Q], tl.float32)  # what leaves it, and what it reads itself
     if t0 >= zero:  # always; a block of its own keeps its tiles from being spread over the others
         w = decay_matrix(coarse, fine, log_delta, document, Q)
         weighted = tl.dot(c, tl.trans(b), input_precision=PRECISION) * w
@@ -239,13 +228,13 @@ def head_gradients(
         diagonal = i[:, None] == i[None, :]
         e = weighted * dw
         if D is not None:
-            part_D = tl.sum(tl.sum(tl.where(diagonal, dw, 0.0), 1), 0)
+            tl.store(dD + part, tl.sum(tl.sum(tl.where(diagonal, dw, 0.0), 1), 0))
             weighted += tl.where(diagonal, skip, 0.0)
         scores = weighted.to(xs.dtype)
         dg = (dw * w).to(xs.dtype)
-        own = tl.sum(tl.where(diagonal, e, 0.0), 0)
+        written = tl.sum(e, 0)
         e = tl.where(diagonal, 0.0, e)
-        reached, sent = tl.sum(e, 1), tl.sum(e, 0)
+        flow = tl.sum(e, 1) - tl.sum(e, 0)
 
     db = tl.zeros([N, Q], tl.float32)
     for p in tl.range(0, P, P_BLOCK, disable_licm=True):
@@ -260,7 +249,9 @@ def head_gradients(
         store_rows(dx + token * D_X_ROW + head * P + p, dxs, valid, D_X_ROW, P_BLOCK, Q)
         db = tl.dot(tl.trans(low), tl.trans(xs), db, input_precision=PRECISION)
     db *= leave[None, :]
-    leaving = tl.sum(tl.trans(db) * b, 1)
+    leaving = tl.sum(tl.trans(db) * b, 1)  # what goes on to the chunk's end
+    written += leaving
+    through = document_sums(leaving, document, False) - leaving
     db = tl.dot(tl.trans(c), dg, db, input_precision=PRECISION)
     if SHARED:
         sum_b += db
@@ -281,7 +272,7 @@ def head_gradients(
         crossing += tl.sum(tl.sum(state * d_block, 1), 0)
         dc = tl.dot(tl.trans(state), tl.trans(dys), dc, input_precision=PRECISION)
     dc *= gate[None, :]
-    arrived = tl.sum(tl.trans(dc) * c, 1)
+    flow += tl.sum(tl.trans(dc) * c, 1)
     dc = tl.dot(tl.trans(b), tl.trans(dg), dc, input_precision=PRECISION)
     if SHARED:
         sum_c += dc
@@ -289,24 +280,33 @@ def head_gradients(
         out = dC + token * D_BC_ROW + group * N
         store_unrotated(out, tl.trans(dc), cos, sin, valid, D_BC_ROW, N, Q, ROPE)
 
-    part_A, part_bias = 0.0, 0.0
-    if t0 >= zero:
-        # step sizes once more, for the same reason
-        z, delta, _ = step_sizes(dt + token * DT_ROW + head, bias, valid, DT_ROW, Q)
-        # a_t lies on every path that reaches t or a later token from an earlier one
-        flow = reached - sent + arrived
-        later = i[:, None] >= i[None, :]
-        passing = tl.where(later, flow[:, None], leaving[:, None])
-        passing = tl.where(document[:, None] == document[None, :], passing, 0.0)
-        d_a = tl.where(valid, tl.sum(passing, 0) + carry * crossing, 0.0)
-        sigmoid = 1.0 / (1.0 + tl.exp2(-z * LOG2E))
-        ratio = tl.where(z < TINY_STEP, 1.0, sigmoid / delta)  # d ln Δ / dz
-        dz = tl.where(valid, (sent + own + leaving) * ratio + d_a * rate * sigmoid, 0.0)
-        d_dt = ddt + token * D_DT_ROW + head + i * D_DT_ROW
-        tl.store(d_dt, dz.to(ddt.dtype.element_ty), mask=valid)
-        part_A, part_bias = tl.sum(d_a * delta), tl.sum(dz)
     gated = weighted_rows(dys, gate)
-    return part_A, part_bias, part_D, carry, gated, sum_b, sum_c
+    # a step lies on every path that reaches its token or a later one from an earlier one
+    through += document_sums(flow, document, True) + carry * crossing
+    # step sizes once more, for the same reason as the table
+    z, delta, _ = step_sizes(dt + token * DT_ROW + head, bias, valid, DT_ROW, Q)
+    d_step = tl.where(valid, through, 0.0)
+    sigmoid = 1.0 / (1.0 + tl.exp2(-z * LOG2E))
+    ratio = tl.where(z < TINY_STEP, 1.0, sigmoid / delta)  # d ln Δ / dz
+    dz = tl.where(valid, written * ratio + d_step * rate * sigmoid, 0.0)
+    d_dt = ddt + token * D_DT_ROW + head + i * D_DT_ROW
+    tl.store(d_dt, dz.to(ddt.dtype.element_ty), mask=valid)
+    tl.store(dA + part, tl.sum(d_step * delta))
+    tl.store(d_bias + part, tl.sum(dz))
+    return carry, gated, sum_b, sum_c
+
+
+@triton.jit
+def document_sums(values, document, REVERSE: tl.constexpr):
+    """Running sums [Q] that begin anew with every document."""
+    sums, last = tl.associative_scan((values, document), 0, sum_in_document, reverse=REVERSE)
+    return sums
+
+
+@triton.jit
+def sum_in_document(sums, sums_document, value, document):
+    """Of two neighbouring ranges of tokens: the sum at the second one's end."""
+    return tl.where(sums_document == document, sums + value, value), document
 
 
 @triton.jit

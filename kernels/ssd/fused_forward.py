@@ -92,9 +92,10 @@ def scan_kernel(
                     end, token, next_head, i < next_length - t0, P, Q, P_BLOCK, PRECISION,
                     X_ROW, DT_ROW)  # fmt: skip
                 next_passed *= carry
-        tl.store(carries + row_head * slots + segment, passed)
+        if tl.program_id(1) == 0:
+            tl.store(carries + row_head * slots + segment, passed)
         if AT_ONCE == 2:
-            if next_length > 0:
+            if (tl.program_id(1) == 0) & (next_length > 0):
                 tl.store(carries + (row * HEADS + next_head) * slots + segment, next_passed)
     else:
         for k in tl.range(first_chunk, stop, disable_licm=True):
@@ -181,18 +182,19 @@ def head_outputs(
     _, _, log_delta, coarse, fine, gate, leave, carry = head_decay(
         dt, token, head, valid, document, before, end, bias, rate, DT_ROW, Q
     )
-    scores = products * decay_matrix(coarse, fine, log_delta, document, Q)
-    if D is not None:
-        i = tl.arange(0, Q)
-        scores += tl.where(i[:, None] == i[None, :], tl.load(D + head).to(tl.float32), 0.0)
     p0 = tl.program_id(1) * P_BLOCK
     xs = load_rows(x + token * X_ROW + head * P + p0, valid, X_ROW, P_BLOCK, Q)
+    leaving = tl.trans(weighted_rows(xs, leave))
     out = tl.dot(state.to(c.dtype), tl.trans(c), input_precision=PRECISION)  # [P, Q]
     out *= gate[None, :]
+    scores = products * decay_matrix(coarse, fine, log_delta, document, Q)
+    if D is not None:
+        i, skip = tl.arange(0, Q), tl.load(D + head).to(tl.float32)
+        scores += tl.where(i[:, None] == i[None, :], skip, 0.0)
     out = tl.dot(tl.trans(xs), tl.trans(scores.to(c.dtype)), out, input_precision=PRECISION)
     store_rows(y + (token * HEADS + head) * P + p0, out, valid, HEADS * P, P_BLOCK, Q)
-    leaving = tl.trans(weighted_rows(xs, leave))
-    return tl.dot(leaving, b, state * carry, input_precision=PRECISION)
+    state = tl.dot(leaving, b, state * carry, input_precision=PRECISION)
+    return state
 
 
 @triton.jit

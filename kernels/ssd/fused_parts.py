@@ -70,7 +70,7 @@ def next_chunk(documents, row, t0, length, first, Q: tl.constexpr):
     """
     there = first & (t0 + Q < length)
     start = tl.where(there, t0 + Q, t0)
-    valid = (tl.arange(0, Q) < length - start) & there
+    valid = tl.arange(0, Q) < tl.where(there, length - start, 0)
     token = row * length + start
     document, before, end = chunk_documents(documents + token, start, length, Q)
     return token, valid, document, before, end, there

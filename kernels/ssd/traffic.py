@@ -84,7 +84,8 @@ def forward(problem: Problem, tile: Tile, shape: Shape) -> Moved:
             loaded = len(chunks) * z.documents + tokens * (z.rotation + z.N * z.s)
             loaded += shape.heads * z.vectors
             moved.add(programs, loaded, 0, len(chunks) * shape.heads * 2 * z.Q * P * z.N)
-            moved.add(held, tokens * (1 + P) * z.s, 4)
+            moved.add(held, tokens * (1 + P) * z.s, 0)
+            moved.add(problem.batch * problem.heads, 0, 4)
         moved.add(held, 0, 4 * P * z.N)  # what leaves the segment, or the final state
     return moved
 
@@ -93,8 +94,7 @@ def backward(problem: Problem, tile: Tile, shape: Shape) -> Moved:
     moved, z = Moved(), _Sizes(problem, tile)
     sequences = problem.batch * problem.heads
     products = 2 * z.Q * (z.Q * (3 * z.N + 2 * z.P) + 3 * z.state)
-    parts = z.chunks if shape.kind == "split" else shape.segments
-    moved.add(sequences * parts, 8, 8)  # shares of the gradients of A and dt_bias
+    moved.add(sequences * z.chunks, 8, 8)  # shares of the gradients of A and dt_bias
     moved.add(problem.heads, 0, 8)
     if shape.kind == "split":
         _states(moved, z, problem, problem.per_group, shape.span)
