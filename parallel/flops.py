@@ -5,9 +5,9 @@ Matrix products are counted exactly; elementwise work is not. Backward is twice 
 
 from parallel.config import ModelConfig
 
-# Q of the scan's kernels in 16 bits on the GPUs whose peaks are known: chunk_size is no more than an
-# upper bound there (kernels.ssd.tiles). A CPU, where nothing is compared with a peak, runs
-# chunk_size as it is.
+# Tokens of a chunk of the scan's kernels in 16 bits on Hopper and datacenter Blackwell, where
+# chunk_size is no more than an upper bound (kernels.ssd.tiles). CPUs, whose rate is compared with
+# no peak, run chunk_size as it is.
 SCAN_CHUNK = 64
 
 

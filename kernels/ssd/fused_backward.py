@@ -110,9 +110,8 @@ def scan_backward_kernel(
             d_state = tl.dot(tl.trans(gated), c, d_state * carry, input_precision=PRECISION)
     if PHASE == 1:
         tl.store(exits + (row_head * slots + reverse) * P * N + whole, d_state)
-    if PHASE != 1 and d_initial is not None:
-        if reverse == slots:
-            tl.store(d_initial + row_head * P * N + whole, d_state)
+    if PHASE != 1 and d_initial is not None and reverse == slots:
+        tl.store(d_initial + row_head * P * N + whole, d_state)
 
 
 @triton.jit
@@ -299,7 +298,7 @@ def head_gradients(
 @triton.jit
 def document_sums(values, document, REVERSE: tl.constexpr):
     """Running sums [Q] that begin anew with every document."""
-    sums, last = tl.associative_scan((values, document), 0, sum_in_document, reverse=REVERSE)
+    sums, _last = tl.associative_scan((values, document), 0, sum_in_document, reverse=REVERSE)
     return sums
 
 

@@ -94,9 +94,8 @@ def scan_kernel(
                 next_passed *= carry
         if tl.program_id(1) == 0:
             tl.store(carries + row_head * slots + segment, passed)
-        if AT_ONCE == 2:
-            if (tl.program_id(1) == 0) & (next_length > 0):
-                tl.store(carries + (row * HEADS + next_head) * slots + segment, next_passed)
+        if AT_ONCE == 2 and (tl.program_id(1) == 0) & (next_length > 0):
+            tl.store(carries + (row * HEADS + next_head) * slots + segment, next_passed)
     else:
         for k in tl.range(first_chunk, stop, disable_licm=True):
             chunk = k ^ zero
@@ -112,7 +111,8 @@ def scan_kernel(
                 kept = states + (row_head * chunks + chunk) * P * N
                 tl.store(kept + tile, state.to(states.dtype.element_ty))
             state = head_outputs(x, dt, D, y, bias, rate, state, products, b, c, document, before,
-                end, token, head, valid, HEADS, P, Q, P_BLOCK, PRECISION, X_ROW, DT_ROW)  # fmt: skip
+                end, token, head, valid, HEADS, P, Q, P_BLOCK, PRECISION, X_ROW,
+                DT_ROW)  # fmt: skip
             if AT_ONCE == 2:
                 if states is not None:
                     kept = states + ((row * HEADS + next_head) * chunks + chunk) * P * N
@@ -193,8 +193,7 @@ def head_outputs(
         scores += tl.where(i[:, None] == i[None, :], skip, 0.0)
     out = tl.dot(tl.trans(xs), tl.trans(scores.to(c.dtype)), out, input_precision=PRECISION)
     store_rows(y + (token * HEADS + head) * P + p0, out, valid, HEADS * P, P_BLOCK, Q)
-    state = tl.dot(leaving, b, state * carry, input_precision=PRECISION)
-    return state
+    return tl.dot(leaving, b, state * carry, input_precision=PRECISION)
 
 
 @triton.jit

@@ -211,9 +211,8 @@ def state_passing_kernel(
     """In place: what every chunk adds to the state becomes the state that reaches the chunk.
 
     states [B·H, chunks, SIZE]; carries [B·H, chunks] float32, the decay across a chunk; first, last
-    [B·H, SIZE] float32: what enters the first chunk (None: 0) and what leaves the last one (None: not
-    wanted). REVERSE
-    walks from the last chunk to the first, as gradients do.
+    [B·H, SIZE] float32: what enters the first chunk (None: 0) and what leaves the last one (None:
+    not stored). REVERSE walks from the last chunk to the first, as gradients do.
     """
     head = tl.program_id(0).to(tl.int64)
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

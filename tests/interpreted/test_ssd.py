@@ -87,7 +87,7 @@ def test_groups_in_16_bits(groups, shape):
     assert_close(run(ssd, inputs, 32), run(ssd_naive, inputs), TOLERANCE[torch.bfloat16])
 
 
-@pytest.mark.parametrize("border", range(30, 52))
+@pytest.mark.parametrize("border", [31, 32, 33, 40, 47, 48, 49])
 def test_document_starts_anywhere_around_segments(border, monkeypatch):
     """Chunks 0 and 1, 2, 3 and 4: segments begin at tokens 32 and 48."""
     inputs = make_inputs(1, 75, heads=1, documents=[border])
