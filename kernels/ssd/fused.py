@@ -77,12 +77,12 @@ class _FusedScan(torch.autograd.Function):
         if shape.kind == "split":
             assert states is not None
             grid = chunks, batch * heads // shape.heads
-            carries = x.new_empty(batch * heads, chunks, dtype=torch.float32)
+            decays = x.new_empty(batch * heads, chunks, dtype=torch.float32)
             chunk_state_kernel[grid](
-                x, dt, A, B, table, dt_bias, documents, states, carries,
+                x, dt, A, B, table, dt_bias, documents, states, decays,
                 length, chunks, WALKED=shape.heads, SPAN=1, GRADIENT=False, **constants, **rows,
             )  # fmt: skip
-            _pass_states(states, carries, initial_state, final, reverse=False)
+            _pass_states(states, decays, initial_state, final, reverse=False)
             chunk_output_kernel[grid](
                 x, dt, A, B, C, table, dt_bias, D, documents, states, y,
                 length, chunks, WALKED=shape.heads, **constants, **rows, C_ROW=row_stride(C),

@@ -106,7 +106,7 @@ def backward(problem: Problem, tile: Tile, shape: Shape) -> Moved:
         moved.add(rows, loaded, z.length * 2 * z.N * z.s)
         several = tile.p_block < z.P
         loaded = z.chunks * (z.vectors + (2 + several) * z.state * z.s) + again * (1 + z.P) * z.s
-        loaded += z.length * (1 + (5 if several else 2) * z.P) * z.s
+        loaded += z.length * (2 + (5 if several else 2) * z.P) * z.s
         flops = z.chunks * (products + (shape.span - 1) * 2 * z.Q * z.state)
         moved.add(sequences, loaded, z.length * (1 + z.P) * z.s, flops)
         return moved
@@ -115,7 +115,7 @@ def backward(problem: Problem, tile: Tile, shape: Shape) -> Moved:
         tokens, count = z.tokens(chunks), len(chunks)
         loaded = z.vectors + _sums_of_exits(shape.segments - 1 - segment, z.state)
         loaded += count * (z.documents + z.state * z.s)
-        loaded += tokens * (2 * z.rotation + (1 + 2 * z.P + 2 * z.N) * z.s)
+        loaded += tokens * (2 * z.rotation + (2 + 2 * z.P + 2 * z.N) * z.s)
         stored = tokens * (1 + z.P + 2 * z.N) * z.s
         moved.add(sequences, loaded, stored, count * (products + 2 * z.Q * z.state))
         if 0 < segment < shape.segments - 1:
