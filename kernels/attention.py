@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from kernels.checks import once_per_shape
+
 # oneDNN keeps a compiled product of every size it has met (about a megabyte each), and documents
 # have as many sizes as a row has tokens: on a CPU in 16 bits they are padded to multiples of this.
 DOCUMENT_BLOCK = 64
-
-from kernels.checks import once_per_shape
 
 
 def attention(

@@ -5,7 +5,10 @@ Matrix products are counted exactly; elementwise work is not. Backward is twice 
 
 from parallel.config import ModelConfig
 
-SSD_COUNTED_CHUNK = 64  # Q where the configuration leaves it to the table
+# Tokens of a chunk of the scan's kernels in 16 bits on Hopper and datacenter Blackwell, where
+# chunk_size is no more than an upper bound (kernels.ssd.tiles). CPUs, whose rate is compared with
+# no peak, run chunk_size as it is.
+SCAN_CHUNK = 64
 
 
 def layer_flops(model: ModelConfig, layer: int, seq_len: int) -> float:
@@ -24,7 +27,7 @@ def layer_flops(model: ModelConfig, layer: int, seq_len: int) -> float:
         projections = 2 * hidden * width * (2 * heads + 2 * model.num_kv_heads)
         return feed_forward + projections + 2 * heads * width * (seq_len + 1)
     state, groups = model.state_dim, model.ssd_groups
-    chunk = min(model.chunk_size or SSD_COUNTED_CHUNK, seq_len)
+    chunk = min(model.chunk_size or SCAN_CHUNK, SCAN_CHUNK, seq_len)
     projections = 2 * hidden * (2 * heads * width + 2 * groups * state + heads)
     scan = groups * 2 * chunk * state + heads * (2 * chunk * width + 4 * width * state)
     return feed_forward + projections + scan

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kernels.attention import attention
 from kernels.rope.rope import rotate_qkv
-from kernels.ssd.ssd import ssd
+from kernels.ssd.ssd import ssd_from_log
 from kernels.ssd.tables import ScanTables
 from parallel.config import ModelConfig
 from parallel.context import add_earlier_ranks, context_attention
@@ -182,14 +182,14 @@ class SSDMixer(nn.Module):
             x, b, c = (t.contiguous().unsqueeze(1) for t in xbc.split(widths, dim=-1))
         rows = (positions.batch_size, positions.seq_len)
         cos, sin = positions.ssd_rope or (None, None)
-        dt, A = dt.view(*rows, -1), -torch.exp(self.A_log.float())
+        dt = dt.view(*rows, -1)
         if self.observe is not None:
-            self.observe(dt, self.dt_bias, A)
+            self.observe(dt, self.dt_bias, self.A())
         c = c.reshape(*rows, -1, self.state_dim)  # [B, L, groups / tp, N]
-        y, final_state = ssd(
+        y, final_state = ssd_from_log(
             x.reshape(*rows, -1, self.head_dim),  # [B, L, heads / tp, P]
             dt,
-            A,
+            self.A_log,
             b.reshape(*rows, -1, self.state_dim),
             c,
             cos=cos,
@@ -197,12 +197,15 @@ class SSDMixer(nn.Module):
             dt_bias=self.dt_bias,
             cu_seqlens=positions.local_cu_seqlens,
             chunk_size=self.chunk_size,
-            output_final_state=True,
             D=self.D,
             tables=positions.scan_tables,
         )
         if self.config.context_parallel_size > 1:
             y = add_earlier_ranks(
-                y, final_state, dt, A, c, cos, sin, self.dt_bias, positions.position_ids
+                y, final_state, dt, self.A(), c, cos, sin, self.dt_bias, positions.position_ids
             )
         return y.view(x.shape[0], 1, -1)
+
+    def A(self) -> Tensor:
+        """[heads / tp] float32, negative; the scan's kernels compute their own."""
+        return -torch.exp(self.A_log.float())

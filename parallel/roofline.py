@@ -24,9 +24,9 @@ from parallel.traffic import traffic
 
 KEPT_TENSOR_PASSES = 5
 HOST_MEMORY = 50e9  # bytes a second, assumed
-# Share of the bound's rate that was reached: 0.52, 0.48 and 0.47 by configs/320m.toml at 1,024 and
+# Share of the bound's rate that was reached: 0.51, 0.47 and 0.47 by configs/320m.toml at 1,024 and
 # 4,096 tokens and its attention rival at 4,096, on one H200 (docs/gpu.md); their mean
-COMPUTE_EFFICIENCY = 0.49
+COMPUTE_EFFICIENCY = 0.48
 LINK_EFFICIENCY = 0.8  # of a link's peak, assumed: nothing has run on several GPUs
 UPDATE_BYTES = 4 * (3 + 3 + 1)  # Adam reads and writes weight and moments, and reads a gradient
 

@@ -20,7 +20,7 @@ from kernels.dispatch import choose, strict
 from kernels.norm.norm import add_rms_norm, rms_norm, weighted_residual
 from kernels.paths import COLUMN_SLICES, FLOAT32_SUMS, SCAN_SEGMENTS, switch_off, without
 from kernels.rope.rope import apply_rope, rotate_qkv
-from kernels.ssd.ssd import ssd
+from kernels.ssd.ssd import ssd_from_log
 from kernels.swiglu.swiglu import swiglu
 from kernels.target import current_target
 from parallel.config import ModelConfig
@@ -309,20 +309,20 @@ def _scan(
     widths = heads * model.head_dim, state, state, heads
     x, b, c, dt = leaves = _beside(inputs, joined, *widths, length=length)
     rows = (ROWS, length)
-    A = torch.linspace(-1, -8, heads, device=device).requires_grad_()
+    A_log = torch.linspace(1, 8, heads, device=device).log().requires_grad_()
     dt_bias = torch.full((heads,), -3.0, device=device).requires_grad_()
     cos, sin = (None, None)
     if model.rope == "unified":
         cos, sin = inputs.tables(model.state_dim, length)
     boundaries = [0, 37, length, length + 64, 2 * length]  # documents end inside of chunks
-    y, state_at_end = ssd(
-        x.view(*rows, heads, -1), dt.view(*rows, heads), A, b.view(*rows, groups, -1),
+    y, state_at_end = ssd_from_log(
+        x.view(*rows, heads, -1), dt.view(*rows, heads), A_log, b.view(*rows, groups, -1),
         c.view(*rows, groups, -1), cos=cos, sin=sin, dt_bias=dt_bias,
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32, device=device),
-        chunk_size=model.chunk_size, output_final_state=True,
+        chunk_size=model.chunk_size,
     )  # fmt: skip
     # of half their squares: for random ones the gradient of dt_bias would be what rounding leaves
-    found = torch.autograd.grad((y, state_at_end), [*leaves, A, dt_bias], (y, state_at_end))
+    found = torch.autograd.grad((y, state_at_end), [*leaves, A_log, dt_bias], (y, state_at_end))
     return [y.detach(), state_at_end.detach(), *found]
 
 

@@ -5,7 +5,7 @@ from kernels.audit.rules import Allowance
 ALLOWED: tuple[Allowance, ...] = (
     Allowance(
         "ssd B*N128 bf16", "chunk_backward_kernel", "sm_80", "spill",
-        "at most 92 bytes: mma.sync takes both operands from registers; chunks of 16 spill nothing"
+        "at most 124 bytes: mma.sync takes both operands from registers; chunks of 16 spill nothing"
         " but move twice as many states through memory",
     ),
     Allowance(
@@ -19,12 +19,16 @@ ALLOWED: tuple[Allowance, ...] = (
         " states' gradients four times through memory",
     ),
     Allowance(
-        "ssd B8 L4096 H16*", "*ward", "sm_80", "traffic",
+        "ssd B8 L4096 H12 G12*", "*ward", "sm_100", "traffic",
+        "148 multiprocessors: a fifth segment for two waves of programs",
+    ),
+    Allowance(
+        "ssd B8 L4096 H1[26] G1[26] *", "*ward", "sm_80", "traffic",
         "operands of products pass through registers: chunks of 32 keep twice the states of sm_90's"
         " 64, four blocks of P read B and C each, and the backward is split",
     ),
     Allowance(
-        "ssd B8 L4096 H16*", "*ward", "gfx942", "traffic",
+        "ssd B8 L4096 H1[26] G1[26] *", "*ward", "gfx942", "traffic",
         "operands of products pass through registers: chunks of 16 keep four times the states of"
         " sm_90's 64, two blocks of P read B and C each, and the backward is split",
     ),

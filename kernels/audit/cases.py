@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.audit.problems import (
+    UNLIMITED,
     Problem,
     cross_entropy,
     gate,
@@ -13,7 +14,7 @@ from kernels.audit.problems import (
     scan,
     step,
 )
-from kernels.ssd.traffic import Problem as Scan
+from kernels.ssd.shapes import Problem as Scan
 from kernels.target import Target
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -32,6 +33,23 @@ class Case:
     small: Problem
 
 
+# Scans, and the length, heads and groups of a row that has the same shapes on SMALL_TARGET
+SCANS = {
+    (8, 4096, 16, 16, 128, 128, BF16): (70, 4, 4),
+    (8, 4096, 12, 12, 64, 128, BF16): (394, 3, 3),
+    (8, 4096, 12, 4, 64, 128, BF16): (394, 6, 1),
+    (8, 4096, 12, 1, 64, 128, BF16): (394, 6, 1),
+    (8, 4096, 32, 32, 64, 64, BF16): (70, 4, 4),
+    (8, 4096, 16, 1, 128, 128, BF16): (150, 4, 1),
+    (1, 4096, 8, 8, 128, 128, BF16): (70, 1, 1),
+    (8, 4096, 16, 16, 128, 128, FP32): (70, 1, 1),
+    (8, 4096, 16, 16, 64, 64, FP32): (70, 2, 2),
+    (1, 512, 4, 4, 64, 64, FP32): (70, 1, 1),
+}
+# Traffic forward and backward, in multiples of the least, by heads, groups, head_dim and dtype
+LIMITS = {(16, 16, 128, BF16): (2.0, 1.6), (12, 12, 64, BF16): (2.0, 1.7)}
+
+
 def find(name: str) -> Case:
     return next(case for case in cases() if case.name == name)
 
@@ -42,23 +60,14 @@ def cases() -> list[Case]:
 
 
 def _scans() -> list[Case]:
-    """The fused shape (many sequences) and the split one (few)."""
+    """Every shape of `kernels.ssd.shapes`, of heads with B and C of their own and of groups."""
     found = []
-    for batch, length, heads, head_dim, state_dim, dtype in [
-        (8, 4096, 16, 128, 128, BF16),
-        (8, 4096, 32, 64, 128, BF16),
-        (8, 4096, 32, 64, 64, BF16),
-        (1, 65536, 8, 128, 128, BF16),
-        (1, 65536, 16, 64, 128, BF16),
-        (8, 4096, 16, 128, 128, FP32),
-        (8, 4096, 16, 64, 64, FP32),
-        (1, 65536, 8, 64, 64, FP32),
-    ]:
-        stated = Scan(batch, length, heads, head_dim, state_dim, dtype)
-        small = Scan(1, 70, 1 if batch == 1 else 2, head_dim, state_dim, dtype)
-        bounded = (batch, head_dim, dtype) == (8, 128, BF16)
-        size = f"B{batch} L{length} H{heads} P{head_dim} N{state_dim} {_name(dtype)}"
-        found.append(Case(f"ssd {size}", scan(stated, bounded=bounded), scan(small)))
+    for (batch, length, heads, groups, head_dim, state_dim, dtype), small in SCANS.items():
+        stated = Scan(batch, length, heads, groups, head_dim, state_dim, dtype)
+        size = f"B{batch} L{length} H{heads} G{groups} P{head_dim} N{state_dim} {_name(dtype)}"
+        limits = LIMITS.get((heads, groups, head_dim, dtype), UNLIMITED)
+        small_scan = scan(Scan(1, *small, head_dim, state_dim, dtype))
+        found.append(Case(f"ssd {size}", scan(stated, limits), small_scan))
     return found
 
 

@@ -16,9 +16,11 @@ from kernels.cross_entropy.cross_entropy import cross_entropy_
 from kernels.norm.norm import add_rms_norm, branch_rms_norm, weighted_residual
 from kernels.rope.rope import rotate_qkv
 from kernels.slices import ROW_ELEMENTS
-from kernels.ssd import traffic
+from kernels.ssd import shapes, traffic
+from kernels.ssd.choice import choose_shape
 from kernels.ssd.ssd import ssd
 from kernels.ssd.step import ssd_step
+from kernels.ssd.tiles import tile
 from kernels.swiglu.swiglu import swiglu
 from kernels.target import Target
 
@@ -29,13 +31,17 @@ class Problem:
     work: Callable[[Target], dict[str, Work]]  # by pass
 
 
-def scan(size: traffic.Problem, *, bounded: bool = False) -> Problem:
-    """bounded: held to at most 2.0 times the least traffic forward, 1.6 times backward."""
+Limits = tuple[float, float]
+UNLIMITED = float("inf"), float("inf")
+
+
+def scan(size: shapes.Problem, limits: Limits = UNLIMITED) -> Problem:
+    """limits: traffic forward and backward, in multiples of the least."""
     batch, length, heads, dtype = size.batch, size.length, size.heads, size.dtype
 
     def run(device: torch.device) -> Iterator[str]:
-        state = heads, size.state_dim
-        columns = (heads, size.head_dim), state, state, (heads,)
+        shared = size.groups, size.state_dim
+        columns = (heads, size.head_dim), shared, shared, (heads,)
         x, B, C, dt = _side_by_side((batch, length), columns, dtype, device)
         A, dt_bias = (torch.rand(heads, device=device) for _ in range(2))
         cos, sin = (torch.rand(batch, length, size.state_dim // 2, device=device) for _ in range(2))
@@ -48,14 +54,14 @@ def scan(size: traffic.Problem, *, bounded: bool = False) -> Problem:
         yield from _passes((x, dt, B, C), [y])
 
     def work(target: Target) -> dict[str, Work]:
-        least = traffic.minimum(size)
-        limits = (2.0, 1.6) if bounded else (float("inf"), float("inf"))
-        found = {}
+        least, found = traffic.minimum(size), {}
+        choice = tile(target, dtype, size.head_dim, size.state_dim, 0)
         for n, (name, count) in enumerate(
             {"forward": traffic.forward, "backward": traffic.backward}.items()
         ):
-            loaded, stored, flops = count(size, target)
-            found[name] = Work(Traffic(loaded, stored), least[n], flops, limits[n])
+            moved = count(size, choice, choose_shape(size, choice, target, name == "backward"))
+            bytes_moved = Traffic(moved.loaded, moved.stored)
+            found[name] = Work(bytes_moved, least[n], moved.flops, limits[n])
         return found
 
     return Problem(run, work)

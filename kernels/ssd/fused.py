@@ -1,7 +1,8 @@
 """The SSD scan in Triton: what is launched, forward and backward.
 
 Every launch is of a fixed tile (`kernels.ssd.tiles`), deterministic and without atomics: per-token
-gradients are written once, those of per-head vectors as one number a program, summed afterwards.
+gradients are written once, those of per-head vectors as one number a program, which a last launch
+sums.
 """
 
 from typing import Any
@@ -11,31 +12,53 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.paths import SCAN_SEGMENTS, is_off
 from kernels.slices import empty_together, row_stride
+from kernels.ssd.choice import choose_shape
 from kernels.ssd.fused_backward import (
     chunk_backward_kernel,
-    decay_gradient_kernel,
     scan_backward_kernel,
+    vector_gradient_kernel,
 )
 from kernels.ssd.fused_forward import chunk_output_kernel, chunk_state_kernel, scan_kernel
 from kernels.ssd.fused_parts import state_passing_kernel
+from kernels.ssd.shapes import Problem, Shape
 from kernels.ssd.tables import ScanTables
-from kernels.ssd.tiles import Tile, backward_is_fused, fills_gpu, tile
-from kernels.target import current_target
+from kernels.ssd.tiles import Tile, tile
+from kernels.ssd.traffic import PASSING_BLOCK
+from kernels.target import Target, current_target
 
-_PASSING_BLOCK = 1024
 _PASSING_STAGES = 8
+_VECTOR_BLOCK = 128
 
 
 def ssd_fused(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, tables: ScanTables, dt_bias: Tensor,
-    chunk_size: int, initial_state: Tensor | None, D: Tensor | None,
+    chunk_size: int, initial_state: Tensor | None, D: Tensor | None, log_A: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y [B, L, H, P] and the final state [B, H, P, N]; arguments as `kernels.ssd.ssd.ssd`."""
+    """y [B, L, H, P] and the final state [B, H, P, N]; arguments as `kernels.ssd.ssd.ssd`.
+
+    log_A: A holds log(-A), in any floating dtype.
+    """
     result: tuple[Tensor, Tensor] = _FusedScan.apply(
-        x, dt, A, B, C, tables.rotation, dt_bias, tables.documents, initial_state, D, chunk_size
+        x,
+        dt,
+        A,
+        B,
+        C,
+        tables.rotation,
+        dt_bias,
+        tables.documents,
+        initial_state,
+        D,
+        chunk_size,
+        log_A,
     )
     return result
+
+
+def _shape(problem: Problem, choice: Tile, target: Target, *, backward: bool) -> Shape:
+    return choose_shape(problem, choice, target, backward, may_segment=not is_off(SCAN_SEGMENTS))
 
 
 class _FusedScan(torch.autograd.Function):
@@ -43,41 +66,47 @@ class _FusedScan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, table: Tensor | None,
         dt_bias: Tensor, documents: Tensor, initial_state: Tensor | None, D: Tensor | None,
-        chunk_size: int,
+        chunk_size: int, log_A: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         batch, length, heads, head_dim = x.shape
         state_dim, groups = B.shape[-1], B.shape[2]
         target = current_target()
         choice = tile(target, x.dtype, head_dim, state_dim, chunk_size)
+        problem = Problem(batch, length, heads, groups, head_dim, state_dim, x.dtype)
+        shape = _shape(problem, choice, target, backward=False)
         chunks = triton.cdiv(length, choice.chunk)
         y = x.new_empty(x.shape)
         final = x.new_empty(batch, heads, head_dim, state_dim, dtype=torch.float32)
-        constants = _constants(heads, groups, head_dim, state_dim, choice)
+        constants = _constants(problem, choice, log_A)
         rows = {"X_ROW": row_stride(x), "B_ROW": row_stride(B), "DT_ROW": row_stride(dt)}
-        blocks = head_dim // choice.p_block
-        fused = fills_gpu(batch * heads * blocks, target.num_sms)
-        keep = any(ctx.needs_input_grad) or not fused
-        shape = (batch * heads, chunks, head_dim, state_dim)
-        states = x.new_empty(shape) if keep else None
-        if fused:
-            scan_kernel[(batch * heads, blocks)](
-                x, dt, A, B, C, table, dt_bias, D, documents, initial_state, y, states, final,
-                length, chunks, 0, **constants, **rows, C_ROW=row_stride(C),
+        keep = any(ctx.needs_input_grad) or shape.kind == "split"
+        kept = (batch * heads, chunks, head_dim, state_dim)
+        states = x.new_empty(kept) if keep else None
+        if shape.kind == "split":
+            assert states is not None
+            grid = chunks, batch * heads // shape.heads
+            decays = x.new_empty(batch * heads, chunks, dtype=torch.float32)
+            chunk_state_kernel[grid](
+                x, dt, A, B, table, dt_bias, documents, states, decays,
+                length, chunks, WALKED=shape.heads, SPAN=1, GRADIENT=False, **constants, **rows,
+            )  # fmt: skip
+            _pass_states(states, decays, initial_state, final, reverse=False)
+            chunk_output_kernel[grid](
+                x, dt, A, B, C, table, dt_bias, D, documents, states, y,
+                length, chunks, WALKED=shape.heads, **constants, **rows, C_ROW=row_stride(C),
             )  # fmt: skip
         else:
-            assert states is not None
-            carries = x.new_empty(batch * heads, chunks, dtype=torch.float32)
-            chunk_state_kernel[(chunks, batch * heads)](
-                x, dt, A, B, table, dt_bias, documents, states, carries,
-                length, chunks, GRADIENT=False, **constants, **rows,
-            )  # fmt: skip
-            _pass_states(states, carries, initial_state, final, reverse=False)
-            chunk_output_kernel[(chunks, batch * heads)](
-                x, dt, A, B, C, table, dt_bias, D, documents, states, y,
-                length, chunks, **constants, **rows, C_ROW=row_stride(C),
-            )  # fmt: skip
+            exits, carries = _exits(x, batch * heads, head_dim, state_dim, shape)
+            programs = batch * groups * triton.cdiv(problem.per_group, shape.heads)
+            for phase in _phases(shape):
+                scan_kernel[(programs, head_dim // choice.p_block, max(1, shape.segments - 1))](
+                    x, dt, A, B, C, table, dt_bias, D, documents, initial_state, y, states, final,
+                    exits, carries, length, chunks, shape.segments, shape.edge, shape.middle, 0,
+                    AT_ONCE=shape.heads, PHASE=phase, **constants, **rows, C_ROW=row_stride(C),
+                )  # fmt: skip
         ctx.save_for_backward(x, dt, A, B, C, table, dt_bias, documents, D, states)
-        ctx.choice, ctx.has_initial_state = choice, initial_state is not None
+        ctx.problem, ctx.choice, ctx.log_A = problem, choice, log_A
+        ctx.has_initial_state = initial_state is not None
         ctx.set_materialize_grads(False)
         return y, final
 
@@ -85,85 +114,95 @@ class _FusedScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, table, dt_bias, documents, D, states = ctx.saved_tensors
+        problem: Problem = ctx.problem
         choice: Tile = ctx.choice
         batch, length, heads, head_dim = x.shape
         groups, state_dim = B.shape[2:]
         chunks = states.shape[1]
-        target = current_target()
+        shape = _shape(problem, choice, current_target(), backward=True)
         dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
         d_final = None if d_final is None else d_final.contiguous()
         dx, dB, dC, ddt = empty_together(x, B, C, dt)
-        by_head = dB, dC
-        if groups < heads:  # they write gradients of their own, which are summed in float32
-            per_head = batch, length, heads, state_dim
-            by_head = tuple(x.new_empty(per_head, dtype=torch.float32) for _ in range(2))
-        d_initial = torch.empty_like(states[:, 0], dtype=torch.float32)
-        constants = _constants(heads, groups, head_dim, state_dim, choice)
-        dt_row = row_stride(dt)
+        d_initial = None
+        if ctx.has_initial_state:
+            d_initial = x.new_empty(batch, heads, head_dim, state_dim, dtype=torch.float32)
+        constants = _constants(problem, choice, ctx.log_A)
         rows = {
             "X_ROW": row_stride(x), "B_ROW": row_stride(B), "C_ROW": row_stride(C),
-            "DT_ROW": dt_row, "D_X_ROW": row_stride(dx), "D_BC_ROW": row_stride(by_head[0]),
+            "DT_ROW": row_stride(dt), "D_X_ROW": row_stride(dx), "D_BC_ROW": row_stride(dB),
+            "D_DT_ROW": row_stride(ddt),
         }  # fmt: skip
-        fused = backward_is_fused(target, x.dtype, batch * heads)
-        per_chunk = (batch * heads, chunks)
-        dA, d_bias, through = (x.new_empty(per_chunk, dtype=torch.float32) for _ in range(3))
-        dD = dA.new_empty(batch * heads, 1 if fused else chunks)
-        sums = [x.new_empty(dt.shape, dtype=torch.float32) for _ in range(4)]
-        if fused:
-            scan_backward_kernel[(batch * heads,)](
-                x, dt, A, B, C, table, dt_bias, D, documents, states, dy, d_final,
-                dx, *by_head, *sums, through, dD,
-                d_initial if ctx.has_initial_state else None,
-                length, chunks, 0, **constants, **rows,
-            )  # fmt: skip
-        else:
-            carries = x.new_empty(batch * heads, chunks, dtype=torch.float32)
-            d_states = torch.empty_like(states)
-            chunk_state_kernel[(chunks, batch * heads)](
+        dA, d_bias, dD = x.new_empty(3, batch * heads, chunks, dtype=torch.float32)
+        if shape.kind == "split":
+            spans = triton.cdiv(chunks, shape.span)
+            carries = x.new_empty(batch * heads, spans, dtype=torch.float32)
+            d_states = x.new_empty(batch * heads, spans, head_dim, state_dim)
+            chunk_state_kernel[(spans, batch * groups)](
                 dy, dt, A, C, table, dt_bias, documents, d_states, carries,
-                length, chunks, GRADIENT=True, **constants,
-                X_ROW=heads * head_dim, B_ROW=row_stride(C), DT_ROW=dt_row,
+                length, chunks, WALKED=shape.heads, SPAN=shape.span, GRADIENT=True, **constants,
+                X_ROW=heads * head_dim, B_ROW=row_stride(C), DT_ROW=row_stride(dt),
             )  # fmt: skip
             _pass_states(d_states, carries, d_final, d_initial, reverse=True)
-            chunk_backward_kernel[(chunks, batch * heads)](
+            chunk_backward_kernel[(chunks, batch * groups)](
                 x, dt, A, B, C, table, dt_bias, D, documents, states, d_states, dy,
-                dx, *by_head, *sums, through, dD,
-                length, chunks, 0, **constants, **rows,
+                dx, dB, dC, ddt, dA, d_bias, dD,
+                length, chunks, 0, SPAN=shape.span, **constants, **rows,
             )  # fmt: skip
-        decay_gradient_kernel[(chunks, batch * heads)](
-            dt, A, dt_bias, documents, *sums, through, ddt, dA, d_bias,
-            length, chunks, HEADS=heads, Q=choice.chunk, DT_ROW=dt_row, D_DT_ROW=row_stride(ddt),
+        else:
+            del constants["GROUPS"], constants["P_BLOCK"]
+            exits, carries = _exits(x, batch * heads, head_dim, state_dim, shape)
+            for phase in _phases(shape):
+                scan_backward_kernel[(batch * heads, max(1, shape.segments - 1))](
+                    x, dt, A, B, C, table, dt_bias, D, documents, states, dy, d_final,
+                    dx, dB, dC, ddt, dA, d_bias, dD, d_initial, exits, carries,
+                    length, chunks, shape.segments, shape.edge, shape.middle, 0,
+                    PHASE=phase, **constants, **rows,
+                )  # fmt: skip
+        A_out, bias_out = torch.empty_like(A), torch.empty_like(dt_bias)
+        D_out = None if D is None else torch.empty_like(D)
+        vector_gradient_kernel[(heads,)](
+            A, dA, d_bias, dD, A_out, bias_out, D_out, batch, chunks,
+            HEADS=heads, BLOCK=_VECTOR_BLOCK, LOG_A=ctx.log_A,
         )  # fmt: skip
-        if groups < heads:
-            for own, whole in zip(by_head, (dB, dC), strict=True):
-                whole.copy_(own.unflatten(2, (groups, -1)).sum(3))
-        dA, d_bias, dD = (t.view(batch, heads, -1).sum((0, 2)) for t in (dA, d_bias, dD))
         return (
-            dx, ddt, dA, dB, dC, None, d_bias.to(dt_bias.dtype), None,
-            d_initial.view(batch, heads, head_dim, state_dim) if ctx.has_initial_state else None,
-            None if D is None else dD.to(D.dtype), None,
+            dx, ddt, A_out, dB, dC, None, bias_out, None, d_initial, D_out, None, None,
         )  # fmt: skip
+
+
+def _phases(shape: Shape) -> tuple[int, ...]:
+    """The launches of a shape that is not split."""
+    return (0,) if shape.kind == "fused" else (1, 2)
+
+
+def _exits(
+    x: Tensor, sequences: int, head_dim: int, state_dim: int, shape: Shape
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the first launch of a segmented pass leaves to the second."""
+    if shape.kind == "fused":
+        return None, None
+    slots = shape.segments - 1
+    exits = x.new_empty(sequences, slots, head_dim, state_dim, dtype=torch.float32)
+    return exits, x.new_empty(sequences, slots, dtype=torch.float32)
 
 
 def _pass_states(
-    states: Tensor, carries: Tensor, first: Tensor | None, last: Tensor, reverse: bool
+    states: Tensor, carries: Tensor, first: Tensor | None, last: Tensor | None, reverse: bool
 ) -> None:
     size = states.shape[2] * states.shape[3]
-    block = min(size, _PASSING_BLOCK)
+    block = min(size, PASSING_BLOCK)
     state_passing_kernel[(states.shape[0], size // block)](
         states, carries, first, last, states.shape[1],
         SIZE=size, BLOCK=block, AHEAD=_PASSING_STAGES, REVERSE=reverse,
     )  # fmt: skip
 
 
-def _constants(
-    heads: int, groups: int, head_dim: int, state_dim: int, choice: Tile
-) -> dict[str, Any]:
+def _constants(problem: Problem, choice: Tile, log_A: bool) -> dict[str, Any]:
     exact = torch.get_float32_matmul_precision() == "highest"
     launch = {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
     if choice.maxnreg is not None:
         launch["maxnreg"] = choice.maxnreg
     return {
-        "HEADS": heads, "GROUPS": groups, "P": head_dim, "N": state_dim, "Q": choice.chunk,
-        "P_BLOCK": choice.p_block, "PRECISION": "ieee" if exact else "tf32", **launch,
+        "HEADS": problem.heads, "GROUPS": problem.groups, "P": problem.head_dim,
+        "N": problem.state_dim, "Q": choice.chunk, "P_BLOCK": choice.p_block, "LOG_A": log_A,
+        "PRECISION": "ieee" if exact else "tf32", **launch,
     }  # fmt: skip

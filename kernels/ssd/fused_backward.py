@@ -1,119 +1,201 @@
 """Backward of the SSD scan in Triton: every chunk recomputes its decays, scores and rotations.
 
-fused   one program for every row and head walks the chunks from the last to the first, the state's
-        gradient in registers
-split   gradients added by every chunk, a reverse pass over chunks, then all chunks at once
+fused      one program for every row and head walks the chunks from the last to the first, the
+           state's gradient in registers
+segmented  as forward, from the last segment: a first launch makes the gradients of the last segment
+           and what the others but the first add to the state's gradient, a second one all others
+split      gradients added by pairs of chunks, a reverse pass over them, then all chunks at once; a
+           program walks the heads of a group, so that dB and dC are summed in registers
 
-Both read the states that the forward kept, and leave the decays' gradients to a kernel of their
-own, which needs four numbers a token: with r_t = c_t · dc_t and q_j = b_j · db_j, what reaches t
-minus what leaves it is r_t - q_t, apart from the part of q that goes on to the chunk's end. What a
-token writes and reads itself is in both and has no decay in it: it is kept out of r and q, because
-where decays are fast it is all there is, and would leave only its rounding behind.
+All read the states that the forward kept. The gradient of a decay step needs numbers a token: what
+reaches token t from earlier ones minus what t sends on, Σ_j E_tj - Σ_j E_jt inside the chunk with
+E = dW ⊙ W ⊙ (c bᵀ), and what comes from the state at entry and goes on to the state at exit. What a
+token writes and reads itself, E's diagonal, is in both and has no decay in it: it is kept out of
+them, because where decays are fast it is all there is, and would leave only its rounding behind.
 """
 
 import triton
 import triton.language as tl
 
+from kernels.ssd.fused_forward import entry_state
 from kernels.ssd.fused_parts import (
     LOG2E,
     TINY_STEP,
-    chunk_decay,
     chunk_documents,
     decay_matrix,
+    head_decay,
+    head_rate,
     load_rotated,
     load_rows,
     load_table,
+    next_chunk,
+    segment_chunks,
     state_offsets,
     step_sizes,
     store_rows,
     store_unrotated,
+    weighted_rows,
 )
 
 
 @triton.jit
 def scan_backward_kernel(
     x, dt, A, B, C, table, dt_bias, D, documents, states, dy, d_final,
-    dx, dB, dC, reached, sent, leaving, own, through, dD, d_initial,
-    length, chunks, zero,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr, X_ROW: tl.constexpr, B_ROW: tl.constexpr,
+    dx, dB, dC, ddt, dA, d_bias, dD, d_initial, exits, carries,
+    length, chunks, segments, edge, middle, zero,
+    HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, PHASE: tl.constexpr,
+    LOG_A: tl.constexpr, PRECISION: tl.constexpr, X_ROW: tl.constexpr, B_ROW: tl.constexpr,
     C_ROW: tl.constexpr, DT_ROW: tl.constexpr, D_X_ROW: tl.constexpr, D_BC_ROW: tl.constexpr,
+    D_DT_ROW: tl.constexpr,
 ):  # fmt: skip
-    """The fused shape. dB, dC [B, L, H, N] are per head, dD [B·H] is per row; the other sums are
-    explained in `chunk_gradients` and `decay_gradient_kernel`."""
-    row_head = tl.program_id(0).to(tl.int64)
-    row, head = row_head // HEADS, tl.program_id(0) % HEADS
-    whole = row_head * P * N + state_offsets(P, N)
-    d_state = tl.load(d_final + whole) if d_final is not None else tl.zeros([P, N], tl.float32)
+    """The fused shape (PHASE 0) and the two launches of the segmented one (1 and 2); each head has
+    B and C of its own.
+
+    dA, d_bias, dD [B·H, chunks] float32. exits [B·H, segments - 1, P, N] float32: the state's
+    gradient at the last segment's entry and what each earlier one adds to it, the last first;
+    carries [B·H, segments - 1] float32: decay across a segment (of the last: not set).
+    """
+    row, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    row_head = row * HEADS + head
     bias = tl.load(dt_bias + head).to(tl.float32)
-    A_head = tl.load(A + head)
+    rate = head_rate(A, head, LOG_A)
     skip = 0.0
     if D is not None:
         skip = tl.load(D + head).to(tl.float32)
-    sum_D = 0.0
-    for k in tl.range(0, chunks, disable_licm=True):
-        chunk = chunks - 1 - (k ^ zero)
-        slot = states + (row_head * chunks + chunk) * P * N
-        part_D, carry, crossing, dys, c_gated = chunk_gradients(
-            x, dt, A_head, B, C, table, bias, D, skip, documents, slot, None, d_state, dy,
-            dx, dB, dC, reached, sent, leaving, own, row, head, chunk, length, zero,
-            HEADS, GROUPS, P, N, Q, P, PRECISION, X_ROW, B_ROW, C_ROW, DT_ROW, D_X_ROW, D_BC_ROW,
-        )  # fmt: skip
-        tl.store(through + row_head * chunks + chunk, carry * crossing)
-        sum_D += part_D
-        d_state = tl.dot(tl.trans(dys), c_gated, d_state * carry, input_precision=PRECISION)
-    if D is not None:
-        tl.store(dD + row_head, sum_D)
-    if d_initial is not None:
-        tl.store(d_initial + whole, d_state)
+    whole = state_offsets(P, N)
+    slots = segments - 1
+    reverse, first_chunk, stop = 0, 0, chunks  # reverse: the segment's number from the end
+    if PHASE != 0:
+        # long ones first
+        reverse = tl.program_id(1) if PHASE == 1 else slots - tl.program_id(1)
+        first_chunk, stop = segment_chunks(slots - reverse, segments, edge, middle, chunks)
+    count = stop - first_chunk
+    d_state = entry_state(d_final, exits, carries, row_head, whole, reverse, slots, P, N, P, PHASE)
+    if PHASE == 1 and reverse > 0:
+        passed = 1.0
+        for k in tl.range(0, count, disable_licm=True):
+            t0 = (stop - 1 - (k ^ zero)) * Q
+            token = row * length + t0
+            valid = tl.arange(0, Q) < length - t0
+            document, before, end = chunk_documents(documents + token, t0, length, Q)
+            cos, sin = load_table(table, token, valid, N, Q)
+            c = load_rotated(C + token * C_ROW + head * N, cos, sin, valid, C_ROW, N, Q,
+                             table is not None)  # fmt: skip
+            _, _, _, _, _, gate, _, carry = head_decay(
+                dt, token, head, valid, document, before, end, bias, rate, DT_ROW, Q
+            )
+            dys = load_rows(dy + (token * HEADS + head) * P, valid, HEADS * P, P, Q)
+            gated = tl.trans(weighted_rows(dys, gate))
+            d_state = tl.dot(gated, c, d_state * carry, input_precision=PRECISION)
+            passed *= carry
+        tl.store(carries + row_head * slots + reverse, passed)
+    else:
+        for k in tl.range(0, count, disable_licm=True):
+            chunk = stop - 1 - (k ^ zero)
+            t0 = chunk * Q
+            token = row * length + t0
+            valid = tl.arange(0, Q) < length - t0
+            document, before, end = chunk_documents(documents + token, t0, length, Q)
+            cos, sin = load_table(table, token, valid, N, Q)
+            ROPE: tl.constexpr = table is not None
+            b = load_rotated(B + token * B_ROW + head * N, cos, sin, valid, B_ROW, N, Q, ROPE)
+            c = load_rotated(C + token * C_ROW + head * N, cos, sin, valid, C_ROW, N, Q, ROPE)
+            at = row_head * chunks + chunk
+            carry, gated, _, _ = head_gradients(
+                x, dt, table, D, states + at * P * N, None, d_state, dy, dx, dB, dC, ddt, dA,
+                d_bias, dD, bias, rate, skip, b, c, None, None, document, before, end, row, head,
+                head, at, t0, length, valid, zero, HEADS, P, N, Q, P, False, PRECISION, X_ROW,
+                DT_ROW, D_X_ROW, D_BC_ROW, D_DT_ROW,
+            )  # fmt: skip
+            d_state = tl.dot(tl.trans(gated), c, d_state * carry, input_precision=PRECISION)
+    if PHASE == 1:
+        tl.store(exits + (row_head * slots + reverse) * P * N + whole, d_state)
+    if PHASE != 1 and d_initial is not None and reverse == slots:
+        tl.store(d_initial + row_head * P * N + whole, d_state)
 
 
 @triton.jit
 def chunk_backward_kernel(
     x, dt, A, B, C, table, dt_bias, D, documents, states, d_states, dy,
-    dx, dB, dC, reached, sent, leaving, own, through, dD,
+    dx, dB, dC, ddt, dA, d_bias, dD,
     length, chunks, zero,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr, X_ROW: tl.constexpr, B_ROW: tl.constexpr,
-    C_ROW: tl.constexpr, DT_ROW: tl.constexpr, D_X_ROW: tl.constexpr, D_BC_ROW: tl.constexpr,
+    P_BLOCK: tl.constexpr, SPAN: tl.constexpr, LOG_A: tl.constexpr, PRECISION: tl.constexpr,
+    X_ROW: tl.constexpr, B_ROW: tl.constexpr, C_ROW: tl.constexpr, DT_ROW: tl.constexpr,
+    D_X_ROW: tl.constexpr, D_BC_ROW: tl.constexpr, D_DT_ROW: tl.constexpr,
 ):  # fmt: skip
-    """One chunk from the state that enters it and the gradient of the one that leaves it,
-    [B·H, chunks, P, N] both; through, dD [B·H, chunks]."""
+    """One chunk of a group's heads from the state that enters it [B·H, chunks, P, N] and the
+    gradient of the one that leaves its span of SPAN chunks, 1 or 2, [B·H, spans, P, N]; dA, d_bias,
+    dD [B·H, chunks] float32."""
     chunk = tl.program_id(0)
-    row_head = tl.program_id(1).to(tl.int64)
-    row, head = row_head // HEADS, tl.program_id(1) % HEADS
-    bias = tl.load(dt_bias + head).to(tl.float32)
-    A_head = tl.load(A + head)
-    skip = 0.0
-    if D is not None:
-        skip = tl.load(D + head).to(tl.float32)
-    at = row_head * chunks + chunk
-    d_state = None
-    if P_BLOCK == P:
-        d_state = tl.load(d_states + at * P * N + state_offsets(P, N)).to(tl.float32)
-    part_D, carry, crossing, _, _ = chunk_gradients(
-        x, dt, A_head, B, C, table, bias, D, skip, documents,
-        states + at * P * N, d_states + at * P * N, d_state, dy,
-        dx, dB, dC, reached, sent, leaving, own, row, head, chunk, length, zero,
-        HEADS, GROUPS, P, N, Q, P_BLOCK, PRECISION, X_ROW, B_ROW, C_ROW, DT_ROW, D_X_ROW, D_BC_ROW,
-    )  # fmt: skip
-    tl.store(through + at, carry * crossing)
-    if D is not None:
-        tl.store(dD + at, part_D)
+    row, group = (tl.program_id(1) // GROUPS).to(tl.int64), tl.program_id(1) % GROUPS
+    PER_GROUP: tl.constexpr = HEADS // GROUPS
+    SHARED: tl.constexpr = GROUPS < HEADS
+    ROPE: tl.constexpr = table is not None
+    i = tl.arange(0, Q)
+    t0 = chunk * Q
+    token = row * length + t0
+    if SPAN == 2:
+        next_token, next_valid, next_document, next_before, next_end, there = next_chunk(
+            documents, row, t0, length, chunk % 2 == 0, Q
+        )
+        cos, sin = load_table(table, next_token, next_valid, N, Q)
+        next_c = load_rotated(C + next_token * C_ROW + group * N, cos, sin, next_valid, C_ROW, N, Q,
+                              ROPE)  # fmt: skip
+    valid = i < length - t0
+    document, before, end = chunk_documents(documents + token, t0, length, Q)
+    cos, sin = load_table(table, token, valid, N, Q)
+    b = load_rotated(B + token * B_ROW + group * N, cos, sin, valid, B_ROW, N, Q, ROPE)
+    c = load_rotated(C + token * C_ROW + group * N, cos, sin, valid, C_ROW, N, Q, ROPE)
+    spans = (chunks + SPAN - 1) // SPAN
+    db = tl.zeros([N, Q], tl.float32)
+    dc = tl.zeros([N, Q], tl.float32)
+    for n in tl.range(0, PER_GROUP, disable_licm=True):
+        head = group * PER_GROUP + n
+        bias = tl.load(dt_bias + head).to(tl.float32)
+        rate = head_rate(A, head, LOG_A)
+        skip = 0.0
+        if D is not None:
+            skip = tl.load(D + head).to(tl.float32)
+        at = (row * HEADS + head) * chunks + chunk
+        leaver = d_states + ((row * HEADS + head) * spans + chunk // SPAN) * P * N
+        d_state = None
+        if P_BLOCK == P:
+            d_state = tl.load(leaver + state_offsets(P, N)).to(tl.float32)
+        if SPAN == 2:
+            _, _, _, _, _, gate, _, carry = head_decay(
+                dt, next_token, head, next_valid, next_document, next_before, next_end, bias, rate,
+                DT_ROW, Q,
+            )  # fmt: skip
+            dys = load_rows(dy + (next_token * HEADS + head) * P, next_valid, HEADS * P, P, Q)
+            d_state *= tl.where(there, carry, 1.0)
+            gated = tl.trans(weighted_rows(dys, gate))
+            d_state = tl.dot(gated, next_c, d_state, input_precision=PRECISION)
+        _, _, db, dc = head_gradients(
+            x, dt, table, D, states + at * P * N, leaver, d_state, dy, dx, dB, dC, ddt, dA, d_bias,
+            dD, bias, rate, skip, b, c, db, dc, document, before, end, row, head, group, at, t0,
+            length, valid, zero, HEADS, P, N, Q, P_BLOCK, SHARED, PRECISION, X_ROW, DT_ROW, D_X_ROW,
+            D_BC_ROW, D_DT_ROW,
+        )  # fmt: skip
+    if SHARED:
+        cos, sin = load_table(table, token, valid, N, Q)
+        at = token * D_BC_ROW + group * N
+        store_unrotated(dB + at, tl.trans(db), cos, sin, valid, D_BC_ROW, N, Q, ROPE)
+        store_unrotated(dC + at, tl.trans(dc), cos, sin, valid, D_BC_ROW, N, Q, ROPE)
 
 
 @triton.jit
-def chunk_gradients(
-    x, dt, A_head, B, C, table, bias, D, skip, documents, entry, leaver, d_state, dy,
-    dx, dB, dC, reached, sent, leaving, own, row, head, chunk, length, zero,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr, X_ROW: tl.constexpr, B_ROW: tl.constexpr,
-    C_ROW: tl.constexpr, DT_ROW: tl.constexpr, D_X_ROW: tl.constexpr, D_BC_ROW: tl.constexpr,
+def head_gradients(
+    x, dt, table, D, entry, leaver, d_state, dy, dx, dB, dC, ddt, dA, d_bias, dD, bias, rate, skip,
+    b, c, sum_b, sum_c, document, before, end, row, head, group, part, t0, length, valid, zero,
+    HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, P_BLOCK: tl.constexpr,
+    SHARED: tl.constexpr, PRECISION: tl.constexpr, X_ROW: tl.constexpr, DT_ROW: tl.constexpr,
+    D_X_ROW: tl.constexpr, D_BC_ROW: tl.constexpr, D_DT_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Stores a chunk's dx, dB and dC, and four sums [B, L, H] in float32: reached = c · dc and
-    sent = b · db without a token's own share, that share `own`, and leaving, the part of sent that
-    goes on to the chunk's end. Returns its share of dD, the decay across it, Σ S ⊙ dS, and dy and
-    u ⊙ c of the last block of P, whose product is what a block adds to the state's gradient.
+    """Stores a chunk's dx and ddt of a head and its share of dA, d_bias and dD, at `part` of these;
+    also dB and dC unless SHARED, where they are added to sum_b and sum_c [N, Q]. Returns the decay
+    across it, u ⊙ dy of the last block of P, whose product with c is what a block adds to the
+    state's gradient, sum_b and sum_c.
 
     entry points to the state that enters, leaver to the gradient of the one that leaves, [P, N]
     each. One block of P at a time is in registers; where there are several, x, dy and leaver are
@@ -121,26 +203,19 @@ def chunk_gradients(
     Statements stand in the order in which tiles may leave the registers for shared memory.
     """
     SEVERAL: tl.constexpr = P_BLOCK < P
-    i = tl.arange(0, Q)
-    t0 = chunk * Q
-    token = row * length + t0
-    valid, log_delta, coarse, fine, document, gate, leave, carry = chunk_decay(
-        dt, documents, token, head, t0, length, bias, A_head * LOG2E, DT_ROW, Q
-    )
-    cos, sin = load_table(table, token, valid, N, Q)
     ROPE: tl.constexpr = table is not None
-    group = head // (HEADS // GROUPS)
-    b_here, c_here = B + token * B_ROW + group * N, C + token * C_ROW + group * N
-    b, _ = load_rotated(b_here, cos, sin, leave, valid, B_ROW, N, Q, ROPE)
-    c, c_gated = load_rotated(c_here, cos, sin, gate, valid, C_ROW, N, Q, ROPE)
+    i = tl.arange(0, Q)
+    token = row * length + t0
+    _, _, log_delta, coarse, fine, gate, leave, carry = head_decay(
+        dt, token, head, valid, document, before, end, bias, rate, DT_ROW, Q
+    )
     at, x_at = (token * HEADS + head) * P, token * X_ROW + head * P
     xs = load_rows(x + x_at, valid, X_ROW, P_BLOCK, Q)
     dys = load_rows(dy + at, valid, HEADS * P, P_BLOCK, Q)
-    per_token = token * HEADS + head + i * HEADS
-    part_D = 0.0
     scores = tl.zeros([Q, Q], xs.dtype)
     dg = tl.zeros([Q, Q], xs.dtype)
-    dg_own = tl.zeros([Q, Q], xs.dtype)
+    flow = tl.zeros([Q], tl.float32)  # what reaches a token minus what leaves it, in the chunk
+    written = tl.zeros([Q], tl.float32)  # what leaves it, and what it reads itself
     if t0 >= zero:  # always; a block of its own keeps its tiles from being spread over the others
         w = decay_matrix(coarse, fine, log_delta, document, Q)
         weighted = tl.dot(c, tl.trans(b), input_precision=PRECISION) * w
@@ -150,14 +225,15 @@ def chunk_gradients(
             x_more = load_rows(x + x_at + p, valid, X_ROW, P_BLOCK, Q)
             dw = tl.dot(more, tl.trans(x_more), dw, input_precision=PRECISION)
         diagonal = i[:, None] == i[None, :]
-        tl.store(own + per_token, tl.sum(tl.where(diagonal, weighted * dw, 0.0), 1), mask=valid)
+        e = weighted * dw
         if D is not None:
-            part_D = tl.sum(tl.sum(tl.where(diagonal, dw, 0.0), 1), 0)
+            tl.store(dD + part, tl.sum(tl.sum(tl.where(diagonal, dw, 0.0), 1), 0))
             weighted += tl.where(diagonal, skip, 0.0)
         scores = weighted.to(xs.dtype)
-        dw *= w
-        dg = tl.where(diagonal, 0.0, dw).to(xs.dtype)
-        dg_own = tl.where(diagonal, dw, 0.0).to(xs.dtype)
+        dg = (dw * w).to(xs.dtype)
+        written = tl.sum(e, 0)
+        e = tl.where(diagonal, 0.0, e)
+        flow = tl.sum(e, 1) - tl.sum(e, 0)
 
     db = tl.zeros([N, Q], tl.float32)
     for p in tl.range(0, P, P_BLOCK, disable_licm=True):
@@ -172,14 +248,17 @@ def chunk_gradients(
         store_rows(dx + token * D_X_ROW + head * P + p, dxs, valid, D_X_ROW, P_BLOCK, Q)
         db = tl.dot(tl.trans(low), tl.trans(xs), db, input_precision=PRECISION)
     db *= leave[None, :]
-    per_head = token * D_BC_ROW + head * N
-    tl.store(leaving + per_token, tl.sum(tl.trans(db) * b, 1), mask=valid)
+    leaving = tl.sum(tl.trans(db) * b, 1)  # what goes on to the chunk's end
+    written += leaving
+    through = document_sums(leaving, document, False) - leaving
     db = tl.dot(tl.trans(c), dg, db, input_precision=PRECISION)
-    tl.store(sent + per_token, tl.sum(tl.trans(db) * b, 1), mask=valid)
-    db = tl.trans(tl.dot(tl.trans(c), dg_own, db, input_precision=PRECISION))
-    # the table once more, so that it need not stay in registers until now
-    cos, sin = load_table(table, token, valid, N, Q)
-    store_unrotated(dB + per_head, db, cos, sin, valid, D_BC_ROW, N, Q, ROPE)
+    if SHARED:
+        sum_b += db
+    else:
+        # the table once more, so that it need not stay in registers until now
+        cos, sin = load_table(table, token, valid, N, Q)
+        out = dB + token * D_BC_ROW + group * N
+        store_unrotated(out, tl.trans(db), cos, sin, valid, D_BC_ROW, N, Q, ROPE)
     crossing = 0.0
     dc = tl.zeros([N, Q], tl.float32)
     for p in tl.range(0, P, P_BLOCK, disable_licm=True):
@@ -192,48 +271,67 @@ def chunk_gradients(
         crossing += tl.sum(tl.sum(state * d_block, 1), 0)
         dc = tl.dot(tl.trans(state), tl.trans(dys), dc, input_precision=PRECISION)
     dc *= gate[None, :]
+    flow += tl.sum(tl.trans(dc) * c, 1)
     dc = tl.dot(tl.trans(b), tl.trans(dg), dc, input_precision=PRECISION)
-    tl.store(reached + per_token, tl.sum(tl.trans(dc) * c, 1), mask=valid)
-    dc = tl.trans(tl.dot(tl.trans(b), dg_own, dc, input_precision=PRECISION))
-    store_unrotated(dC + per_head, dc, cos, sin, valid, D_BC_ROW, N, Q, ROPE)
-    return part_D, carry, crossing, dys, c_gated
+    if SHARED:
+        sum_c += dc
+    else:
+        out = dC + token * D_BC_ROW + group * N
+        store_unrotated(out, tl.trans(dc), cos, sin, valid, D_BC_ROW, N, Q, ROPE)
+
+    gated = weighted_rows(dys, gate)
+    # a step lies on every path that reaches its token or a later one from an earlier one
+    through += document_sums(flow, document, True) + carry * crossing
+    # step sizes once more, for the same reason as the table
+    z, delta, _ = step_sizes(dt + token * DT_ROW + head, bias, valid, DT_ROW, Q)
+    d_step = tl.where(valid, through, 0.0)
+    sigmoid = 1.0 / (1.0 + tl.exp2(-z * LOG2E))
+    ratio = tl.where(z < TINY_STEP, 1.0, sigmoid / delta)  # d ln Δ / dz
+    dz = tl.where(valid, written * ratio + d_step * rate * sigmoid, 0.0)
+    d_dt = ddt + token * D_DT_ROW + head + i * D_DT_ROW
+    tl.store(d_dt, dz.to(ddt.dtype.element_ty), mask=valid)
+    tl.store(dA + part, tl.sum(d_step * delta))
+    tl.store(d_bias + part, tl.sum(dz))
+    return carry, gated, sum_b, sum_c
 
 
 @triton.jit
-def decay_gradient_kernel(
-    dt, A, dt_bias, documents, reached, sent, leaving, own, through, ddt, dA, d_bias,
-    length, chunks,
-    HEADS: tl.constexpr, Q: tl.constexpr, DT_ROW: tl.constexpr, D_DT_ROW: tl.constexpr,
-):  # fmt: skip
-    """ddt [B, L, H] of one chunk and its share of dA and d_bias [B·H, chunks].
+def document_sums(values, document, REVERSE: tl.constexpr):
+    """Running sums [Q] that begin anew with every document."""
+    sums, _last = tl.associative_scan((values, document), 0, sum_in_document, reverse=REVERSE)
+    return sums
 
-    reached, sent, leaving, own [B, L, H] from `chunk_gradients`; through [B·H, chunks]: the
-    gradient of ln(decay) of a state carried across the whole chunk.
-    """
-    chunk = tl.program_id(0)
-    row_head = tl.program_id(1).to(tl.int64)
-    row, head = row_head // HEADS, tl.program_id(1) % HEADS
-    i = tl.arange(0, Q)
-    t0 = chunk * Q
-    token = row * length + t0
-    valid = i < length - t0
-    bias = tl.load(dt_bias + head).to(tl.float32)
-    rate = tl.load(A + head)
-    z, delta, _ = step_sizes(dt + token * DT_ROW + head, bias, valid, DT_ROW, Q)
-    document, _, _ = chunk_documents(documents + token, t0, length, Q)
-    per_token = token * HEADS + head + i * HEADS
-    sent_here = tl.load(sent + per_token, mask=valid, other=0.0)
-    on = tl.load(leaving + per_token, mask=valid, other=0.0)
-    inflow = tl.load(reached + per_token, mask=valid, other=0.0) - sent_here + on
-    # a_t lies on every path that reaches t or a later token from an earlier one
-    same = document[:, None] == document[None, :]
-    d_a = tl.sum(tl.where(same & (i[:, None] >= i[None, :]), inflow[:, None], 0.0), 0)
-    d_a += tl.sum(tl.where(same & (i[:, None] < i[None, :]), on[:, None], 0.0), 0)
-    d_a += tl.load(through + row_head * chunks + chunk)
-    sigmoid = 1.0 / (1.0 + tl.exp2(-z * LOG2E))
-    ratio = tl.where(z < TINY_STEP, 1.0, sigmoid / delta)  # d ln Δ / dz
-    written = sent_here + tl.load(own + per_token, mask=valid, other=0.0)
-    dz = tl.where(valid, written * ratio + d_a * rate * sigmoid, 0.0)
-    tl.store(ddt + token * D_DT_ROW + head + i * D_DT_ROW, dz.to(ddt.dtype.element_ty), mask=valid)
-    tl.store(dA + row_head * chunks + chunk, tl.sum(tl.where(valid, d_a * delta, 0.0)))
-    tl.store(d_bias + row_head * chunks + chunk, tl.sum(dz))
+
+@triton.jit
+def sum_in_document(sums, sums_document, value, document):
+    """Of two neighbouring ranges of tokens: the sum at the second one's end."""
+    return tl.where(sums_document == document, sums + value, value), document
+
+
+@triton.jit
+def vector_gradient_kernel(
+    A, dA, d_bias, dD, A_out, bias_out, D_out, rows, parts,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, LOG_A: tl.constexpr,
+):  # fmt: skip
+    """Sums of dA, d_bias and dD [rows·H, parts] float32 over rows and parts, [H] each in their
+    tensor's dtype; with LOG_A of log(-A): dA times A."""
+    head = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    sum_A = tl.zeros([BLOCK], tl.float32)
+    sum_bias = tl.zeros([BLOCK], tl.float32)
+    sum_D = tl.zeros([BLOCK], tl.float32)
+    for row in tl.range(0, rows):
+        first = (row * HEADS + head) * parts
+        for part in tl.range(0, parts, BLOCK):
+            here, valid = first + part + i, part + i < parts
+            sum_A += tl.load(dA + here, mask=valid, other=0.0)
+            sum_bias += tl.load(d_bias + here, mask=valid, other=0.0)
+            if D_out is not None:
+                sum_D += tl.load(dD + here, mask=valid, other=0.0)
+    total = tl.sum(sum_A)
+    if LOG_A:
+        total *= head_rate(A, head, LOG_A)
+    tl.store(A_out + head, total.to(A_out.dtype.element_ty))
+    tl.store(bias_out + head, tl.sum(sum_bias).to(bias_out.dtype.element_ty))
+    if D_out is not None:
+        tl.store(D_out + head, tl.sum(sum_D).to(D_out.dtype.element_ty))

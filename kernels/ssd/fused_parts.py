@@ -62,6 +62,21 @@ def chunk_documents(documents, t0, length, Q: tl.constexpr):
 
 
 @triton.jit
+def next_chunk(documents, row, t0, length, first, Q: tl.constexpr):
+    """The chunk after the one at t0: its first token, valid, `chunk_documents`, whether it is read.
+
+    Read only where `first`, of a pair, and where the row has it; else it stands for nothing: no
+    token is valid, and what is pointed to is the chunk at t0.
+    """
+    there = first & (t0 + Q < length)
+    start = tl.where(there, t0 + Q, t0)
+    valid = tl.arange(0, Q) < tl.where(there, length - start, 0)
+    token = row * length + start
+    document, before, end = chunk_documents(documents + token, start, length, Q)
+    return token, valid, document, before, end, there
+
+
+@triton.jit
 def decay_matrix(coarse, fine, log_delta, document, Q: tl.constexpr):
     """W_tj = exp2(s_t - s_j + log2 Δ_j) for j ≤ t in t's document, else 0: [Q, Q]."""
     i = tl.arange(0, Q)
@@ -79,24 +94,33 @@ def entry_gate(coarse, fine, document, before):
 
 
 @triton.jit
-def chunk_decay(
-    dt, documents, token, head, t0, length, dt_bias, rate, DT_ROW: tl.constexpr, Q: tl.constexpr
-):
-    """All that is one number a token, [Q] each, of the chunk whose first token is `token`.
+def head_rate(A, head, LOG_A: tl.constexpr):
+    """A of one head, negative; with LOG_A the tensor holds log(-A)."""
+    rate = tl.load(A + head).to(tl.float32)
+    if LOG_A:
+        rate = -tl.exp2(rate * LOG2E)
+    return rate
 
-    Returns valid (before the row's end), log2 Δ, the running sums coarse and fine, document ids,
-    u, w (w_j = exp2(s_end - s_j + log2 Δ_j) where j's document goes on to the chunk's end, else 0)
-    and the decay across the chunk, a scalar.
+
+@triton.jit
+def head_decay(
+    dt, token, head, valid, document, before, end, dt_bias, rate, DT_ROW: tl.constexpr,
+    Q: tl.constexpr,
+):  # fmt: skip
+    """Decays of one head over the chunk whose first token is `token`, [Q] each.
+
+    document, before and end are of `chunk_documents`, rate is A.
+
+    Returns z, Δ, log2 Δ, the running sums coarse and fine, u, w (w_j = exp2(s_end - s_j + log2 Δ_j)
+    where j's document goes on to the chunk's end, else 0) and the decay across the chunk, a scalar.
     """
-    valid = tl.arange(0, Q) < length - t0
-    _, delta, log_delta = step_sizes(dt + token * DT_ROW + head, dt_bias, valid, DT_ROW, Q)
-    document, before, end = chunk_documents(documents + token, t0, length, Q)
-    coarse, fine, coarse_end, fine_end = running_sums(delta, rate, valid, Q)
+    z, delta, log_delta = step_sizes(dt + token * DT_ROW + head, dt_bias, valid, DT_ROW, Q)
+    coarse, fine, coarse_end, fine_end = running_sums(delta, rate * LOG2E, valid, Q)
     gate = entry_gate(coarse, fine, document, before)
     exponent = (coarse_end - coarse) + ((fine_end - fine) + log_delta)
     leave = tl.exp2(tl.where(document == end, exponent, -float("inf")))
     carry = entry_gate(coarse_end, fine_end, end, before)
-    return valid, log_delta, coarse, fine, document, gate, leave, carry
+    return z, delta, log_delta, coarse, fine, gate, leave, carry
 
 
 @triton.jit
@@ -111,11 +135,11 @@ def load_table(table, token, valid, N: tl.constexpr, Q: tl.constexpr):
 
 
 @triton.jit
-def load_rotated(b, cos, sin, weight, valid, STRIDE: tl.constexpr, N: tl.constexpr,
-                 Q: tl.constexpr, ROPE: tl.constexpr):  # fmt: skip
-    """RoPE(b) and weight ⊙ RoPE(b), [Q, N], of rows STRIDE apart; weight [Q] is one a row.
+def load_rotated(b, cos, sin, valid, STRIDE: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+                 ROPE: tl.constexpr):  # fmt: skip
+    """RoPE(b) [Q, N] of rows STRIDE apart.
 
-    Halves are loaded apart, so that rotation stays in a thread; both results are rounded once.
+    Halves are loaded apart, so that rotation stays in a thread.
     """
     offsets = tl.arange(0, Q)[:, None] * STRIDE + tl.arange(0, N // 2)[None, :]
     first = tl.load(b + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
@@ -123,9 +147,13 @@ def load_rotated(b, cos, sin, weight, valid, STRIDE: tl.constexpr, N: tl.constex
     if ROPE:
         first, second = first * cos - second * sin, second * cos + first * sin
     dtype = b.dtype.element_ty
-    rotated = join_halves(first.to(dtype), second.to(dtype), N, Q)
-    first, second = first * weight[:, None], second * weight[:, None]
-    return rotated, join_halves(first.to(dtype), second.to(dtype), N, Q)
+    return join_halves(first.to(dtype), second.to(dtype), N, Q)
+
+
+@triton.jit
+def weighted_rows(rows, weight):
+    """weight ⊙ rows, rounded once: weight [Q] is one a row."""
+    return (rows.to(tl.float32) * weight[:, None]).to(rows.dtype)
 
 
 @triton.jit
@@ -169,6 +197,13 @@ def state_offsets(P: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def segment_chunks(segment, segments, edge, middle, chunks):
+    """First chunk of a segment, and the one after its last (`kernels.ssd.shapes.Segments`)."""
+    first = tl.where(segment == 0, 0, edge + (segment - 1) * middle)
+    return first, tl.where(segment == segments - 1, chunks, edge + segment * middle)
+
+
+@triton.jit
 def state_passing_kernel(
     states, carries, first, last, chunks,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr,
@@ -176,8 +211,8 @@ def state_passing_kernel(
     """In place: what every chunk adds to the state becomes the state that reaches the chunk.
 
     states [B·H, chunks, SIZE]; carries [B·H, chunks] float32, the decay across a chunk; first, last
-    [B·H, SIZE] float32: what enters the first chunk (None: 0) and what leaves the last one. REVERSE
-    walks from the last chunk to the first, as gradients do.
+    [B·H, SIZE] float32: what enters the first chunk (None: 0) and what leaves the last one (None:
+    not stored). REVERSE walks from the last chunk to the first, as gradients do.
     """
     head = tl.program_id(0).to(tl.int64)
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -193,4 +228,5 @@ def state_passing_kernel(
         added = tl.load(here).to(tl.float32)
         tl.store(here, state.to(states.dtype.element_ty))
         state = state * tl.load(carries + head * chunks + chunk) + added
-    tl.store(last + head * SIZE + element, state)
+    if last is not None:
+        tl.store(last + head * SIZE + element, state)

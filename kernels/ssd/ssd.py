@@ -6,6 +6,7 @@ y_t = S_t c_t  (+ D x_t)
 """
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,13 +71,38 @@ def ssd(
     The values of A and cu_seqlens are read in strict mode only (`kernels.dispatch`), because that
     waits for the device.
     """
-    _check(x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, chunk_size, initial_state, D)
+    y, final_state = _scan(
+        x, dt, A, B, C, cos=cos, sin=sin, dt_bias=dt_bias, cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size, initial_state=initial_state, D=D, tables=tables,
+    )  # fmt: skip
+    return (y, final_state) if output_final_state else y
+
+
+def ssd_from_log(
+    x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`ssd` with A = -exp(A_log), and the final state; differentiable in A_log instead of A.
+
+    A_log: [H] float32 or x's dtype, as layers train it. Triton's kernels compute A and the gradient
+    of A_log themselves, which spares eight launches. options are the keyword arguments of `ssd` but
+    output_final_state. Raises as `ssd`.
+    """
+    return _scan(x, dt, A_log, B, C, log_A=True, **options)
+
+
+def _scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, cos: Tensor | None,
+    sin: Tensor | None, dt_bias: Tensor, cu_seqlens: Tensor, chunk_size: int = 0,
+    initial_state: Tensor | None = None, D: Tensor | None = None,
+    tables: ScanTables | None = None, log_A: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """log_A: A holds log(-A)."""
+    _check(x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, chunk_size, initial_state, D, log_A)
     if strict() and not x.is_meta:
-        _check_values(A, cu_seqlens, *x.shape[:2])
+        _check_values(A, log_A, cu_seqlens, *x.shape[:2])
     if tables is not None:
         _check_tables(tables, x, cos, sin, cu_seqlens)
     choice = choose("ssd", x.device, _unsupported(x, B, chunk_size))
-    arguments = (x, dt, A, B, C, cos, sin, dt_bias, cu_seqlens, chunk_size, initial_state, D)
     if choice == "triton":
         from kernels.ssd.fused import ssd_fused
 
@@ -84,14 +110,12 @@ def ssd(
             if tables is None:
                 rope = None if cos is None or sin is None else (cos, sin)
                 tables = scan_tables(cu_seqlens, rope, x.shape[0] * x.shape[1], x.dtype)
-            y, final_state = ssd_fused(
-                x, dt, A, B, C, tables, dt_bias, chunk_size, initial_state, D
-            )
-    elif choice == "torch":
-        y, final_state = ssd_chunked(*arguments)
-    else:
-        y, final_state = _naive(*arguments)
-    return (y, final_state) if output_final_state else y
+            return ssd_fused(x, dt, A, B, C, tables, dt_bias, chunk_size, initial_state, D, log_A)
+    if log_A:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        A = -torch.exp(A.to(torch.float64 if choice == "naive" else exact))
+    rest = (B, C, cos, sin, dt_bias, cu_seqlens, chunk_size, initial_state, D)
+    return (ssd_chunked if choice == "torch" else _naive)(x, dt, A, *rest)
 
 
 def _unsupported(x: Tensor, B: Tensor, chunk_size: int) -> str | None:
@@ -124,7 +148,7 @@ def _naive(
 def _check(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cos: Tensor | None, sin: Tensor | None,
     dt_bias: Tensor, cu_seqlens: Tensor, chunk_size: int, initial_state: Tensor | None,
-    D: Tensor | None,
+    D: Tensor | None, log_A: bool,
 ) -> None:  # fmt: skip
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, L, H, P], none of them 0")
@@ -141,7 +165,7 @@ def _check(
     expected: dict[str, tuple[Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]] = {
         "x": (x, tuple(x.shape), (x.dtype,)),
         "dt": (dt, (batch, length, heads), (x.dtype, exact)),
-        "A": (A, (heads,), (exact,)),
+        "A_log" if log_A else "A": (A, (heads,), (exact, x.dtype) if log_A else (exact,)),
         "B": (B, tuple(B.shape), (x.dtype,)),
         "C": (C, tuple(B.shape), (x.dtype,)),
         "cos": (cos, table, (torch.float32, exact)),
@@ -187,9 +211,11 @@ def _check_table_shapes(x: Tensor, documents: Tensor, rotation: Tensor | None) -
         check_tensor("tables.rotation", rotation, rotation.shape, (dtype,), x.device)
 
 
-def _check_values(A: Tensor, cu_seqlens: Tensor, batch: int, length: int) -> None:
+def _check_values(A: Tensor, log_A: bool, cu_seqlens: Tensor, batch: int, length: int) -> None:
     """What only the device knows; waits for it."""
-    if not bool((A < 0).all()):  # NaN is not negative either
+    if log_A and bool(A.isnan().any()):
+        raise ValueError("A_log has values that are not numbers")
+    if not log_A and not bool((A < 0).all()):  # NaN is not negative either
         raise ValueError("A has values that are not negative: every head's state must decay")
     borders = cu_seqlens.tolist()
     rows = set(range(0, batch * length + 1, length))

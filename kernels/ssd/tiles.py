@@ -1,4 +1,4 @@
-"""Tile choices of the Triton scan, and which of its two shapes a problem takes.
+"""Tile choices of the Triton scan.
 
 Tiles are fixed, so that a run computes the same as the one before. TRANSXSSM_TILES=FILE replaces
 those that `transxssm kernels tune` found to be faster on some GPU; nothing is tuned while training.
@@ -66,7 +66,7 @@ def fixed_tile(target: Target, dtype: torch.dtype, head_dim: int, state_dim: int
     - Registers are given out in full where ptxas, left alone, may settle for 32 and spill the rest:
       where operands pass through registers.
     """
-    nvidia, from_shared = target.backend == "cuda", _products_read_shared(target, dtype)
+    nvidia, from_shared = target.backend == "cuda", products_read_shared(target, dtype)
     maxnreg = 255 if nvidia and not from_shared else None
     if dtype.itemsize == 4:
         chunk, p_block = 16, 32 if nvidia else 16
@@ -158,21 +158,7 @@ def _fault(choice: Tile, name: str) -> str | None:
     return None
 
 
-def _products_read_shared(target: Target, dtype: torch.dtype) -> bool:
+def products_read_shared(target: Target, dtype: torch.dtype) -> bool:
     """Whether tensor cores take both operands from shared memory, which leaves registers free."""
     hopper_or_datacenter_blackwell = isinstance(target.arch, int) and target.arch // 10 in (9, 10)
     return dtype.itemsize == 2 and hopper_or_datacenter_blackwell
-
-
-def fills_gpu(programs: int, num_sms: int) -> bool:
-    """Whether the fused shape, one program for a whole sequence, is the better one.
-
-    It moves the fewest bytes, but its programs cannot be shared out over a sequence: below half a
-    GPU of them, the split shape's second trip through the states costs less than idle processors.
-    """
-    return 2 * programs >= num_sms
-
-
-def backward_is_fused(target: Target, dtype: torch.dtype, sequences: int) -> bool:
-    """Only where operands of products leave the registers to the state's gradient."""
-    return _products_read_shared(target, dtype) and fills_gpu(sequences, target.num_sms)

@@ -15,6 +15,7 @@ from kernels.cross_entropy import fused as fused_loss
 from kernels.norm import fused as fused_norm
 from kernels.ssd import fused as fused_scan
 from kernels.ssd.naive import ssd_naive
+from kernels.ssd.shapes import Shape, segmented
 from kernels.ssd.ssd import ssd
 from kernels.swiglu import fused as fused_product
 from kernels.swiglu.naive import swiglu_naive
@@ -47,13 +48,14 @@ def bound_int32(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return install
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "split"])
+@pytest.mark.parametrize(
+    "shape", [Shape("fused"), segmented(10, 4, 1), Shape("split")], ids=lambda shape: shape.kind
+)
 def test_scan(
-    fused: bool, bound_int32: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    shape: Shape, bound_int32: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tiles are 16 tokens of 4 heads of 16: 1,024 elements; states 2 · 4 · 10 · 256."""
-    for choice in ("fills_gpu", "backward_is_fused"):
-        monkeypatch.setattr(fused_scan, choice, lambda *_: fused)
+    monkeypatch.setattr(fused_scan, "choose_shape", lambda *_: shape)
     inputs = make_inputs(2, 150, documents=[70])
     bound_int32(1100)
     assert_close(run(ssd, inputs, 16), run(ssd_naive, inputs), 5e-6)
@@ -63,8 +65,7 @@ def test_passing_states_on_does_not_depend_on_chunks_in_int32(
     bound_int32: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where one head has few elements and many chunks."""
-    for choice in ("fills_gpu", "backward_is_fused"):
-        monkeypatch.setattr(fused_scan, choice, lambda *_: False)
+    monkeypatch.setattr(fused_scan, "choose_shape", lambda *_: Shape("split"))
     inputs = make_inputs(1, 300, heads=1, documents=[70]) | {"D": None}
     bound_int32(600)
     assert_close(run(ssd, inputs, 16), run(ssd_naive, inputs), 5e-6)

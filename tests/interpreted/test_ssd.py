@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from kernels.rope.naive import apply_rope_naive
 from kernels.slices import shared_stride
 from kernels.ssd import fused, tiles
+from kernels.ssd.choice import choose_shape
 from kernels.ssd.naive import ssd_naive
-from kernels.ssd.ssd import ssd
+from kernels.ssd.shapes import Problem, Shape, segmented
+from kernels.ssd.ssd import ssd, ssd_from_log
 from kernels.ssd.tables import scan_tables
 from kernels.ssd.tuning import fastest, run_scan
 from kernels.ssd.tuning import make_inputs as make_tuned
@@ -28,12 +30,23 @@ from tests.kernels.scan_cases import (
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-@pytest.fixture(params=["fused", "split"])
+@pytest.fixture(params=["fused", "segmented", "split"])
 def shape(request, monkeypatch):
-    """Both shapes of the algorithm, whatever the size of the GPU."""
-    for choice in ("fills_gpu", "backward_is_fused"):
-        monkeypatch.setattr(fused, choice, lambda *_: request.param == "fused")
+    """Every shape of the algorithm, whatever the size of the GPU."""
+    monkeypatch.setattr(fused, "choose_shape", lambda *args: shape_of(request.param, *args))
     return request.param
+
+
+def shape_of(kind, problem, tile, target, backward):
+    """Of that kind where it can be: short rows are not cut, groups' gradients are split."""
+    shared = problem.per_group > 1
+    if kind == "split" or (backward and shared):
+        pairs = shared and tile.p_block == problem.head_dim
+        return Shape("split", problem.per_group, span=2 if pairs else 1)
+    chunks = -(-problem.length // tile.chunk)
+    if kind == "segmented" and chunks >= 3:
+        return segmented(chunks, min(chunks, 4), 2 if shared else 1)
+    return Shape("fused", 2 if shared else 1)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16", "fp16"])
@@ -63,10 +76,59 @@ def test_wide_and_unequal(size, shape):
     assert_close(run(ssd, inputs), expected, TOLERANCE[torch.bfloat16])
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_groups(groups, shape):
-    inputs = make_inputs(2, 50, groups=groups, documents=[7, 8, 31])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 1), (4, 2), (4, 4), (3, 1), (6, 2)])
+def test_groups(heads, groups, shape):
+    inputs = make_inputs(2, 50, heads, groups=groups, documents=[7, 8, 31])
     assert_close(run(ssd, inputs), run(ssd_naive, inputs), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_groups_in_16_bits(groups, shape):
+    inputs = make_inputs(1, 200, 3, groups=groups, documents=[70, 131], dtype=torch.bfloat16)
+    assert_close(run(ssd, inputs, 32), run(ssd_naive, inputs), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("border", [31, 32, 33, 40, 47, 48, 49])
+def test_document_starts_anywhere_around_segments(border, monkeypatch):
+    """Chunks 0 and 1, 2, 3 and 4: segments begin at tokens 32 and 48."""
+    inputs = make_inputs(1, 75, heads=1, documents=[border])
+    cut = segmented(5, 3, 1)
+    assert [cut.chunks_of(n, 5) for n in range(3)] == [range(2), range(2, 3), range(3, 5)]
+    monkeypatch.setattr(fused, "choose_shape", lambda *_: cut)
+    assert_close(run(ssd, inputs, 16), run(ssd_naive, inputs), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("segments", [3, 5, 7])
+def test_states_cross_every_segment(segments, monkeypatch):
+    """Slow decays: the initial state reaches the last token, and dS the first one."""
+    inputs = make_inputs(1, 112, heads=2, A=[-0.01, -0.02])
+    monkeypatch.setattr(fused, "choose_shape", lambda *_: segmented(7, segments, 1))
+    assert_close(run(ssd, inputs, 16), run(ssd_naive, inputs), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_logarithms_of_decays(dtype, shape):
+    inputs = make_inputs(2, 90, heads=3, groups=1, documents=[33], dtype=dtype)
+    inputs["A"] = inputs["A"].neg().log().to(dtype)
+
+    def of_log(scan):
+        def called(x, dt, A, B, C, *, output_final_state, **rest):
+            return scan(x, dt, A, B, C, rest)
+
+        return called
+
+    found = run(of_log(lambda *a: ssd_from_log(*a[:5], **a[5])), inputs)
+    expected = run(
+        of_log(
+            lambda x, dt, A, B, C, rest: ssd_naive(
+                x, dt, -A.double().exp(), B, C, output_final_state=True, **rest
+            )
+        ),
+        inputs,
+    )
+    for results in (found, expected):  # `run` takes the gradient for that of A
+        results["d_A_log"] = results["d_A_log"] / inputs["A"]
+    assert_close(found, expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -122,11 +184,11 @@ def test_documents_do_not_leak(dtype, shape):
     """Changing the first document changes no bit of the second, forward or backward."""
     results = []
     for factor in (1.0, 7.3):
-        inputs = make_inputs(1, 90, documents=[37], dtype=dtype)
+        inputs = make_inputs(1, 90, heads=2, documents=[37], dtype=dtype)
         for name in ("x", "dt", "B", "C"):
             inputs[name][:, :37] *= factor
         inputs["initial_state"] = inputs["initial_state"] * factor
-        results.append(run(ssd, inputs))
+        results.append(run(ssd, inputs, 16))
     for name in ("y", "d_x", "d_dt", "d_B", "d_C"):
         assert torch.equal(*(result[name][:, 37:] for result in results)), name
     assert torch.equal(*(result["final_state"] for result in results))
@@ -199,8 +261,10 @@ def test_tuning_tries_tiles_through_the_scan_itself(shape):
 
     def trial(choice):
         with tiles.forced_tile(choice), pytest.MonkeyPatch.context() as patch:
-            cdiv = fused.triton.cdiv
-            patch.setattr(fused.triton, "cdiv", lambda a, b: chunks.append(b) or cdiv(a, b))
+            choose = fused.choose_shape
+            patch.setattr(
+                fused, "choose_shape", lambda *args: chunks.append(args[1].chunk) or choose(*args)
+            )
             return -float(choice.chunk), run_scan(inputs, torch.ones_like(inputs["x"]))
 
     best, _ = fastest(tried, trial, TOLERANCE[torch.float32])
@@ -208,13 +272,21 @@ def test_tuning_tries_tiles_through_the_scan_itself(shape):
     assert set(chunks) == {16, 32}
 
 
+def chosen(target, *size, dtype=torch.bfloat16):
+    problem = Problem(*size, dtype)
+    choice = tiles.tile(target, dtype, problem.head_dim, problem.state_dim, 0)
+    return [choose_shape(problem, choice, target, backward) for backward in (False, True)]
+
+
 def test_shape_follows_the_size_of_the_gpu():
-    assert tiles.fills_gpu(8 * 16, 132)
-    assert not tiles.fills_gpu(8, 132)
     h100, a100 = Target("cuda", 90, 132), Target("cuda", 80, 108)
-    assert tiles.backward_is_fused(h100, torch.bfloat16, 8 * 16)
-    assert not tiles.backward_is_fused(h100, torch.float32, 8 * 16)
-    assert not tiles.backward_is_fused(a100, torch.bfloat16, 8 * 16)
+    assert chosen(h100, 8, 4096, 16, 16, 128, 128) == [Shape("fused")] * 2
+    assert chosen(h100, 1, 4096, 8, 8, 128, 128) == [Shape("split")] * 2
+    assert chosen(a100, 8, 4096, 16, 16, 128, 128) == [Shape("fused"), Shape("split")]
+    for cut in chosen(h100, 8, 4096, 12, 12, 64, 128):
+        assert cut.kind == "segmented"
+        assert (cut.segments - 1) * 8 * 12 >= 2 * 132  # of each launch
+    assert [shape.kind for shape in chosen(h100, 8, 4096, 16, 4, 128, 128)] == ["fused", "split"]
 
 
 @pytest.mark.parametrize(

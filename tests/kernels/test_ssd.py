@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kernels.slices import shared_stride
 from kernels.ssd.blocks import blocks, chunks_at_once, heads_at_once
 from kernels.ssd.naive import ssd_naive
-from kernels.ssd.ssd import ssd
+from kernels.ssd.ssd import ssd, ssd_from_log
 from kernels.ssd.step import ssd_step
 from kernels.ssd.tables import scan_tables
 from tests.kernels.operation_cases import side_by_side
@@ -23,6 +23,30 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("choice", ["torch", "naive"])
+def test_logarithms_of_decays_are_decays(choice, monkeypatch):
+    """Outputs, final state and the logarithms' gradient, bit for bit in torch."""
+    monkeypatch.setenv("TRANSXSSM_KERNELS", choice)
+    inputs = make_inputs(2, 40, documents=[33])
+    rest = {name: value for name, value in inputs.items() if name not in ("x", "dt", "A", "B", "C")}
+    x, dt, B, C = (inputs[name] for name in ("x", "dt", "B", "C"))
+    A_log = inputs["A"].neg().log().requires_grad_()
+    plain = ssd(x, dt, -A_log.exp(), B, C, output_final_state=True, **rest)
+    found = ssd_from_log(x, dt, A_log, B, C, **rest)
+    tolerance = 0 if choice == "torch" else 1e-6  # the oracle takes exponentials in float64
+    for left, right in zip(plain, found, strict=True):
+        assert relative_error(left, right) <= tolerance
+    grads = [torch.autograd.grad(y.square().sum(), A_log)[0] for y, _ in (plain, found)]
+    assert relative_error(*grads) <= tolerance
+
+
+def test_logarithms_of_another_dtype_are_refused_by_name():
+    inputs = make_inputs(1, 8)
+    x, dt, A, B, C = (inputs.pop(name) for name in ("x", "dt", "A", "B", "C"))
+    with pytest.raises(TypeError, match="A_log has dtype"):
+        ssd_from_log(x, dt, A.double(), B, C, **inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

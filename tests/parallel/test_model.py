@@ -109,7 +109,7 @@ def mixers_run(parallel: dict[str, Any]) -> tuple[int, int]:
 
         return call
 
-    mixers.ssd = counted(0, mixers.ssd)
+    mixers.ssd_from_log = counted(0, mixers.ssd_from_log)
     mixers.attention = counted(1, mixers.attention)
     stage, _ = build({}, parallel)
     ids = torch.randint(0, 300, (1, 64), generator=torch.Generator().manual_seed(0))

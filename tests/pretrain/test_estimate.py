@@ -249,8 +249,12 @@ def test_attention_and_scan_by_hand() -> None:
     model = ModelConfig(ssd_groups=2, chunk_size=128)
     hidden, feed_forward = 256, 2 * 3 * 256 * 512
     projections = 2 * hidden * (2 * 256 + 2 * 2 * 64 + 4)
-    scan = 2 * 2 * 128 * 64 + 4 * (2 * 128 * 64 + 4 * 64 * 64)
+    scan = 2 * 2 * 64 * 64 + 4 * (2 * 64 * 64 + 4 * 64 * 64)  # chunks of 64, not of 128
     assert layer_flops(model, 0, 4096) == feed_forward + projections + scan
+    halved = scan - 2 * 2 * 32 * 64 - 4 * 2 * 32 * 64
+    shorter = model.model_copy(update={"chunk_size": 32})
+    assert layer_flops(shorter, 0, 4096) == feed_forward + projections + halved
+    assert layer_flops(model, 0, 32) == layer_flops(shorter, 0, 32)
     attention = 2 * hidden * 4 * 256 + sum(4 * 256 * keys for keys in range(1, 4097)) / 4096
     assert layer_flops(model, 7, 4096) == pytest.approx(feed_forward + attention)
     assert head_flops(model) == 2 * 256 * 8192
