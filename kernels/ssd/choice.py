@@ -15,7 +15,7 @@ WAVES = 2  # of programs on all processors, at least, where rows are cut
 
 @lru_cache(maxsize=256)
 def choose_shape(
-    problem: Problem, tile: Tile, target: Target, backward: bool, *, may_segment: bool = True
+    problem: Problem, tile: Tile, target: Target, backward: bool, may_segment: bool = True
 ) -> Shape:
     """The shape of a pass, from the number of its programs and the bytes that it moves.
 

@@ -58,7 +58,7 @@ def ssd_fused(
 
 
 def _shape(problem: Problem, choice: Tile, target: Target, *, backward: bool) -> Shape:
-    return choose_shape(problem, choice, target, backward, may_segment=not is_off(SCAN_SEGMENTS))
+    return choose_shape(problem, choice, target, backward, not is_off(SCAN_SEGMENTS))
 
 
 class _FusedScan(torch.autograd.Function):
