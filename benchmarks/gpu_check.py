@@ -86,13 +86,18 @@ def furthest(losses: list[float], expected: list[float]) -> float:
     return max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True))
 
 
-def check(gpus: int, steps: int, folder: Path) -> bool:
-    """Print the table; whether everything is within its bounds."""
+def check(
+    gpus: int, steps: int, folder: Path, runs: list[tuple[int, str, list[str]]] | None = None
+) -> bool:
+    """Print the table; whether everything is within its bounds.
+
+    runs: those of `layouts` by default; the last one is resumed, exported and evaluated.
+    """
     console = Console(highlight=False, markup=False)
     table = Table("run", "dtype", "furthest apart", "")
     expected = train(folder / "cpu", 1, "fp32", [], steps, gpu=False)
     good = []
-    for number, (processes, dtype, options) in enumerate(layouts(gpus)):
+    for number, (processes, dtype, options) in enumerate(runs or layouts(gpus)):
         run = folder / str(number)
         error = furthest(train(run, processes, dtype, options, steps), expected)
         good.append(error <= BOUNDS[dtype])

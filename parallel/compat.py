@@ -38,13 +38,16 @@ def prepare_host(local_rank: int = 0) -> torch.device:
 
     With CUDA: selects the local rank's GPU, or the one that the launcher left visible. Without:
     tells DeepSpeed to use the CPU, keeps it from compiling its shared-memory collectives at first
-    use, and redirects Megatron-core's CUDA factory calls to the CPU. Idempotent.
+    use, bounds the memory of oneDNN's compiled products, and redirects Megatron-core's CUDA factory
+    calls to the CPU. Idempotent.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
         torch.cuda.set_device(device)
         return device
     os.environ["DS_ACCELERATOR"] = "cpu"
+    # oneDNN reads it at its first product; its own default, 1,024, comes to a gigabyte in bf16
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     cpu = torch.device("cpu")
     if getattr(torch.cuda.current_device, "is_cpu_stand_in", False):
         return cpu

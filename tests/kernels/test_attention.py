@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.attention import attention
 
@@ -51,6 +52,30 @@ def test_matches_naive(borders, kv_heads, dtype):
     grads = torch.autograd.grad(found, tensors, weight)
     for grad, wanted in zip(grads, torch.autograd.grad(expected, tensors, weight), strict=True):
         torch.testing.assert_close(grad, wanted, **tolerance)
+
+
+class _Lengths(TorchDispatchMode):
+    """Collects the lengths of the rows that SDPA is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "attention" in func.__name__ and "backward" not in func.__name__:
+            self.seen.add(args[0].shape[2])
+        return func(*args, **(kwargs or {}))
+
+
+def test_documents_of_all_sizes_share_a_few_products_in_16_bits():
+    if torch.get_default_device().type != "cpu":
+        pytest.skip("oneDNN compiles products on the CPU alone")
+    generator = torch.Generator().manual_seed(0)
+    with _Lengths() as lengths:
+        for size in range(1, 200):
+            q = torch.randn(1, 300, 2, 8, generator=generator).bfloat16()
+            attention(q, q, q, torch.tensor([0, size, 300], dtype=torch.int32))
+    assert lengths.seen == {64, 128, 192, 256, 320}
 
 
 def test_scale_is_used():
