@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.export import export_checkpoint
 from checkpoints_tools.importing import import_model
 from checkpoints_tools.manifest import read_manifest
-from checkpoints_tools.model_card import place_name
+from checkpoints_tools.model_card import model_card, place_name
 from checkpoints_tools.model_folder import load_model
-from checkpoints_tools.source import longest_sequence
+from checkpoints_tools.source import longest_sequence, open_source, single_gpu_config
 from checkpoints_tools.stored import StoredTensors
 from checkpoints_tools.stored_writer import write_untrained_state
 from tests.pretrain.command import paragraph, run_command
@@ -90,18 +91,18 @@ def test_card_says_where_it_comes_from(trained: Path, tmp_path: Path) -> None:
 
 
 def test_card_says_how_to_load_and_what_it_was_trained_on(trained: Path, tmp_path: Path) -> None:
-    step_dir = trained / "run/checkpoints/step-00000004"
-    manifest = read_manifest(step_dir)
+    source = open_source(trained / "run/checkpoints/step-00000004", checksums=False)
+    manifest = source.manifest | {"evaluation": {"step": 2, "validation_loss": 5.43211}}
     data = place_name(manifest["config"]["data"]["train"])
     assert data not in ("", "train")
-    export_checkpoint(step_dir, tmp_path / "model")
-    card = (tmp_path / "model/README.md").read_text()
+    config = single_gpu_config(manifest, "fp32")
+    card = model_card(replace(source, manifest=manifest), config, 1, [])
     for text in (
         "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True",
         "model.generate(",
         f"| training data | {data} |",
         f"| longest training sequences | {manifest['config']['data']['seq_len']} tokens |",
-        f"| validation loss | {manifest['evaluation']['validation_loss']:.4f} nats a token, after",
+        "| validation loss | 5.4321 nats a token, after step 2 |",
     ):
         assert text in card
     code = card.split("```python")[1].split("```")[0]

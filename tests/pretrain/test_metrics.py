@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks.ranks import run_ranks
+from checkpoints_tools.folder import resolve
+from checkpoints_tools.manifest import read_manifest
 from pretrain.config import load_config
 from tests.pretrain.command import paragraph, read_metrics, run_command, write_config
 
@@ -66,6 +68,10 @@ def test_validation_is_recorded_when_due_and_at_the_end(run: tuple[Path, float])
     assert list(found) == [3, 4, 6]  # every 3 steps; 4 was the end of the first start
     for entry in found.values():
         assert entry["validation_perplexity"] == pytest.approx(math.exp(entry["validation_loss"]))
+    manifest = read_manifest(resolve(run[0]))  # of the newest checkpoint, for a model card
+    loss = found[6]["validation_loss"]
+    assert manifest["evaluation"] == {"step": 6, "validation_loss": loss}
+    assert manifest["longest_sequence"] == 64
 
 
 def test_flops_follow_from_the_model_and_the_rate(run: tuple[Path, float]) -> None:
