@@ -81,9 +81,8 @@ def record_start(config: Config, world_size: int, step: int = 0) -> None:
     with _writing(run_dir):
         (run_dir / "logs" / failure.FILE).unlink(missing_ok=True)  # of an earlier start
         write_durably(run_dir / "config.toml", dump_recorded(config).encode())
-        revision = git_revision()
-        _record_environment(run_dir / "environment.json", world_size, revision)
-    record_began(run_dir, step, began_message(step, world_size, revision))
+        _record_environment(run_dir / "environment.json", world_size)
+    record_began(run_dir, step, began_message(step, world_size, git_revision()))
 
 
 def began_message(step: int, world_size: int, revision: str) -> str:
@@ -171,7 +170,7 @@ def _report_once(place: str) -> Callable[[logging.LogRecord], None]:
     return report
 
 
-def _record_environment(path: Path, world_size: int, revision: str) -> None:
+def _record_environment(path: Path, world_size: int) -> None:
     """Append what this start ran on: a requeued run may meet other machines and versions."""
     starts: list[Any] = []
     try:
@@ -188,7 +187,7 @@ def _record_environment(path: Path, world_size: int, revision: str) -> None:
             "platform": platform.platform(),
             "python": platform.python_version(),
             "world_size": world_size,
-            "git_revision": revision,
+            "git_revision": git_revision(),
             "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
             "packages": installed_packages(),
         }

@@ -121,6 +121,8 @@ def runs(
     from slurm.runs import find_runs, run_status
 
     run_dirs = find_runs(folder)
+    if not run_dirs:
+        _warn(f"{folder}: there is no run in it, neither submitted nor begun")
     jobs, found = known_jobs(), []
     table = Table(
         "run", "job", "state", "step", "loss", "tokens/s", "starts", "left", "limit", "ended"

@@ -234,7 +234,7 @@ def _unreadable(path: Path, error: Exception) -> str:
 def find_runs(folder: Path) -> list[Path]:
     """Return the run directories in a folder, the one written to last first.
 
-    Raises ConfigError where there are none.
+    Raises ConfigError where there is no such folder.
     """
     if not folder.is_dir():
         near = Path("runs") / folder
@@ -242,8 +242,6 @@ def find_runs(folder: Path) -> list[Path]:
         raise ConfigError(f"{folder}: there is no such folder{hint}")
     marks = ("jobs.jsonl", "environment.json")  # submitted; or begun
     found = {path.parent for mark in marks for path in folder.glob(f"**/{mark}")}
-    if not found:
-        raise ConfigError(f"{folder}: there is no run in it, neither submitted nor begun")
     return sorted(found, key=_written, reverse=True)
 
 

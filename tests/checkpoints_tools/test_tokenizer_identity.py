@@ -22,7 +22,8 @@ from pretrain.config import Config, load_config
 from pretrain.evaluation.command import Asked, evaluate
 from pretrain.evaluation.models import ExportedModel
 from pretrain.real_text import real_tokens
-from pretrain.resume import _check_same_run, _weights_source
+from pretrain.resume import _weights_source
+from pretrain.same_run import check_same_run
 from pretrain.sources import open_blend
 
 STEP = "run/checkpoints/step-00000004"
@@ -72,10 +73,10 @@ def configured(trained: Path, data: Path, **fields: Any) -> Config:
 
 def test_data_prepared_again_goes_on_with_the_run(trained: Path, again: Path) -> None:
     config = configured(trained, again)
-    _check_same_run(trained / STEP, config, open_blend(config))
+    check_same_run(trained / STEP, config, open_blend(config))
     change_tokenizer(again, lower((again / "tokenizer.json").read_bytes()))
     with pytest.raises(CheckpointError, match=r"another tokenizer .*differ in normalizer\)"):
-        _check_same_run(trained / STEP, config, open_blend(config))
+        check_same_run(trained / STEP, config, open_blend(config))
 
 
 def test_other_samples_are_other_data(trained: Path, again: Path) -> None:
@@ -83,7 +84,7 @@ def test_other_samples_are_other_data(trained: Path, again: Path) -> None:
     shutil.copytree(again / "validation", again / "train")
     config = configured(trained, again)
     with pytest.raises(CheckpointError, match="was trained with another data"):
-        _check_same_run(trained / STEP, config, open_blend(config))
+        check_same_run(trained / STEP, config, open_blend(config))
 
 
 def test_weights_of_an_export_are_of_the_same_tokenizer(

@@ -37,7 +37,7 @@ def shape(request, monkeypatch):
     return request.param
 
 
-def shape_of(kind, problem, tile, target, backward):
+def shape_of(kind, problem, tile, target, backward, _may_segment=True):
     """Of that kind where it can be: short rows are not cut, groups' gradients are split."""
     shared = problem.per_group > 1
     if kind == "split" or (backward and shared):

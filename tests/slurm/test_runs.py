@@ -264,17 +264,20 @@ def test_a_later_start_with_fewer_steps_has_no_time_left(runs: Path) -> None:
     assert json.loads(outcome("status", runs / "good", "--json").stdout)["seconds_left"] is None
 
 
-@pytest.mark.parametrize("name", ["nothing", "logs-only", ""])
+@pytest.mark.parametrize("words", [["runs", "nothing"], ["runs"], ["runs", "nothing", "--json"]])
 def test_runs_of_nothing_is_an_error(
-    name: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "logs-only/logs").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "logs-only")
-    words = ["runs", str(tmp_path / name)] if name else ["runs"]
-    for extra in ([], ["--json"]):
-        result = outcome(*words, *extra)
-        assert result.exit_code
-        assert "there is no" in str(result.exception)
+    monkeypatch.chdir(tmp_path)
+    result = outcome(*words)
+    assert result.exit_code
+    assert "there is no such folder" in str(result.exception)
+
+
+def test_a_folder_without_runs_is_told_of(runs: Path) -> None:
+    empty = runs / "good/logs"
+    assert "there is no run in it" in outcome("runs", empty).stderr
+    assert outcome("runs", empty, "--json").stdout == "[]\n"
 
 
 def test_a_run_named_without_its_folder_is_pointed_out(
