@@ -29,8 +29,9 @@ from untrusted.secrets import redact_values
 
 log = logging.getLogger("transxssm")
 
-# Fields that only say how the same function is computed, or from where it once began.
-FREE_MODEL_FIELDS = {"chunk_size", "init_std"}
+# Fields that only say how the same function is computed, from where it once began, or how far it was
+# trained.
+FREE_MODEL_FIELDS = {"chunk_size", "init_std", "max_position_embeddings"}
 # With these the order of samples or the schedule would no longer be that of one run.
 ORDER_FIELDS = ("data.seed", "data.shuffle_window")
 FIXED_FIELDS = ("data.seq_len", "training.global_batch_size")
