@@ -29,8 +29,8 @@ from untrusted.secrets import redact_values
 
 log = logging.getLogger("transxssm")
 
-# Fields that only say how the same function is computed, from where it once began, or how far it was
-# trained.
+# Fields that only say how the same function is computed, from where it once began, or on how long
+# sequences it was trained.
 FREE_MODEL_FIELDS = {"chunk_size", "init_std", "max_position_embeddings"}
 # With these the order of samples or the schedule would no longer be that of one run.
 ORDER_FIELDS = ("data.seed", "data.shuffle_window")
