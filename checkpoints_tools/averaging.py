@@ -85,7 +85,9 @@ def _check_same_tokenizer(first: Source, source: Source) -> None:
 
 def _model(manifest: dict[str, Any]) -> dict[str, Any]:
     of_tokens = {name: manifest.get(name) for name in ("eod_id", "pad_id")}
-    return {f"model.{n}": value for n, value in manifest["config"]["model"].items()} | of_tokens
+    model = dict(manifest["config"]["model"])
+    model.pop("max_position_embeddings", None)  # in an import it says how far a model was trained
+    return {f"model.{name}": value for name, value in model.items()} | of_tokens
 
 
 def differing_fields(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

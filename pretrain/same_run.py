@@ -25,10 +25,11 @@ from untrusted.secrets import redact_values
 
 log = logging.getLogger("transxssm")
 
-# Fields that only say how the same function is computed, or from where it once began.
-FREE_MODEL_FIELDS = {"chunk_size", "init_std"}
+# Fields that only say how the same function is computed, from where it once began, or on how long
+# sequences it was trained.
+FREE_MODEL_FIELDS = {"chunk_size", "init_std", "max_position_embeddings"}
 # Fields that change what is computed and leave every tensor its name and shape.
-SAME_TENSORS = {"rope", "rope_theta", "rope_scaling", "rms_norm_eps", "max_position_embeddings"}
+SAME_TENSORS = {"rope", "rope_theta", "rope_scaling", "rms_norm_eps"}
 # With these the order of samples would no longer be that of one run.
 ORDER_FIELDS = ("data.seed", "data.shuffle_window")
 # Which samples a step reads: told by `_changes`.

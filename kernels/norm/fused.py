@@ -104,14 +104,14 @@ def tile(channels: int, itemsize: int) -> tuple[int, int, int]:
 def forward_programs(rows: int, channels: int, itemsize: int, num_sms: int) -> int:
     """As many programs as run at once; rows are shared evenly."""
     block_rows, _, num_warps = tile(channels, itemsize)
-    return min(triton.cdiv(rows, block_rows), num_sms * (FORWARD_WARPS_PER_SM // num_warps))
+    return min(-(-rows // block_rows), num_sms * (FORWARD_WARPS_PER_SM // num_warps))
 
 
 @lru_cache
 def backward_programs(rows: int, channels: int, itemsize: int, num_sms: int) -> int:
     """As many programs as run at once, so that partial sums are few; rows are shared evenly."""
     block_rows, _, num_warps = tile(channels, itemsize)
-    return min(triton.cdiv(rows, block_rows), num_sms * (BACKWARD_WARPS_PER_SM // num_warps))
+    return min(-(-rows // block_rows), num_sms * (BACKWARD_WARPS_PER_SM // num_warps))
 
 
 def forward_traffic(

@@ -65,9 +65,9 @@ def tile(dim: int) -> tuple[int, int]:
 @lru_cache
 def heads_per_program(tokens: int, heads: int, block_tokens: int, num_sms: int) -> tuple[int, int]:
     """Programs along tokens, and heads of each: all of them once tokens alone fill the GPU."""
-    programs = triton.cdiv(tokens, block_tokens)
+    programs = -(-tokens // block_tokens)
     shares = min(heads, max(1, PROGRAMS_PER_SM * num_sms // programs))
-    return programs, triton.cdiv(heads, shares)
+    return programs, -(-heads // shares)
 
 
 def traffic(tokens: int, heads: int, dim: int, itemsize: int, num_sms: int) -> tuple[int, int]:
@@ -76,7 +76,7 @@ def traffic(tokens: int, heads: int, dim: int, itemsize: int, num_sms: int) -> t
     block_tokens, _ = tile(dim)
     _, heads_each = heads_per_program(tokens, heads, block_tokens, num_sms)
     elements = tokens * heads * dim * itemsize
-    tables = 2 * tokens * (dim // 2) * 4 * triton.cdiv(heads, heads_each)
+    tables = 2 * tokens * (dim // 2) * 4 * -(-heads // heads_each)
     return elements + tables, elements
 
 

@@ -8,7 +8,6 @@ sums.
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -74,7 +73,7 @@ class _FusedScan(torch.autograd.Function):
         choice = tile(target, x.dtype, head_dim, state_dim, chunk_size)
         problem = Problem(batch, length, heads, groups, head_dim, state_dim, x.dtype)
         shape = _shape(problem, choice, target, backward=False)
-        chunks = triton.cdiv(length, choice.chunk)
+        chunks = -(-length // choice.chunk)
         y = x.new_empty(x.shape)
         final = x.new_empty(batch, heads, head_dim, state_dim, dtype=torch.float32)
         constants = _constants(problem, choice, log_A)
@@ -97,7 +96,7 @@ class _FusedScan(torch.autograd.Function):
             )  # fmt: skip
         else:
             exits, carries = _exits(x, batch * heads, head_dim, state_dim, shape)
-            programs = batch * groups * triton.cdiv(problem.per_group, shape.heads)
+            programs = batch * groups * -(-problem.per_group // shape.heads)
             for phase in _phases(shape):
                 scan_kernel[(programs, head_dim // choice.p_block, max(1, shape.segments - 1))](
                     x, dt, A, B, C, table, dt_bias, D, documents, initial_state, y, states, final,
@@ -134,7 +133,7 @@ class _FusedScan(torch.autograd.Function):
         }  # fmt: skip
         dA, d_bias, dD = x.new_empty(3, batch * heads, chunks, dtype=torch.float32)
         if shape.kind == "split":
-            spans = triton.cdiv(chunks, shape.span)
+            spans = -(-chunks // shape.span)
             carries = x.new_empty(batch * heads, spans, dtype=torch.float32)
             d_states = x.new_empty(batch * heads, spans, head_dim, state_dim)
             chunk_state_kernel[(spans, batch * groups)](

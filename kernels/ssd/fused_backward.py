@@ -19,8 +19,6 @@ import triton.language as tl
 
 from kernels.ssd.fused_forward import entry_state
 from kernels.ssd.fused_parts import (
-    LOG2E,
-    TINY_STEP,
     chunk_documents,
     decay_matrix,
     head_decay,
@@ -31,6 +29,7 @@ from kernels.ssd.fused_parts import (
     next_chunk,
     segment_chunks,
     state_offsets,
+    step_size_slopes,
     step_sizes,
     store_rows,
     store_unrotated,
@@ -285,8 +284,7 @@ def head_gradients(
     # step sizes once more, for the same reason as the table
     z, delta, _ = step_sizes(dt + token * DT_ROW + head, bias, valid, DT_ROW, Q)
     d_step = tl.where(valid, through, 0.0)
-    sigmoid = 1.0 / (1.0 + tl.exp2(-z * LOG2E))
-    ratio = tl.where(z < TINY_STEP, 1.0, sigmoid / delta)  # d ln Δ / dz
+    sigmoid, ratio = step_size_slopes(z, delta)
     dz = tl.where(valid, written * ratio + d_step * rate * sigmoid, 0.0)
     d_dt = ddt + token * D_DT_ROW + head + i * D_DT_ROW
     tl.store(d_dt, dz.to(ddt.dtype.element_ty), mask=valid)

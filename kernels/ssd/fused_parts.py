@@ -17,30 +17,47 @@ one: X_ROW, B_ROW, C_ROW and DT_ROW of the inputs, D_X_ROW, D_BC_ROW and D_DT_RO
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-# Below this z, ln softplus(z) = z in float32, also where softplus itself underflows.
-TINY_STEP = tl.constexpr(-17.0)
-# exp2 of this is 0 in float32, and so is that of anything below.
-FLOOR = tl.constexpr(-256.0)
-FINE = tl.constexpr(536870912.0)
+# Constants are functions or locals: Triton compares a kernel's global ones at every launch, which
+# is a tenth of what the host does for a layer.
+
+
+@triton.jit
+def log2e():
+    """log2(e), which makes exponents of exp2 of those of exp."""
+    return 1.4426950408889634
+
+
+@triton.jit
+def is_tiny(z):
+    """Whether ln softplus(z) = z in float32, also where softplus itself underflows."""
+    return z < -17.0
 
 
 @triton.jit
 def step_sizes(dt, dt_bias, valid, DT_ROW: tl.constexpr, Q: tl.constexpr):
     """z, Δ = softplus(z) and log2 Δ of a chunk, [Q] each; log2 Δ = -inf past the row's end."""
     z = tl.load(dt + tl.arange(0, Q) * DT_ROW, mask=valid, other=0.0).to(tl.float32) + dt_bias
-    e = tl.exp2(-tl.abs(z) * LOG2E)
+    e = tl.exp2(-tl.abs(z) * log2e())
     u = 1.0 + e
     # log1p(e), exact to rounding (Kahan): the error of 1 + e cancels in log(u) / (u - 1)
-    log1p = tl.where(u == 1.0, e, tl.log2(u) / LOG2E * (e / (u - 1.0)))
+    log1p = tl.where(u == 1.0, e, tl.log2(u) / log2e() * (e / (u - 1.0)))
     delta = tl.maximum(z, 0.0) + log1p
-    log_delta = tl.where(z < TINY_STEP, z * LOG2E, tl.log2(delta))
+    log_delta = tl.where(is_tiny(z), z * log2e(), tl.log2(delta))
     return z, delta, tl.where(valid, log_delta, -float("inf"))
+
+
+@triton.jit
+def step_size_slopes(z, delta):
+    """dΔ/dz and d ln Δ / dz of step sizes Δ = softplus(z)."""
+    sigmoid = 1.0 / (1.0 + tl.exp2(-z * log2e()))
+    return sigmoid, tl.where(is_tiny(z), 1.0, sigmoid / delta)
 
 
 @triton.jit
 def running_sums(delta, rate, valid, Q: tl.constexpr):
     """coarse and fine running sums [Q] of a = Δ·rate, and their totals; rate is A·log2(e)."""
+    FLOOR: tl.constexpr = -256.0  # exp2 of this is 0 in float32, and so is that of anything below
+    FINE: tl.constexpr = 536870912.0
     a = tl.maximum(delta * rate, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     a = tl.where(valid, a, 0.0)
     GRID: tl.constexpr = 65536 // Q
@@ -98,7 +115,7 @@ def head_rate(A, head, LOG_A: tl.constexpr):
     """A of one head, negative; with LOG_A the tensor holds log(-A)."""
     rate = tl.load(A + head).to(tl.float32)
     if LOG_A:
-        rate = -tl.exp2(rate * LOG2E)
+        rate = -tl.exp2(rate * log2e())
     return rate
 
 
@@ -115,7 +132,7 @@ def head_decay(
     where j's document goes on to the chunk's end, else 0) and the decay across the chunk, a scalar.
     """
     z, delta, log_delta = step_sizes(dt + token * DT_ROW + head, dt_bias, valid, DT_ROW, Q)
-    coarse, fine, coarse_end, fine_end = running_sums(delta, rate * LOG2E, valid, Q)
+    coarse, fine, coarse_end, fine_end = running_sums(delta, rate * log2e(), valid, Q)
     gate = entry_gate(coarse, fine, document, before)
     exponent = (coarse_end - coarse) + ((fine_end - fine) + log_delta)
     leave = tl.exp2(tl.where(document == end, exponent, -float("inf")))

@@ -24,13 +24,13 @@ def step(
     groups, state_dim = B.shape[1:]
     block_rows, block_half = tile(head_dim, state_dim)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    ssd_step_kernel[(batch * heads, triton.cdiv(head_dim, block_rows))](
+    ssd_step_kernel[(batch * heads, -(-head_dim // block_rows))](
         state, x, dt, A, B, C,
         None if cos is None else cos.contiguous(), None if sin is None else sin.contiguous(),
         dt_bias.contiguous(), None if D is None else D.contiguous(), new_state, y,
         heads, heads // groups,
         *x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2],
-        P=head_dim, N=state_dim, HALF=triton.cdiv(state_dim, 2),
+        P=head_dim, N=state_dim, HALF=-(-state_dim // 2),
         BLOCK_ROWS=block_rows, BLOCK_HALF=block_half, num_warps=NUM_WARPS,
     )  # fmt: skip
     return y
@@ -38,7 +38,7 @@ def step(
 
 def tile(head_dim: int, state_dim: int) -> tuple[int, int]:
     """Rows of the state and half of its channels in a program; for every architecture and dtype."""
-    block_half = triton.next_power_of_2(triton.cdiv(state_dim, 2))
+    block_half = triton.next_power_of_2(-(-state_dim // 2))
     rows = max(1, TILE_ELEMENTS // block_half)
     return min(rows, triton.next_power_of_2(head_dim)), block_half
 
@@ -48,7 +48,7 @@ def traffic(
 ) -> tuple[int, int]:
     """Bytes loaded and stored with rotation, dt in x's dtype, float32 A and dt_bias, no D."""
     block_rows, _ = tile(head_dim, state_dim)
-    programs = batch * heads * triton.cdiv(head_dim, block_rows)
+    programs = batch * heads * -(-head_dim // block_rows)
     state = batch * heads * head_dim * state_dim * state_itemsize
     rows = batch * heads * head_dim * itemsize
     each = (

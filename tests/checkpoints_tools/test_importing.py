@@ -45,7 +45,8 @@ def test_export_import_export_is_bit_for_bit(dtype: str, trained: Path, tmp_path
     assert [state[n] for n in ("step", "samples", "tokens", "adam_step")] == [0, 0, 0, 0]
     for name in ("tokenizer_hash", "eod_id", "pad_id"):
         assert state[name] == original[name]
-    assert state["config"]["model"] == original["config"]["model"]
+    length = {"max_position_embeddings": original["longest_sequence"]}
+    assert state["config"]["model"] == original["config"]["model"] | length
     tensors = stored_tensors(step_dir)
     expected = stored_tensors(trained / "run/checkpoints/step-00000004")
     for name, tensor in tensors.items():
@@ -221,6 +222,14 @@ def test_average_has_the_configuration_of_the_longest(trained: Path, tmp_path: P
     for order in ([copy, last], [last, copy]):
         step_dir = average_checkpoints(order, tmp_path / f"average of {order[0].name}")
         assert read_manifest(step_dir)["config"] == read_manifest(last)["config"]
+
+
+def test_average_with_an_import_of_the_same_model(trained: Path, tmp_path: Path) -> None:
+    step_dir = trained / "run/checkpoints/step-00000004"
+    export_checkpoint(step_dir, tmp_path / "model")
+    other = import_model(tmp_path / "model", tmp_path / "other", {})
+    average = average_checkpoints([step_dir, other], tmp_path / "average")
+    assert read_manifest(average)["config"] == read_manifest(step_dir)["config"]
 
 
 def test_average_of_different_models_is_refused(trained: Path, tmp_path: Path) -> None:
