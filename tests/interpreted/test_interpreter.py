@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.audit.interpreter import install
+from kernels.target import interpreting
 
 
 def every_bfloat16(seed: int) -> Tensor:
@@ -312,8 +313,12 @@ def test_an_untried_triton_is_refused(monkeypatch):
 
 def test_a_process_that_does_not_interpret_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 before Python starts"):
-        install()
+    interpreting.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1 before Python starts"):
+            install()
+    finally:
+        interpreting.cache_clear()
 
 
 def test_a_late_environment_variable_is_refused():
