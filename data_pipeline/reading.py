@@ -285,21 +285,22 @@ def _json_rows(piece: Piece, text_field: str) -> Iterator[tuple[int, int, dict[s
         if offset:  # the line that begins before belongs to the piece before
             file.seek(offset - 1)
             offset += len(_read_line(file, path, offset - 1)) - 1
-        whole = is_compressed(path)
+        whole, is_first = is_compressed(path), offset == 0
         while whole or offset < piece.end:
-            line = _read_line(file, path, offset)
+            line = _read_line(file, path, offset, is_first=is_first)
             if not line:
                 return
             text = _decode(line, path, offset)
             if text.strip():
+                is_first = False
                 yield offset, len(line), _row(text, text_field, path, offset)
             offset += len(line)
 
 
-def _read_line(file: IO[bytes], path: Path, offset: int) -> bytes:
-    """The rest of the line at byte `offset`."""
+def _read_line(file: IO[bytes], path: Path, offset: int, *, is_first: bool = False) -> bytes:
+    """The rest of the line at byte `offset`; is_first: with nothing but blank lines before it."""
     line = file.readline(MAX_LINE_BYTES)
-    if offset == 0 and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+    if is_first and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         raise DataError(
             f"{path}: is a JSON array. Rows have to be one JSON object a line, for example as "
             f"`{_by_jq(path, '.[]')}` writes them."
@@ -314,7 +315,9 @@ def _read_line(file: IO[bytes], path: Path, offset: int) -> bytes:
 
 def _by_jq(path: Path, program: str) -> str:
     """A command that writes JSON as one value a line."""
-    source, target = shlex.quote(path.name), shlex.quote(f"{path.name.partition('.')[0]}.jsonl")
+    plain = path.with_suffix("") if is_compressed(path) else path
+    result = plain.with_suffix(".rows.jsonl" if plain.suffix == ".jsonl" else ".jsonl")
+    source, target = shlex.quote(str(path)), shlex.quote(str(result))
     if not is_compressed(path):
         return f"jq -c '{program}' {source} > {target}"
     unpack = "gzip" if path.suffix.lower() == ".gz" else "zstd"

@@ -70,15 +70,14 @@ def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watch
         return None
     begin_log()
     first_step = 0 if start is None else int(start.folder.name.removeprefix("step-"))
-    from_rank_0(lambda: record_start(config, launch.world_size, first_step))
+    continued = config if start is None else config.with_phases(start.phases)
+    from_rank_0(lambda: record_start(config, launch.world_size, first_step, continued))
     from_rank_0(lambda: record_saves(config))
     from_rank_0(lambda: keep_tokenizer(data, Path(config.logging.run_dir)))
     watchdog.at("checking kernels")
     self_check.prove(config.model, device, DTYPES[config.training.dtype])
     watchdog.at("building the model")
-    continued = config
     if start is not None:
-        continued = config.with_phases(start.phases)
         data = blend(data.sources, continued)
     trainer = Trainer(continued, data, validation, device, watchdog.at)
     _tell_of_layout(config, launch, device)
@@ -99,7 +98,8 @@ def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watch
     stop.outlive_signals()
     reason = trainer.run()
     if reason is None:
-        record_ended("done", f"step {trainer.step:,} of {config.total_steps:,}", step=trainer.step)
+        message = f"step {trainer.step:,} of {continued.total_steps:,}"
+        record_ended("done", message, step=trainer.step)
     else:
         record_ended("stopped", f"{reason}, all saved", step=trainer.step)
     return reason

@@ -44,6 +44,9 @@ class Event(TypedDict):
     host: NotRequired[str]
     """Of a "start": where rank 0 runs, and its process there."""
     pid: NotRequired[Count]
+    total_steps: NotRequired[Count]
+    """Of a "start": the length of the run, whose batch size may have changed on the way."""
+    total_tokens: NotRequired[Count]
 
 
 class Start(TypedDict):

@@ -29,7 +29,7 @@ from pretrain.config import Config, ConfigError, load_config
 from pretrain.console import literal, shown
 from pretrain.records import EVENT, METRICS, Event, Metrics, Start, read_starts
 from pretrain.run_dir import check_run
-from pretrain.starts import how_ended, last_start
+from pretrain.starts import how_ended, last_start, totals
 from untrusted.errors import UntrustedError
 from untrusted.files import write_durably
 from untrusted.records import T, read_json_lines
@@ -285,13 +285,14 @@ def picture_by_position(record: Record, title: str) -> str:
 
 def facts(record: Record) -> dict[str, str]:
     """What the page says first."""
-    last, total = record.steps[-1], record.config.total_steps
+    last = record.steps[-1]
     validation = [line.get("validation_loss") for line in record.steps]
     evaluated = [loss for loss in validation if loss is not None]
     seconds = {name: record.total(name) for name in PHASES}
     whole = sum(seconds.values()) or 1.0
     rates = [rate for line in record.steps[-100:] if (rate := line.get("tokens_per_second"))]
-    _, end = last_start(record.events)
+    start, end = last_start(record.events)
+    total, _ = totals(record.config, start)
     found = {
         "step": f"{number(last['step'])} of {number(total)}",
         "tokens": number(last.get("tokens") or 0),

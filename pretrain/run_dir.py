@@ -68,9 +68,13 @@ def start_log(run_dir: Path, rank: int) -> None:
         _add_handlers(run_dir / "logs" / f"rank-{rank}.log", console=rank == 0)
 
 
-def record_start(config: Config, world_size: int, step: int = 0) -> None:
+def record_start(
+    config: Config, world_size: int, step: int = 0, continued: Config | None = None
+) -> None:
     """Record configuration, environment and the start itself, once the run is known to begin after
     `step`. Rank 0 only.
+
+    continued: the configuration with the phases that the run has had, where it goes on.
 
     Raises ConfigError when the run directory cannot be written, UnsafeFileError for a folder or
     device in the place of a file of its record.
@@ -82,7 +86,11 @@ def record_start(config: Config, world_size: int, step: int = 0) -> None:
         (run_dir / "logs" / failure.FILE).unlink(missing_ok=True)  # of an earlier start
         write_durably(run_dir / "config.toml", dump_recorded(config).encode())
         _record_environment(run_dir / "environment.json", world_size)
-    record_began(run_dir, step, began_message(step, world_size, git_revision()))
+    whole = continued or config
+    record_began(
+        run_dir, step, began_message(step, world_size, git_revision()),
+        total_steps=whole.total_steps, total_tokens=whole.total_tokens,
+    )  # fmt: skip
 
 
 def began_message(step: int, world_size: int, revision: str) -> str:

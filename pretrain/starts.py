@@ -12,6 +12,7 @@ from typing import Any
 
 from pretrain import stop
 from pretrain.bad_steps import record_event
+from pretrain.config import Config
 from pretrain.records import Event, How
 
 STATES: dict[How, str] = {"done": "finished", "stopped": "stopped", "failed": "failed"}
@@ -19,13 +20,16 @@ STATES: dict[How, str] = {"done": "finished", "stopped": "stopped", "failed": "f
 _open: tuple[Path, int] | None = None  # run directory and process of a start that has not ended
 
 
-def record_began(run_dir: Path, step: int, message: str) -> None:
+def record_began(run_dir: Path, step: int, message: str, **totals: int) -> None:
     """Record that this process, rank 0, starts the run after `step`; its end is then recorded, too,
-    where a signal or a lack of memory ends the process at once."""
+    where a signal or a lack of memory ends the process at once.
+
+    totals: `total_steps` and `total_tokens` of the run as this start makes it.
+    """
     global _open
     _open = run_dir, os.getpid()
     where = {"host": platform.node(), "pid": os.getpid()}
-    record_event(run_dir, "start", step=step, said=message, **where)
+    record_event(run_dir, "start", step=step, said=message, **where, **totals)
     stop.on_exit(record_ended)
 
 
@@ -52,6 +56,17 @@ def last_start(events: Sequence[Event]) -> tuple[Event | None, Event | None]:
         elif event["event"] == "end":
             end = event
     return start, end
+
+
+def totals(config: Config, start: Event | None) -> tuple[int, int]:
+    """Return the steps and tokens of the whole run.
+
+    Its last start recorded them, knowing the batch sizes of the steps before it; where there is no
+    such record, they are the configuration's.
+    """
+    if start is None or "total_steps" not in start or "total_tokens" not in start:
+        return config.total_steps, config.total_tokens
+    return start["total_steps"], start["total_tokens"]
 
 
 def how_ended(end: Event) -> str:

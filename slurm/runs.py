@@ -15,7 +15,7 @@ from pretrain.bad_steps import EVENTS
 from pretrain.config import Config, ConfigError, load_config
 from pretrain.records import EVENT, Event
 from pretrain.run_dir import check_run
-from pretrain.starts import STATES, how_ended, last_start
+from pretrain.starts import STATES, how_ended, last_start, totals
 from slurm.jobs import JobLog, known_jobs
 from untrusted.errors import RecordError, UntrustedError
 from untrusted.files import open_regular, read_regular
@@ -105,8 +105,11 @@ def run_status(run_dir: Path, jobs: dict[str, dict[str, str]] | None = None) -> 
         if 1 / FASTEST < (known := line.get("tokens_per_second") or 0.0) < FASTEST
     ]
     rate = sum(rates) / len(rates) if rates else None
-    step, total = last.get("step", 0), config.total_steps
-    left = max(0, config.total_tokens - last.get("tokens", 0))
+    total, total_tokens = totals(config, start)
+    # the metrics of a step that a stop left without its evaluation are written by the next start
+    ended_at = 0 if end is None else end.get("step", 0)
+    step = max(last.get("step", 0), ended_at)
+    left = max(0, total_tokens - last.get("tokens", 0))
     failed = _text(run_dir / "logs/first_failure.txt", damaged)
     if end is not None and end.get("how") == "failed":
         failed = failed or end.get("said")

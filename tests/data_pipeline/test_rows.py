@@ -42,26 +42,39 @@ def test_json_lines_are_rows_under_every_name(suffix: str, packed: str, tmp_path
     assert sorted(texts(tmp_path)) == sorted([*expected, "about"])
 
 
-@pytest.mark.parametrize("content", ['[{"text": "a"}]', '\ufeff[\n{"text": "a"}\n]', "[" * 1000])
+@pytest.mark.parametrize(
+    "content", ['[{"text": "a"}]', '\ufeff[\n{"text": "a"}\n]', "[" * 1000, ' \n\n[{"text": "a"}]']
+)
 def test_a_json_array_is_refused_with_a_way_out(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data_pipeline.reading.MAX_LINE_BYTES", 256)
     (tmp_path / "rows.json").write_text(content)
-    with pytest.raises(DataError, match=r"rows\.json: is a JSON array.*jq -c '\.\[\]' rows\.json"):
+    with pytest.raises(
+        DataError, match=r"rows\.json: is a JSON array.*jq -c '\.\[\]' /.*/rows\.json > /"
+    ):
         texts(tmp_path)
 
 
 def test_the_way_out_of_a_packed_array_unpacks_it(tmp_path: Path) -> None:
     (tmp_path / "my rows.json.gz").write_bytes(gzip.compress(b"[1]"))
-    with pytest.raises(DataError, match=r"gzip -dc 'my rows\.json\.gz' \| jq -c '\.\[\]' > 'my r"):
+    with pytest.raises(
+        DataError,
+        match=r"gzip -dc '/.*/my rows\.json\.gz' \| jq -c '\.\[\]' > '/.*/my rows\.jsonl'",
+    ):
+        texts(tmp_path)
+
+
+def test_the_way_out_overwrites_no_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "c4.00001.jsonl").write_text('{"text": "a"')
+    with pytest.raises(DataError, match=r"> /.*/c4\.00001\.rows\.jsonl`"):
         texts(tmp_path)
 
 
 def test_json_over_several_lines_is_refused_with_a_way_out(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"text": "a"}, indent=1))
     with pytest.raises(
-        DataError, match=r"a\.json:1: not valid JSON.*`jq -c '\.' a\.json > a\.jsonl`"
+        DataError, match=r"a\.json:1: not valid JSON.*`jq -c '\.' /.*/a\.json > /.*/a\.jsonl`"
     ):
         texts(tmp_path)
 

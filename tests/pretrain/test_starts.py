@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 from pretrain import starts, stop
 from pretrain.cli import app
+from pretrain.config import load_config
 from pretrain.report import write_report
+from pretrain.run_dir import record_start
 from pretrain.starts import record_began, record_ended
 from slurm.runs import run_status
 from tests.pretrain.command import at_step, run_command, write_config
@@ -114,3 +116,32 @@ def test_only_the_process_that_began_a_start_ends_it_once(
     assert [(event["event"], event.get("how")) for event in events] == [
         ("start", None), ("end", "stopped"),
     ]  # fmt: skip
+
+
+def test_the_length_of_a_run_counts_the_batches_it_has_had(tiny_data: Path, tmp_path: Path) -> None:
+    """Four steps of 8 sequences, then as many tokens as six make: by the new batch four in all."""
+    config = write_config(tmp_path, tiny_data, training={"steps": 4, "eval_every": 0})
+    (end,) = run_command("pretrain", config)
+    assert end.code == 0, end.output
+    tokens = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["tokens"]
+    batch = load_config(config).training.global_batch_size
+    longer = ["--training.tokens", str(tokens * 2), "--training.global_batch_size", str(batch // 2)]
+    (end,) = run_command("pretrain", config, *longer)
+    assert end.code == 0, end.output
+    status = run_status(tmp_path / "run", {})
+    assert (status.step, status.total_steps, status.state) == (12, 12, "finished")
+    last = json.loads((tmp_path / "run/events.jsonl").read_text().splitlines()[-1])
+    assert last["said"] == "step 12 of 12"
+
+
+def test_a_stopped_run_is_shown_at_the_step_it_has_saved(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that step's metrics wait for their evaluation."""
+    monkeypatch.setattr(starts, "_open", None)
+    monkeypatch.setattr(stop, "_report", None)
+    config = write_config(tmp_path, tiny_data, training={"steps": 4})
+    (tmp_path / "run/logs").mkdir(parents=True)
+    record_start(load_config(config), 1)
+    record_ended("stopped", "SIGTERM, all saved", step=3)
+    assert run_status(tmp_path / "run", {}).step == 3
