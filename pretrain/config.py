@@ -4,6 +4,7 @@ Order: defaults < file < command line. Imports neither torch nor DeepSpeed, so t
 configuration dies before anything is built.
 """
 
+import codecs
 import difflib
 import math
 import tomllib
@@ -466,7 +467,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     try:
         content = read_regular(Path(path), MAX_BYTES, follow_link=True)
-        tree = tomllib.loads(content.decode("utf-8-sig"))
+        tree = tomllib.loads(content.removeprefix(codecs.BOM_UTF8).decode())
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except UnsafeFileError as error:

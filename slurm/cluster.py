@@ -1,5 +1,6 @@
 """What a cluster's users would otherwise type every time: cluster.toml."""
 
+import codecs
 import difflib
 import os
 import tomllib
@@ -62,7 +63,9 @@ def load_cluster() -> ClusterConfig:
 def parse_cluster(content: bytes, path: Path) -> ClusterConfig:
     """The defaults in a file's content. Raises ConfigError."""
     try:
-        return ClusterConfig.model_validate(tomllib.loads(content.decode("utf-8-sig")))
+        return ClusterConfig.model_validate(
+            tomllib.loads(content.removeprefix(codecs.BOM_UTF8).decode())
+        )
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
     except ValidationError as error:

@@ -286,7 +286,7 @@ def test_a_run_blends_counts_warns_and_resumes_on_other_ranks(
         assert two["tokens_kernels"] == one["tokens_kernels"]
 
 
-def test_another_blend_is_other_data(
+def test_another_order_is_other_data_and_other_weights_are_a_change(
     two_sources: dict[str, Any], tiny_data: Path, tmp_path: Path
 ) -> None:
     path = write_config(
@@ -298,6 +298,9 @@ def test_another_blend_is_other_data(
         tmp_path, tiny_data, data=two_sources | {"sources": listed},
         training={"steps": 4, "eval_every": 0},
     )  # fmt: skip
-    end = run_command("pretrain", other)[0]
+    end = run_command("pretrain", other, "--data.seed", "77")[0]
     assert end.code == 1
     assert "was trained with another data" in end.output
+    end = run_command("pretrain", other)[0]
+    assert end.code == 0, end.output
+    assert "from step 3 (sample 8) on: weights: " in end.output
