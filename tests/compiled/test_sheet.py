@@ -152,7 +152,7 @@ def test_golden_numbers_cover_every_case_and_target() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["ssd B8 L4096 H16 P128 N128 bf16", "add_rms_norm T32768 N2048 bf16"]
+    "name", ["ssd B8 L4096 H16 G16 P128 N128 bf16", "add_rms_norm T32768 N2048 bf16"]
 )
 def test_golden_numbers_are_those_of_the_kernels(name: str) -> None:
     """When this fails: transxssm kernels audit --update, and read what changed."""
