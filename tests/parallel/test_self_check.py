@@ -4,7 +4,7 @@ On a CPU, Triton's kernels and the products of CUDA are played by PyTorch.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from kernels.norm import blocked as norm_in_torch
 from kernels.rope import blocked as rope_in_torch
 from kernels.slices import empty_together
 from kernels.ssd.chunked import ssd_chunked
+from kernels.ssd.tables import ScanTables
 from kernels.swiglu.naive import swiglu_naive
 from parallel import products, self_check
 from parallel.config import ModelConfig
@@ -45,6 +46,28 @@ def swiglu_backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
     return found
 
 
+def scan_in_torch(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, tables: ScanTables, dt_bias: Tensor,
+    chunk_size: int, initial_state: Tensor | None, D: Tensor | None, log_A: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `kernels.ssd.fused.ssd_fused`."""
+    A = -A.float().exp() if log_A else A
+    return ssd_chunked(
+        x, dt, A, B, C, tables.cos, tables.sin, dt_bias, tables.cu_seqlens, chunk_size,
+        initial_state, D,
+    )  # fmt: skip
+
+
+def rotate_in_torch(
+    tensors: Sequence[Tensor], out: Sequence[Tensor], cos: Tensor, sin: Tensor, conjugate: bool,
+    copied: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """As `kernels.rope.fused.rotate`."""
+    rope_in_torch.rotate(tensors, out, cos, sin, conjugate)
+    if copied is not None:
+        copied[1].copy_(copied[0])
+
+
 # What stands for a kernel, by operation: where Triton's is, and PyTorch's
 STAND_INS: dict[str, list[tuple[Any, str, Callable[..., Any]]]] = {
     "cross_entropy": [
@@ -59,8 +82,8 @@ STAND_INS: dict[str, list[tuple[Any, str, Callable[..., Any]]]] = {
         (kernels.swiglu.fused, "forward", lambda g, u: swiglu_naive(g, u).to(g.dtype)),
         (kernels.swiglu.fused, "backward", swiglu_backward),
     ],
-    "rope": [(kernels.rope.fused, "rotate", rope_in_torch.rotate)],
-    "ssd": [(kernels.ssd.fused, "ssd_fused", ssd_chunked)],
+    "rope": [(kernels.rope.fused, "rotate", rotate_in_torch)],
+    "ssd": [(kernels.ssd.fused, "ssd_fused", scan_in_torch)],
 }
 
 
