@@ -59,7 +59,7 @@ def test_a_long_text_takes_a_few_bytes_a_token(
     model: Any = SimpleNamespace(tokenizer=tokenizer, end_of_text=0, max_length=64)
     tracemalloc.start()
     try:
-        (ids,), size = command._text_ids(model, str(tmp_path), command.Asked(limit=1))
+        (ids,), size = command._text_ids(model, str(tmp_path), "text", command.Asked(limit=1))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
