@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from safetensors import safe_open
 
 from checkpoints_tools import folder as folders
 from checkpoints_tools.manifest import read_manifest
-from checkpoints_tools.single_gpu import initial_value
+from checkpoints_tools.single_gpu import TransXSSMConfig, initial_value
 from checkpoints_tools.source import parameter_shapes, single_gpu_config
 from checkpoints_tools.stored_writer import Blocks, write_untrained_state
 from parallel.config import ModelConfig
@@ -88,6 +89,19 @@ def make_checkpoint(folder: Path, size: dict[str, Any]) -> int:
         "head_dim": size["hidden_size"] // 16,
     }
     model = ModelConfig(**size, **sizes, ssd_groups=4, attn_layer_period=3, attn_layer_offset=2)
+    random = torch.Generator().manual_seed(1)
+    return write_checkpoint(
+        folder, model, lambda name, shape, config: initial_value(name, shape, config, random)
+    )
+
+
+def write_checkpoint(
+    folder: Path,
+    model: ModelConfig,
+    value: Callable[[str, torch.Size, TransXSSMConfig], torch.Tensor],
+) -> int:
+    """Write FOLDER/step-00000001 of weights that `value` makes by name and shape, each in one
+    piece, with a tokenizer of bytes. Returns the bytes of the weights."""
     tokenizer = byte_tokenizer()
     state = {
         "tokens": 0, "samples": 0, "skipped_shards": [], "adam_step": 0, "world_size": 1,
@@ -99,11 +113,10 @@ def make_checkpoint(folder: Path, size: dict[str, Any]) -> int:
     shapes = parameter_shapes(config)
     temporary = folders.begin(folder, 1)
     (temporary / "tokenizer.json").write_bytes(tokenizer)
-    random = torch.Generator().manual_seed(1)
 
     def read(name: str) -> Blocks:
-        value = initial_value(name, torch.Size(shapes[name]), config, random)
-        yield range(len(value)), value
+        values = value(name, torch.Size(shapes[name]), config)
+        yield range(len(values)), values
 
     entries = write_untrained_state(temporary, shapes, read)
     folders.commit(folder, 1, state, entries)

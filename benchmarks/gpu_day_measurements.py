@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu_day` measures on one GPU, each measurement a function of its own.
+"""Measurements of one GPU for `benchmarks.gpu_day`, a function each.
 
 Every function returns rows, a list of flat dictionaries, and takes `tiny`: on a CPU the same code
 runs at sizes without meaning, to show that it runs. Times are of events on the device, medians of
@@ -399,7 +399,7 @@ def random_batch(config: Config) -> LocalBatch:
     generator = torch.Generator().manual_seed(0)
     cut = length * 2 // 3
     starts = [row * length + offset for row in range(rows) for offset in (0, cut)]
-    borders = torch.tensor([*starts, rows * length], dtype=torch.int32, device=where)
+    boundaries = torch.tensor([*starts, rows * length], dtype=torch.int32, device=where)
     tokens = torch.randint(config.model.vocab_size, (rows, length + 1), generator=generator)
     positions = torch.cat((torch.arange(cut), torch.arange(length - cut))).int().repeat(rows, 1)
     return LocalBatch(
@@ -407,8 +407,8 @@ def random_batch(config: Config) -> LocalBatch:
         tokens[:, 1:].contiguous().to(where),
         torch.ones(rows, length, device=where),
         positions.to(where),
-        borders,
-        borders,
+        boundaries,
+        boundaries,
         torch.zeros(rows, dtype=torch.int64, device=where),
     )
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks.handoff [--export FOLDER] [--quick] [--folder FOLDER]
 
-Every row of handoff_rows and handoff_fsdp runs in a process that cannot import this project:
-Trainer, offloading, adapters, gradient checkpointing, embeddings as input, resizing, generation in
-pieces, FSDP. Each compares logits with the plain call's, and gradients where it trains. Without
---export two small models with random weights are exported, with tied embeddings and without
-(--quick: tied alone).
+Every row of handoff_tools, handoff_uses and handoff_fsdp runs in a process that cannot import this
+project: Trainer, offloading, adapters, gradient checkpointing, embeddings as input, resizing,
+generation in pieces, FSDP. Each compares logits with the plain call's, and gradients where it
+trains. Without --export two small models with random weights are exported, with tied embeddings and
+without (--quick: tied alone).
 
 FOLDER [build/handoff] holds a virtual environment for each transformers, which is made once: pip
 installs transformers, peft and accelerate there, some 100 MB; torch and the rest are those of this
@@ -33,18 +33,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.export_memory import byte_tokenizer
-from checkpoints_tools import folder as folders
+from benchmarks.export_memory import write_checkpoint
 from checkpoints_tools.export import export_checkpoint
-from checkpoints_tools.source import parameter_shapes, single_gpu_config
-from checkpoints_tools.stored_writer import Blocks, write_untrained_state
+from checkpoints_tools.single_gpu import TransXSSMConfig
 from parallel.config import ModelConfig
 
 ENVIRONMENTS = {
     "4.57": ["transformers==4.57.*", "peft>=0.17", "accelerate>=1.10"],
     "5": ["transformers>=5,<6", "peft>=0.18", "accelerate>=1.10"],
 }
-SCRIPTS = ("handoff_rows.py", "handoff_fsdp.py")
+SHARED = "handoff_export.py"
+SCRIPTS = ("handoff_tools.py", "handoff_uses.py", "handoff_fsdp.py")
 HERE = Path(__file__).parent
 SIZES: dict[str, Any] = {
     "vocab_size": 262, "hidden_size": 32, "intermediate_size": 48, "num_layers": 4,
@@ -57,31 +56,17 @@ SIZES: dict[str, Any] = {
 def make_export(folder: Path, *, tied: bool) -> None:
     """Export a small model of which every weight matters: norms and residuals are scattered."""
     model = ModelConfig(**SIZES, tie_word_embeddings=tied)
-    tokenizer = byte_tokenizer()
-    state = {
-        "tokens": 0, "samples": 0, "skipped_shards": [], "adam_step": 0, "world_size": 1,
-        "config": {"model": model.model_dump(mode="json")}, "data_fingerprint": "",
-        "tokenizer_hash": hashlib.sha256(tokenizer).hexdigest(), "eod_id": 0, "pad_id": 1,
-        "git_revision": "",
-    }  # fmt: skip
-    shapes = parameter_shapes(single_gpu_config(state, "fp32"))
     random = torch.Generator().manual_seed(3)
 
-    def read(name: str) -> Blocks:
-        value = torch.randn(shapes[name], generator=random) * 0.2
+    def value(name: str, shape: torch.Size, _: TransXSSMConfig) -> torch.Tensor:
+        values = torch.randn(shape, generator=random) * 0.2
         if name.endswith("dt_bias"):
-            value -= 2
-        elif value.dim() == 1 and not name.endswith("A_log"):
-            value += 1
-        yield range(len(value)), value
+            return values - 2
+        return values + 1 if values.dim() == 1 and not name.endswith("A_log") else values
 
-    with tempfile.TemporaryDirectory() as name:
-        checkpoints = Path(name)
-        temporary = folders.begin(checkpoints, 1)
-        (temporary / "tokenizer.json").write_bytes(tokenizer)
-        entries = write_untrained_state(temporary, shapes, read)
-        folders.commit(checkpoints, 1, state, entries)
-        export_checkpoint(checkpoints / "step-00000001", folder)
+    with tempfile.TemporaryDirectory() as checkpoints:
+        write_checkpoint(Path(checkpoints), model, value)
+        export_checkpoint(Path(checkpoints) / "step-00000001", folder)
 
 
 def environment(folder: Path, version: str, console: Console) -> Path:
@@ -111,7 +96,10 @@ def environment(folder: Path, version: str, console: Console) -> Path:
 def fingerprint(export: Path) -> str:
     """Of what a row's result follows from: the export's files and the scripts."""
     digest = hashlib.sha256()
-    for path in (*sorted(p for p in export.iterdir() if p.is_file()), *(HERE / s for s in SCRIPTS)):
+    for path in (
+        *sorted(p for p in export.iterdir() if p.is_file()),
+        *(HERE / s for s in (SHARED, *SCRIPTS)),
+    ):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -5,23 +5,20 @@
 Two processes over gloo train a step with Adam, each on one row of a batch. The wrapping is the
 README's code, run from there. Compared with the export loaded in bf16 and run row by row on one
 process: logits, loss, and every gradient. A_log, dt_bias and D have to be float32 inside `forward`,
-and every parameter must move. Takes the file and rows of handoff_rows.
+and every parameter must move.
 """
 
-import json
 import os
 import re
 import sys
 import tempfile
-import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from handoff_rows import Blocker, Export, difference, gradients, passed, worst
+from handoff_export import Export, difference, gradients, run, worst
 from torch import Tensor
 
 BOUND = 0.02  # bf16's own: gradients of two rows are summed in another order
@@ -99,14 +96,13 @@ def gathered(model: Any, kind: str, attribute: str) -> dict[str, Tensor]:
         }
 
 
-def compare(folder: Path, kind: str, dtype: torch.dtype) -> float:
+def compare(export: Export, kind: str, dtype: torch.dtype) -> float:
     """The largest relative difference. Raises AssertionError."""
     with tempfile.TemporaryDirectory() as place:
         multiprocessing.start_processes(
-            rank_step, (str(folder), kind, dtype, place), nprocs=2, start_method="fork"
+            rank_step, (str(export.folder), kind, dtype, place), nprocs=2, start_method="fork"
         )
         ranks = [torch.load(f"{place}/rank-{rank}") for rank in range(2)]
-    export = Export(folder, plain=False)
     model = export.load(dtype=torch.bfloat16).train()
     outputs, grads = [], []
     for ids in export.ids.split(1):
@@ -124,32 +120,15 @@ def compare(folder: Path, kind: str, dtype: torch.dtype) -> float:
     return max(found, worst(ranks[0]["grads"], mean))
 
 
-def main(arguments: list[str]) -> int:
-    """Run the rows that are named, or all that have not passed yet; 3 when one fails, else 0."""
-    folder, results, *names = arguments
-    sys.meta_path.insert(0, Blocker())
-    done = passed(results)
-    failed = 0
-    for kind, label in NAMES.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            name = f"{label}, loaded in {str(dtype).removeprefix('torch.')}"
-            if name not in names if names else name in done:
-                continue
-            begin, found, problem = time.perf_counter(), float("nan"), ""
-            try:
-                found = compare(Path(folder), kind, dtype)
-                if found > BOUND:
-                    problem = f"differs by {found:.2e}"
-            except Exception as error:
-                problem = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-                traceback.print_exc()
-            entry = {"item": "26", "row": name, "worst": found, "problem": problem}
-            entry["seconds"] = time.perf_counter() - begin
-            failed += bool(problem)
-            with open(results, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-    return 3 if failed else 0
-
+ROWS = [
+    (
+        "26",
+        f"{label}, loaded in {str(dtype).removeprefix('torch.')}",
+        lambda export, kind=kind, dtype=dtype: compare(export, kind, dtype),
+    )
+    for kind, label in NAMES.items()
+    for dtype in (torch.float32, torch.bfloat16)
+]
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(ROWS, BOUND, sys.argv[1:], plain=False))

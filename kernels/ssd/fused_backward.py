@@ -4,8 +4,8 @@ fused      one program for every row and head walks the chunks from the last to 
            state's gradient in registers
 segmented  as forward, from the last segment: a first launch makes the gradients of the last segment
            and what the others but the first add to the state's gradient, a second one all others
-split      gradients added by pairs of chunks, a reverse pass over them, then all chunks at once; a
-           program walks the heads of a group, so that dB and dC are summed in registers
+split      three launches: state gradients of single chunks (or pairs), a reverse pass that sums
+           them, then all chunks; a program walks the heads of a group and sums dB and dC
 
 All read the states that the forward kept. The gradient of a decay step needs numbers a token: what
 reaches token t from earlier ones minus what t sends on, Σ_j E_tj - Σ_j E_jt inside the chunk with
@@ -295,7 +295,7 @@ def head_gradients(
 
 @triton.jit
 def document_sums(values, document, REVERSE: tl.constexpr):
-    """Running sums [Q] that begin anew with every document."""
+    """Running sums [Q] that restart at every document."""
     sums, _last = tl.associative_scan((values, document), 0, sum_in_document, reverse=REVERSE)
     return sums
 

@@ -5,7 +5,7 @@ fused      one program for every row, block of P and head (or two heads of a gro
 segmented  rows are cut into segments. A first launch makes the outputs of the first segment and,
            of the others but the last, what they add to the state; a second one sums these up to
            the state that enters a segment and makes the outputs of all segments but the first
-split      states added by every chunk, a pass over chunks that accumulates them, outputs
+split      three launches: state increments of the chunks, a pass that sums them, the outputs
 
 Nothing of size Q × Q and nothing rotated leaves a program. Products are oriented so that P or N are
 their rows: with 8 warps, 64 rows would be computed twice.

@@ -301,7 +301,7 @@ def proved(faulty_rank: int | None, strict: str) -> tuple[Any, ...]:
     for module in (products, self_check):
         module.can_sum_inside = lambda device: True  # type: ignore[attr-defined]
     mine = launch.rank == faulty_rank
-    products.torch = TorchOfCuda(addmm=add_only_to_zero if mine else product_of_cuda)  # type: ignore
+    products.torch = TorchOfCuda(addmm=add_only_to_zero if mine else product_of_cuda)  # type: ignore[assignment]
     os.environ["TRANSXSSM_STRICT"] = strict
     lines: list[str] = []
     handler = logging.Handler()
