@@ -269,20 +269,6 @@ class CheckpointSaver:
         from_rank_0(explained)
 
 
-def save_checkpoint(
-    folder: Path, step: int, zero: ZeroOptimizer, state: dict[str, Any], *, tokenizer: Path
-) -> Path:
-    """Write and commit one checkpoint, keep all others; its folder. A collective.
-
-    Raises CheckpointError on every rank when any of them failed.
-    """
-    saver = CheckpointSaver(
-        folder, zero, tokenizer=tokenizer, keep_last=1 << 30, keep_every=0, asynchronous=False
-    )
-    saver.save(step, state)
-    return folders.step_folder(folder, step)
-
-
 # -- the copy --------------------------------------------------------------------------------------
 
 
