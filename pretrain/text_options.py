@@ -9,14 +9,16 @@ TextFields = Annotated[
     typer.Option(
         "--text-field",
         help="Field of rows (JSON lines, Parquet) that is the text, or a path: content.text; "
-        "once for all inputs, or once for each, in their order. [text]",
+        "once for all inputs, or once for each, in their order.",
+        show_default="text",
     ),
 ]
 DocumentSeparator = Annotated[
     str,
     typer.Option(
         help=r"String between the documents of a text file, such as '<|endoftext|>'; '\n\n' for "
-        "blank lines. [a file is one document]"
+        "blank lines.",
+        show_default="a file is one document",
     ),
 ]
 Strict = Annotated[

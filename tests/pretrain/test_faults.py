@@ -161,6 +161,16 @@ def test_checkpoint_of_another_model(ended: Path) -> None:
     ends = run_command("pretrain", ended / "config.toml", *overrides, ranks=2)
     for error in errors_of(ends, 1):
         assert "trained with another model (model.intermediate_size: 64 there, 128 here)" in error
+        assert "model.intermediate_size decides which tensors there are" in error
+        assert "allow_model_change" not in error  # it cannot help here
+    assert snapshot(ended / "run/checkpoints") == before
+
+
+def test_checkpoint_of_a_model_with_the_same_tensors(ended: Path) -> None:
+    before = snapshot(ended / "run/checkpoints")
+    overrides = ("--training.steps=4", "--model.rope_theta=5000")
+    for error in errors_of(run_command("pretrain", ended / "config.toml", *overrides), 1):
+        assert "trained with another model (model.rope_theta: " in error
         assert "--checkpoint.allow_model_change true" in error
     assert snapshot(ended / "run/checkpoints") == before
 

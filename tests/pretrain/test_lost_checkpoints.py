@@ -62,8 +62,8 @@ def test_lost_checkpoints_are_refused_until_told(
     assert "--checkpoint.begin_again true" in paragraph(end.output)
     assert (run / "metrics.jsonl").read_bytes() == record
     assert not (run / "elsewhere").exists()
-    (end,) = run_command("pretrain", ended / "config.toml", *options, "--checkpoint.begin_again=1")
-    assert end.code == 2
+    (end,) = run_command("pretrain", ended / "config.toml", *options, "--checkpoint.begin_again=2")
+    assert end.code == 2, end.output
     options.append("--checkpoint.begin_again=true")
     (end,) = run_command("pretrain", ended / "config.toml", *options, "--training.steps=3")
     assert end.code == 0, end.output
