@@ -55,7 +55,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 KILLS = ("kill one", "kill all")
 FAILURES = ("disk full", "write fails", "fsync fails", "rename fails")
 DAMAGES = ("cut", "bit", "exchanged", "missing", "manifest missing", "unreadable")
-STEPS, EVERY, FIRST, HANG = 8, 2, 2, 45.0
+STEPS, EVERY, FIRST, HANG = 8, 2, 2, 120.0
 WINDOW = 0.6  # seconds from the call of a save in which a kill falls
 MODEL = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_layers": 4, "num_heads": 4,
