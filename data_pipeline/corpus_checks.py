@@ -33,7 +33,9 @@ def check_corpus(
             f"{large[0].path} is one document of {large[0].num_bytes:,} bytes (such files: "
             f"{len(large):,}); if it holds several, cut it with --document-separator"
         )
-    tell(str(check_round_trip(plan, tokenizer, options, max_lost)))
+    sampled = check_round_trip(plan, tokenizer, options, max_lost)
+    if sampled.texts:  # else the work itself says why nothing can be read
+        tell(str(sampled))
     _check_splits(pieces, options)
 
 

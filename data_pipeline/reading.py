@@ -131,18 +131,33 @@ def check_first_rows(pieces: Iterable[Piece], text_field: TextField) -> None:
     the name is wrong then, and all of them would count as rows without text."""
     lines = (piece for piece in pieces if kind(piece.path) in LINE_SUFFIXES)
     for _, of_input in groupby(lines, lambda piece: piece.input_number):
-        missing: list[tuple[Path, str, str]] = []
+        missing: list[tuple[Path, str, dict[str, Any]]] = []
         for path, field, row in islice(_rows(of_input, text_field), FIRST_ROWS):
             if find_field(row, field) is not NoText.MISSING:
                 break
-            missing.append((path, field, "" if missing else field_names(row)))
+            missing.append((path, field, {} if missing else row))
         else:
-            for path, field, names in missing[:1]:
+            for path, field, row in missing[:1]:
+                nor = (
+                    f", nor in any of the first {len(missing):,} rows of this input"
+                    if len(missing) > 1 else ""
+                )  # fmt: skip
                 raise DataError(
-                    f"{path}: no field {field!r} (fields: {names}) in its first row, nor in any of "
-                    f"the first {len(missing):,} rows of this input. Name the text's field with "
-                    "--text-field."
+                    f"{path}: no field {field!r} (fields: {field_names(row)}) in its first row"
+                    f"{nor}. Name the text's field with --text-field.{_rows_within(row, path)}"
                 )
+
+
+def _rows_within(row: dict[str, Any], path: Path) -> str:
+    """What to do where a file is one object around a list of rows, if it looks so."""
+    for name, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            command = _by_jq(path, f".{json.dumps(name)}[]")
+            return (
+                f" Its field {name!r} is a list of {len(value):,} objects: if those are the rows, "
+                f"write one a line, as `{command}` does."
+            )
+    return ""
 
 
 def _rows(pieces: Iterable[Piece], text_field: TextField) -> Iterator[tuple[Path, str, Any]]:
@@ -315,12 +330,13 @@ def _read_line(file: IO[bytes], path: Path, offset: int, *, is_first: bool = Fal
 
 def _by_jq(path: Path, program: str) -> str:
     """A command that writes JSON as one value a line."""
+    program = program.replace("'", "'\\''")
     plain = path.with_suffix("") if is_compressed(path) else path
     result = plain.with_suffix(".rows.jsonl" if plain.suffix == ".jsonl" else ".jsonl")
     source, target = shlex.quote(str(path)), shlex.quote(str(result))
     if not is_compressed(path):
         return f"jq -c '{program}' {source} > {target}"
-    unpack = "gzip" if path.suffix.lower() == ".gz" else "zstd"
+    unpack = "gzip" if path.suffix.lower() in (".gz", ".gzip") else "zstd"
     return f"{unpack} -dc {source} | jq -c '{program}' > {target}"
 
 
@@ -413,11 +429,9 @@ def _field(
             )
         return value
     if not isinstance(value, str):
-        fields = [f"{text_field}.{name}" for name in value] if isinstance(value, dict) else []
-        nested = f" Name one of its fields with --text-field: {', '.join(fields[:20])}."
         raise DataError(
             f"{_line(path, offset)}: field {text_field!r} is {type(value).__name__}, not a string."
-            f"{nested if fields else ''}"
+            f"{_instead(value, text_field, path)}"
         )
     try:
         value.encode()
@@ -429,12 +443,41 @@ def _field(
     return value
 
 
+def _instead(value: Any, text_field: str, path: Path) -> str:
+    """What to do where the field of the text holds fields or a list."""
+    if isinstance(value, dict) and value:
+        fields = ", ".join(f"{text_field}.{name}" for name in [*value][:20])
+        return f" Name one of its fields with --text-field: {fields}."
+    if isinstance(value, list) and value:
+        at = "." + ".".join(json.dumps(name) for name in text_field.split("."))
+        first = value[0] if isinstance(value[0], dict) else {}
+        names = [name for name in first if isinstance(first[name], str)]
+        text = max(names, key=lambda name: len(first[name]), default="")  # rather than its role
+        item = f"{at}[].{json.dumps(text)}" if text else f"{at}[]"
+        command = _by_jq(path, f'{{text: [{item}] | join("\\n")}}')
+        return f" To have its parts as one text, `{command}`."
+    return ""
+
+
+# What other kinds of file begin with, and what to do with them.
+BEGINNINGS = {
+    b"\xff\xfe": "it is UTF-16: `iconv -f UTF-16 -t UTF-8 {name} > fixed{suffix}`",
+    b"\xfe\xff": "it is UTF-16: `iconv -f UTF-16 -t UTF-8 {name} > fixed{suffix}`",
+    b"\x1f\x8b": "it is compressed by gzip: rename it to {name}.gz",
+    b"\x28\xb5\x2f\xfd": "it is compressed by Zstandard: rename it to {name}.zst",
+}
+
+
 def _decode(block: bytes, path: Path, offset: int) -> str:
     """`block`, which starts at byte `offset` of `path`, as text without a byte order mark."""
     try:
         return block.decode("utf-8").removeprefix("\ufeff" if offset == 0 else "")
     except UnicodeDecodeError as error:
         at = offset + error.start
+        for beginning, remedy in BEGINNINGS.items():
+            if offset == 0 and block.startswith(beginning):
+                said = remedy.format(name=path.name, suffix=path.suffix)
+                raise DataError(f"{path}: not UTF-8; {said}.") from error
         raise DataError(
             f"{path}: not UTF-8 at byte {at} (0x{block[error.start]:02x}). Convert it, for example "
             f"`iconv -f LATIN1 -t UTF-8 {path.name} > fixed.txt`, with its real encoding after -f, "

@@ -3,6 +3,8 @@
 import gzip
 import json
 import logging
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.prepare import prepare
 from data_pipeline.reading import documents
 from data_pipeline.tokenizer import train_tokenizer
+from tests.conftest import missing
 
 PACKED: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -141,6 +144,54 @@ def test_a_field_that_holds_fields_says_which(tmp_path: Path) -> None:
         DataError, match=r"no field 'text' \(fields: content\.text, content\.lang\)"
     ):
         texts(tmp_path)
+
+
+def by_the_way_out(error: DataError) -> str:
+    """Run the command that an error gives, in backquotes, and return the file it writes."""
+    if shutil.which("jq") is None:
+        missing("jq is not installed")
+    command = str(error).split("`")[1]
+    subprocess.run(command, shell=True, check=True)
+    return command.rpartition("> ")[2]
+
+
+@pytest.mark.parametrize("name", ["data", 'it\'s "rows"'])
+def test_an_object_around_the_rows_is_refused_with_a_way_out(name: str, tmp_path: Path) -> None:
+    """As SQuAD comes."""
+    (tmp_path / "train.json").write_text(
+        lines({"version": "2", name: [{"text": "a"}, {"text": "b"}]})
+    )
+    with pytest.raises(DataError, match=r"in its first row\. .* is a list of 2 objects") as caught:
+        texts(tmp_path)
+    written = by_the_way_out(caught.value)
+    assert texts(written) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[{"role": "user", "content": "hello"}, {"role": "x", "content": "you"}], ["hello", "you"]],
+)
+def test_a_list_in_the_place_of_the_text_has_a_way_out(value: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text(lines({"a": {"messages": value}}))
+    with pytest.raises(DataError, match=r"'a\.messages' is list, not a string") as caught:
+        texts(tmp_path, text_field="a.messages")
+    written = by_the_way_out(caught.value)
+    assert texts(written) == ["hello\nyou"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("text".encode("utf-16"), "it is UTF-16: `iconv -f UTF-16 -t UTF-8 a.jsonl > fixed.jsonl`"),
+        (gzip.compress(b"text"), "it is compressed by gzip: rename it to a.jsonl.gz"),
+        (zstandard.compress(b"text"), "it is compressed by Zstandard: rename it to a.jsonl.zst"),
+    ],
+)
+def test_another_kind_of_file_is_recognised(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        texts(tmp_path)
+    assert said in str(caught.value)
 
 
 def test_each_input_may_have_a_field_of_its_own(tokenizer_file: Path, tmp_path: Path) -> None:

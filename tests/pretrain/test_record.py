@@ -180,7 +180,8 @@ def test_full_standard_error_and_log(tmp_path: Path) -> None:
     """Neither a traceback nor an end."""
     script = (
         "import logging, pathlib, sys; from pretrain.run_dir import begin_log, start_log; "
-        "start_log(pathlib.Path(sys.argv[1]), 0); begin_log(); log = logging.getLogger('transxssm'); "
+        "start_log(pathlib.Path(sys.argv[1]), 0); begin_log(); "
+        "log = logging.getLogger('transxssm'); "
         "[log.info('step %d', n) for n in range(3)]; print('on')"
     )
     with open("/dev/full", "w") as full:
