@@ -15,8 +15,6 @@ from tests.tiny import tiny_config
 STEPS = 8  # python -m benchmarks.parity makes more
 # python -m benchmarks.parity has all
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tensor2": (2, {"tensor": 2}),
-    "data2-zero2": (2, {"zero_stage": 2}),
     "pipeline2-recompute": (2, {"pipeline": 2, "recompute": "full", "pipeline_split": [1, 3]}),
     "data2-zero3-selective": (2, {"zero_stage": 3, "recompute": "selective"}),
     "context4-zero3": (4, {"context": 4, "zero_stage": 3}),
@@ -26,7 +24,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data2-zero0": (2, {"zero_stage": 0}),
     "data2-offload": (2, {"zero_stage": 2, "offload": "optimizer"}),
     "pipeline2-virtual2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
-    "tensor2-pipeline2": (4, {"tensor": 2, "pipeline": 2}),
     "tensor2-data2-zero3": (4, {"tensor": 2, "zero_stage": 3}),
 }
 Trace = tuple[list[float], list[float], dict[str, tuple[ParamInfo, torch.Tensor]]]
