@@ -7,12 +7,16 @@ An L × L mask is never built. CUDA in 16 bits has a variable-length kernel; els
 is one SDPA call, and a batch whose rows are single documents is one call in all.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from kernels.checks import once_per_shape
+from kernels.recording import is_recorded
 
 # oneDNN keeps a compiled product of every size it has met (about a megabyte each), and documents
 # have as many sizes as a row has tokens: on a CPU in 16 bits they are padded to multiples of this.
@@ -44,13 +48,23 @@ def attention(
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out.view(q.shape)
-    sizes = cu_seqlens.diff().tolist()
-    # split has one backward for all its pieces; slices would each add a gradient of B·L tokens
-    documents = zip(*(t.split(sizes) for t in (flat_q, flat_k, flat_v)), strict=True)
+    by_document = _recorded if is_recorded() and q.is_cpu else _by_document
+    return by_document(flat_q, flat_k, flat_v, cu_seqlens, scale).view(q.shape)
+
+
+def _by_document(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None
+) -> Tensor:
+    """[T, Hq, D], one call for each document that is not empty."""
+    sizes = _sizes(cu_seqlens)
+    # split has one backward for all its pieces; slices would each add a gradient of all tokens
+    documents = zip(*(t.split(sizes) for t in (q, k, v)), strict=True)
     one = _padded if q.dtype in (torch.float16, torch.bfloat16) else _causal
-    return torch.cat([one(a[None], b[None], c[None], scale)[0] for a, b, c in documents]).view(
-        q.shape
-    )
+    return torch.cat([one(a[None], b[None], c[None], scale)[0] for a, b, c in documents])
+
+
+def _sizes(cu_seqlens: Tensor) -> list[int]:
+    return [size for size in cu_seqlens.diff().tolist() if size]
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
@@ -71,6 +85,95 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
     )  # fmt: skip
     return out.transpose(1, 2)
+
+
+# -- on a CPU, where Python runs once and borders differ each time ---------------------------------
+
+
+def _recorded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None) -> Tensor:
+    """`_by_document` as one operator, inside which the borders are read whenever it runs."""
+    out: Tensor = _forward(q, k, v, cu_seqlens, scale)[0]
+    return out
+
+
+@torch.library.custom_op("transxssm::attention_by_document", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The result and the logarithms of its denominators, [Hq, T] in PyTorch's dtype for them."""
+    parts = []
+    for size, *document in _blocks(cu_seqlens, q, k, v):
+        out, denominators = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *document, 0.0, True, scale=scale
+        )
+        parts.append((out[0].transpose(0, 1)[:size], denominators[0, :, :size]))
+    outs, logs = zip(*parts, strict=True)
+    return torch.cat(outs), torch.cat(logs, dim=1)
+
+
+@torch.library.custom_op("transxssm::attention_by_document_backward", mutates_args=())
+def _backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, denominators: Tensor,
+    cu_seqlens: Tensor, scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grads = []
+    begin = 0
+    for size, *document in _blocks(cu_seqlens, d_out, q, k, v, out):
+        spare = document[0].shape[2] - size
+        # of padding: so large that its tokens have no weights
+        logs = pad(denominators[None, :, begin : begin + size], (0, spare), value=1e30)
+        of_document = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *document, logs, 0.0, True, scale=scale
+        )
+        grads.append([t[0].transpose(0, 1)[:size] for t in of_document])
+        begin += size
+    d_q, d_k, d_v = (torch.cat(parts) for parts in zip(*grads, strict=True))
+    return d_q, d_k, d_v
+
+
+def _blocks(cu_seqlens: Tensor, *tensors: Tensor) -> Iterator[Any]:
+    """Of each document: its tokens, and [1, H, tokens, D] of tensors [T, H, D], in 16 bits padded
+    as `_padded` does."""
+    sizes = _sizes(cu_seqlens)
+    is_short = tensors[0].dtype in (torch.float16, torch.bfloat16)
+    for size, *parts in zip(sizes, *(t.split(sizes) for t in tensors), strict=True):
+        spare = -size % DOCUMENT_BLOCK if is_short else 0
+        yield size, *(pad(t, (0, 0, 0, 0, 0, spare)).transpose(0, 1)[None] for t in parts)
+
+
+@_forward.register_fake
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _like(q), q.new_empty(q.shape[1], q.shape[0], dtype=_denominators_dtype(q))
+
+
+@_backward.register_fake
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(q), _like(k), _like(v)
+
+
+def _like(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _denominators_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, cu_seqlens, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output, cu_seqlens)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, d_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    return *_backward(d_out.contiguous(), *ctx.saved_tensors, ctx.scale), None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 @once_per_shape

@@ -35,11 +35,11 @@ from parallel.zero import ZeroOptimizer
 Direction = Literal["forward", "backward"]
 HOOKS, HEAD = "gradient hooks", "head and loss"
 # Beside views they give memory or a name to it, and launch nothing.
-_FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view",
+FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view",
          "unsafe_split_with_sizes", "_reshape_alias", "lift_fresh", "set_"}  # fmt: skip
 _OVERWRITES = {"copy_", "fill_", "zero_"}  # what stood in the first argument is not read
 _GATHERS = {"index", "index_select", "gather", "embedding"}  # read of it as much as they return
-_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}
 _ACCUMULATES = 1 << 63  # nodes that accumulate gradients have the highest of all numbers
 
 
@@ -173,7 +173,7 @@ class Ledger(TorchDispatchMode):
         here = any(t.device.type == self._device for t in given)
         to_host = here and _goes_to_host(name, args, kwargs, self._device)
         unwaited = kwargs.get("non_blocking") or (name == "copy_" and True in args[2:])
-        reads = here and (name in _READS or (to_host and not unwaited))
+        reads = here and (name in READS or (to_host and not unwaited))
         result = self._answer(func, name, args, kwargs, to_host)
         if isinstance(result, Tensor) and result.dtype == torch.bool:
             self._makers[result] = name
@@ -205,7 +205,7 @@ class Ledger(TorchDispatchMode):
 @cache
 def _is_free(func: Any) -> bool:
     """Whether an operation is a view, an allocation or a question."""
-    return func.is_view or func.overloadpacket.__name__ in _FREE
+    return func.is_view or func.overloadpacket.__name__ in FREE
 
 
 def _goes_to_host(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> bool:

@@ -10,6 +10,8 @@ embedding) at once, and all vectors together when the backward pass ends. DeepSp
 as its hooks set them, whenever a gradient is added.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ class MainGrads:
     def __init__(self, optimizer: BF16_Optimizer) -> None:
         self._optimizer = optimizer
         self._waiting: list[tuple[Any, Tensor]] = []
+        self._noted: list[Any] | None = None
         for hook in optimizer._grad_acc_hooks:
             hook.remove()
         optimizer._grad_acc_hooks = []
@@ -42,9 +45,22 @@ class MainGrads:
 
     def mark(self, parameter: Any) -> None:
         """Set DeepSpeed's flags: a gradient has been added to the parameter's sum."""
+        if self._noted is not None:
+            self._noted.append(parameter)
+            return
         group, index = parameter.main_grad_index
         parameter._hp_grad = self._optimizer.fp32_groups_gradients[group][index]
         self._optimizer.fp32_groups_has_gradients[group][index] = True
+
+    @contextmanager
+    def noting(self, noted: list[Any]) -> Iterator[None]:
+        """Within, where a backward pass is recorded rather than run, only note what it marks."""
+        self._noted = noted
+        try:
+            yield
+        finally:
+            self._noted = None
+            self._waiting.clear()  # there if it failed
 
     @torch.no_grad()
     def _accumulated(self, parameter: Any) -> None:

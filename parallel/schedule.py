@@ -73,18 +73,27 @@ def count_tokens(batches: Sequence[LocalBatch], device: torch.device) -> Tensor:
 
 
 def forward_backward(
-    zero: ZeroOptimizer, batches: Sequence[LocalBatch], tokens: Tensor, num_sources: int = 1
+    zero: ZeroOptimizer,
+    batches: Sequence[LocalBatch],
+    tokens: Tensor,
+    num_sources: int = 1,
+    run: Callable[[Sequence[LocalBatch], Tensor], list[Tensor]] | None = None,
 ) -> LossSums:
     """Accumulate the gradients of the mean loss per token over the global batch.
 
     batches: this rank's micro-batches, of `num_sources` sources; tokens: count_tokens of them.
-    Gradients are reduced when this returns.
+    run: runs them in place of Megatron-core's schedule, given the scale of their losses, and
+    returns `row_sums` of each. Gradients are reduced when this returns.
     """
     # ZeRO averages over data- and context-parallel ranks; the loss is to be a mean over all tokens
     replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     scale = replicas / tokens
     zero.set_no_sync(True)
-    losses = _run(zero.scheduled_modules, batches, scale.float(), _rows)
+    losses = (
+        run_schedule(zero.scheduled_modules, batches, scale.float(), row_sums)
+        if run is None
+        else run(batches, scale.float())
+    )
     computed = Mark(tokens.device)
     zero.reduce_gradients()
     return _sum_everywhere(losses, num_sources, tokens.device, computed)
@@ -107,12 +116,12 @@ def evaluate(
     def by_key(batch: LocalBatch, by_token: Tensor, missed: Tensor) -> Tensor:
         return sums_by(batch, key, size, weights, by_token, missed)
 
-    tables = _run(modules, batches, None, by_key)
+    tables = run_schedule(modules, batches, None, by_key)
     sums = torch.zeros(4, size, dtype=torch.float64, device=device)
     return _over_ranks(torch.stack(tables).sum(0) if tables else sums)
 
 
-def _rows(batch: LocalBatch, by_token: Tensor) -> Tensor:
+def row_sums(batch: LocalBatch, by_token: Tensor) -> Tensor:
     """Source, summed loss and tokens of a batch's rows, float64 [3, B]."""
     by_row = by_token.view_as(batch.loss_mask).sum(1, dtype=torch.float64)
     return torch.stack(
@@ -120,7 +129,7 @@ def _rows(batch: LocalBatch, by_token: Tensor) -> Tensor:
     )
 
 
-def _run(
+def run_schedule(
     modules: list[Any],
     batches: Sequence[LocalBatch],
     scale: Tensor | None,

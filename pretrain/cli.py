@@ -594,6 +594,9 @@ def kernels_launches(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
     update: Annotated[bool, typer.Option("--update", help="Accept the counts as golden.")] = False,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="What the host launches with training.cuda_graphs.")
+    ] = False,
 ) -> None:
     """Count what one training step asks of a GPU, without one: operations, bytes and waits.
 
@@ -612,7 +615,7 @@ def kernels_launches(
     from pretrain.launches_report import run
 
     name = "" if context.args else config.name
-    run(loaded, name, layer, as_json=json_output, update=update)
+    run(loaded, name, layer, as_json=json_output, update=update, graphs=graphs)
 
 
 @kernels_app.command(

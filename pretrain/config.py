@@ -93,6 +93,10 @@ class TrainingConfig(Section):
     """Coefficient of z-loss: the gradient is that of the loss plus z_loss · (log Σ exp(logits))² of
     every token, which keeps the logits from drifting. PaLM uses 1e-4, OLMo 2 1e-5. The reported
     losses never include it."""
+    cuda_graphs: Literal["off", "on"] = "off"
+    """Capture forward, loss and backward of a micro-batch once a shape, and launch them as one:
+    under ZeRO 0 or 1, without pipeline stages, context parallelism and offloading. Other layouts
+    run eagerly. On a CPU a recording stands in, for tests."""
     eval_every: int = Field(50, ge=0, le=bounds.STEPS)
     """Steps between evaluations on data.validation, besides the one at the end; 0: never."""
     eval_batches: int = Field(8, ge=1, le=bounds.COUNT)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from kernels.audit.compiling import TARGETS
 from kernels.audit.recording import record_only
 from parallel.compat import gpu_stand_in, prepare_host
 from parallel.context import LocalBatch
+from parallel.graphs import WARM_UP, MicroBatchGraphs, why_eager
 from parallel.groups import destroy_groups, init_groups
 from parallel.ledger import HEAD, HOOKS, Direction, Ledger, Place, Tally, watch
 from parallel.schedule import count_tokens, forward_backward, mean_loss
@@ -91,10 +93,11 @@ class Counts:
         }
 
 
-def count(config: Config, rank: int = 0) -> Counts:
+def count(config: Config, rank: int = 0, *, graphs: bool = False) -> Counts:
     """Count one step of a rank of one model replica, with the layout that is configured.
 
-    Joins a fake job, and leaves it. Raises ConfigError for what cannot be counted.
+    graphs: count what the host launches where micro-batches are graphs. Joins a fake job, and
+    leaves it. Raises ConfigError for what cannot be counted.
     """
     parallel = config.parallel
     if parallel.offload != "none":
@@ -107,6 +110,8 @@ def count(config: Config, rank: int = 0) -> Counts:
             "parallel.zero_stage = 3: DeepSpeed moves the weights through this host's memory when"
             " it partitions them; count with --parallel.zero_stage 2"
         )
+    if graphs and (reason := why_eager(parallel)):
+        raise ConfigError(f"--graphs: micro-batches run eagerly with {reason}")
     ranks = parallel.tensor * parallel.context * parallel.pipeline
     config.data_parallel(ranks)
     work = workload(config, 1)
@@ -119,11 +124,15 @@ def count(config: Config, rank: int = 0) -> Counts:
         few = parallel.pipeline  # as interleaved schedules want
         counted = []
         with record_only(TARGETS["sm_90"], ledger.launched):
+            run = None
+            if graphs:
+                run = MicroBatchGraphs(zero, partial(_CountedGraph, ledger)).run
+                run([_batch(config) for _ in range(WARM_UP + 1)], torch.empty((), device=META))
             for micro_batches in (few, 2 * few):
                 batches = [_batch(config) for _ in range(micro_batches)]
                 ledger.tallies = {}
                 with ledger:
-                    step(zero, batches, config.optimizer.lr, ledger)
+                    step(zero, batches, config.optimizer.lr, ledger, run)
                 counted.append(ledger.tallies)
         chunks = zero.built.chunks
         kinds = [layer.attn is None for c in chunks for layer in c.model.layers.values()]
@@ -168,15 +177,32 @@ def _share(more: Tally, fewer: Tally | None, by: int) -> Tally:
     )
 
 
+class _CountedGraph:
+    """A launch of a graph is one operation; what is in it was counted without graphs."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def record(self, function: Callable[[], Tensor]) -> Tensor:
+        return function()
+
+    def replay(self) -> None:
+        self._ledger.count("graph", 0)
+
+
 def step(
-    zero: ZeroOptimizer, batches: Sequence[LocalBatch], lr: float, ledger: Ledger
+    zero: ZeroOptimizer,
+    batches: Sequence[LocalBatch],
+    lr: float,
+    ledger: Ledger,
+    run: Callable[[Sequence[LocalBatch], Tensor], list[Tensor]] | None = None,
 ) -> float | None:
     """One step as `pretrain.trainer` makes it; returns the mean loss."""
     device = batches[0].tokens.device
     with ledger.part("tokens"):
         tokens = count_tokens(batches, device)
     with ledger.part("schedule"):
-        sums = forward_backward(zero, batches, tokens)
+        sums = forward_backward(zero, batches, tokens, 1, run)
     norm = zero.grad_norm()
     with ledger.part("loss"):
         losses, counts, grad_norm = sums.on_host(norm)

@@ -16,14 +16,19 @@ from pretrain.launches import DOCUMENTS, ONCE, Counts, count
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
-def run(config: Config, name: str, layer: str | None, *, as_json: bool, update: bool) -> None:
+def run(
+    config: Config, name: str, layer: str | None, *, as_json: bool, update: bool, graphs: bool
+) -> None:
     """Count a step of `config` and print it, or its layers of one kind and what the host does for
     such a layer. name: of the golden counts to compare with, if there are any; update: accept these
-    as the golden ones.
+    as the golden ones; graphs: count what the host launches with micro-batches as graphs, which has
+    no golden counts.
 
     Raises ConfigError for what cannot be counted.
     """
-    counts = count(config)
+    if graphs and (update or layer is not None):
+        raise ConfigError("--graphs counts whole micro-batches; leave --update and --layer out")
+    counts = count(config, graphs=graphs)
     if layer is not None and not counts.layers[layer]:
         raise ConfigError(f"--layer {layer}: this rank has no such layer")
     if update:
@@ -35,6 +40,9 @@ def run(config: Config, name: str, layer: str | None, *, as_json: bool, update: 
         return
     console = whole_console()
     console.print(_heading(config, counts))
+    if graphs:
+        console.print(_graph_sentence(counts))
+        return
     if layer is not None:
         console.print(_layer_table(counts, layer))
         console.print(_host_sentence(layer, cost))
@@ -45,6 +53,16 @@ def run(config: Config, name: str, layer: str | None, *, as_json: bool, update: 
     if name in launches_golden.recorded(launches_golden.PATH) and not update:
         for change in launches_golden.changes(name, counts, launches_golden.PATH):
             console.print(f"changed: {change}")
+
+
+def _graph_sentence(counts: Counts) -> str:
+    whole = counts.of()
+    kinds = ", ".join(f"{times} × {kind}" for kind, times in whole.kinds.most_common())
+    return (
+        f"the host launches {whole.operations} operations a micro-batch ({kinds}), and "
+        f"{counts.step.operations - whole.operations * counts.micro_batches} more a step of "
+        f"{counts.micro_batches}"
+    )
 
 
 def _heading(config: Config, counts: Counts) -> str:

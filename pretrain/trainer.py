@@ -22,9 +22,8 @@ from data_pipeline.tokenizer import parse_tokenizer
 from kernels.dispatch import chosen
 from parallel.context import local_batch
 from parallel.flops import training_flops_per_token
-from parallel.groups import (
-    from_rank_0,
-)
+from parallel.graphs import MicroBatchGraphs, graph_maker, why_eager
+from parallel.groups import from_rank_0
 from parallel.schedule import Mark, count_tokens, forward_backward, mean_loss
 from parallel.vitals import Vitals, gpu_peak
 from pretrain import stop
@@ -107,6 +106,7 @@ class Trainer:
         self.revision = git_revision() if dist.get_rank() == 0 else ""
         self.versions = package_versions()
         self.zero = configured_optimizer(config, device)
+        self.graphs = self._graphs()
         self.saver = CheckpointSaver(
             config.checkpoint_dir,
             self.zero,
@@ -116,6 +116,16 @@ class Trainer:
             asynchronous=config.checkpoint.async_save,
             committed=partial(record_saves, config),
         )
+
+    def _graphs(self) -> MicroBatchGraphs | None:
+        """What runs micro-batches as graphs, if they are to be."""
+        if self.config.training.cuda_graphs == "off":
+            return None
+        if reason := why_eager(self.config.parallel):
+            if dist.get_rank() == 0:
+                log.warning("training.cuda_graphs: micro-batches run eagerly (%s)", reason)
+            return None
+        return MicroBatchGraphs(self.zero, graph_maker(self.device))
 
     def resume(self, step_dir: Path) -> None:
         """Take over a checkpoint's state."""
@@ -259,8 +269,11 @@ class Trainer:
         with watch.phase("forward_backward"):
             tokens_here = count_tokens(read, self.device)
             begun = Mark(self.device)
+            # what looks at layers, or at what they launch, needs them to run
+            eager = vitals or self.step + 1 in config.logging.profile_steps
+            run = None if eager or self.graphs is None else self.graphs.run
             with vitals.watching() if vitals else nullcontext():
-                sums = forward_backward(self.zero, read, tokens_here, len(self.data.names))
+                sums = forward_backward(self.zero, read, tokens_here, len(self.data.names), run)
             losses, counts, norm = sums.on_host(self.zero.grad_norm())  # the step's one wait
         if vitals:
             with watch.phase("vitals"):

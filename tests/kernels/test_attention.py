@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import attention as module
 from kernels.attention import attention
+from kernels.recording import recording
+from tests.conftest import ON_GPU
 
 DOCUMENTS = {
     "rows": [0, 24, 48],
@@ -114,3 +117,31 @@ def test_bad_input_is_named(position, bad, error, says):
     arguments[position] = bad
     with pytest.raises(error, match=says):
         attention(*arguments)
+
+
+# -- as one operator, on a CPU ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    "borders", [DOCUMENTS["packed"], DOCUMENTS["one-token-each"], [0, 24, 24, 48, 48, 48]]
+)
+@pytest.mark.skipif(ON_GPU, reason="of the CPU")
+def test_as_an_operator_it_is_the_same_bit_for_bit(borders, kv_heads, scale, dtype):
+    tensors, given = make(kv_heads, dtype), torch.tensor(borders, dtype=torch.int32)
+    plain = attention(*tensors, given, scale=scale)
+    with recording():
+        whole = attention(*tensors, given, scale=scale)
+    assert torch.equal(whole, plain)
+    weight = torch.randn(plain.shape).to(dtype)
+    expected = torch.autograd.grad(plain, tensors, weight)
+    for found, wanted in zip(torch.autograd.grad(whole, tensors, weight), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.skipif(ON_GPU, reason="of the CPU")
+def test_the_operator_is_registered_as_pytorch_wants_it():
+    q, k, v = (t.flatten(0, 1) for t in make(2))
+    torch.library.opcheck(module._forward, (q, k, v, torch.tensor([0, 5, 24, 48]), None))

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from parallel.ledger import HEAD, HOOKS, Place
 from pretrain import host_cost
 from pretrain import launches_golden as golden
 from pretrain.cli import app
-from pretrain.config import Config, load_config
+from pretrain.config import Config, ConfigError, load_config
 from pretrain.launches import Counts, count
 from tests.pretrain.command import paragraph, run_command, write_config
 from tests.tiny import tiny_config
@@ -298,3 +299,18 @@ def test_without_a_compiler_the_host_is_left_out(
     words = (tiny().model.model_dump_json(), "ssd", "bf16", "4", str(tmp_path))
     assert host_cost.main(*words) == 1
     assert "/nowhere/cc cannot make a library" in capsys.readouterr().err
+
+
+def test_of_a_graph_the_host_launches_a_few_operations() -> None:
+    """Copies of its seven inputs, the graph, and a copy of what it returns."""
+    (counts,) = run_ranks(1, partial(count, graphs=True), load_config(CONFIGS / "320m.toml"))
+    schedule = counts.of("", "schedule")
+    assert schedule.kinds == {"copy_": 7, "graph": 1, "clone": 1}
+    assert counts.of().operations <= 12
+    assert counts.of().waits == 0
+
+
+def test_layouts_without_graphs_are_not_counted_so() -> None:
+    config = load_config(CONFIGS / "320m.toml", ["--parallel.zero_stage=2"])
+    with pytest.raises(ConfigError, match=r"--graphs: .*parallel\.zero_stage=2"):
+        count(config, graphs=True)
