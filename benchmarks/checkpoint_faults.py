@@ -45,9 +45,9 @@ from rich.table import Table
 from benchmarks.command import Ended, read_metrics, run_command
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "one process": (1, []),
+    "one process": (1, ["--training.cuda_graphs=on"]),
     "data 2": (2, []),
-    "tensor 2": (2, ["--parallel.tensor=2"]),
+    "tensor 2": (2, ["--parallel.tensor=2", "--training.cuda_graphs=on"]),
     "ZeRO 3 × 2": (2, ["--parallel.zero_stage=3"]),
     "pipeline 2": (2, ["--parallel.pipeline=2"]),
     "tensor 2 × data 2": (4, ["--parallel.tensor=2"]),

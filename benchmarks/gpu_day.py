@@ -39,7 +39,7 @@ SHORTEST = 10.0  # seconds that are worth a start
 # Names of functions of gpu_day_measurements and the seconds each may take, most valuable first
 PLAN = (
     ("self_check", 90),
-    ("training_320m", 75),
+    ("training_320m", 100),
     ("profile_320m", 45),
     ("launch_floor", 15),
     ("layers", 45),
@@ -47,7 +47,7 @@ PLAN = (
     ("products", 15),
     ("head", 15),
     ("training_320m_long", 60),
-    ("training_1_3b", 75),
+    ("training_1_3b", 100),
     ("untried", 180),
     ("tuning", 240),
 )

@@ -6,6 +6,7 @@ repeats, in milliseconds; a "replayed" call was captured into a CUDA graph befor
 has no part in its time.
 """
 
+import itertools
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from benchmarks.speed_calls import Problem, device, join, layer_call
 from benchmarks.timing import in_turns
 from parallel.context import LocalBatch
 from parallel.flops import training_flops_per_token
+from parallel.graphs import MicroBatchGraphs, graph_maker
 from parallel.loss import head_loss
 from parallel.products import add_product
 from parallel.schedule import count_tokens, forward_backward
@@ -205,17 +207,20 @@ def training_1_3b(tiny: bool) -> list[Row]:
 
 
 def _training(preset: str, length: int, micro_batch_size: int, tiny: bool) -> list[Row]:
+    """Of the eager runs and of those as graphs, whose losses are to be the same."""
     join()
     rows = []
-    for rival in (TRANSXSSM, ATTENTION):
+    for rival, graphs in itertools.product((TRANSXSSM, ATTENTION), (False, True)):
         config = _config(preset, length, micro_batch_size, tiny)
         model = rival_model(rival, config.model) if not tiny else config.model
         config = config.model_copy(update={"model": model})
         zero = _optimizer(config)
         batches = [random_batch(config) for _ in range(2)]
+        run = MicroBatchGraphs(zero, graph_maker(device())).run if graphs else None
         if device().type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds = [step_seconds(zero, batches) for _ in range(2 if tiny else WARM_UP + STEPS)]
+        steps = [step_seconds(zero, batches, run) for _ in range(3 if tiny else WARM_UP + STEPS)]
+        seconds = [taken for taken, _ in steps]
         median = statistics.median(seconds[1 if tiny else WARM_UP :])
         tokens = sum(batch.tokens.numel() for batch in batches)
         flops = tokens / median * training_flops_per_token(config.model, length)
@@ -226,13 +231,15 @@ def _training(preset: str, length: int, micro_batch_size: int, tiny: bool) -> li
                 "model": f"{preset}, {rival.name}",
                 "sequence": length,
                 "micro-batch": micro_batch_size,
+                "graphs": "on" if graphs else "off",
                 "tokens/s": tokens / median,
                 "model TFLOP/s": flops / 1e12,
                 "share of the data sheet's peak": flops / peak if peak else None,
                 "memory GiB": memory / 2**30,
+                "last loss": f"{steps[-1][1]:.6f}",
             }
         )
-        del zero, batches
+        del zero, batches, run
         if device().type == "cuda":
             torch.cuda.empty_cache()
     return rows
@@ -413,13 +420,20 @@ def random_batch(config: Config) -> LocalBatch:
     )
 
 
-def step_seconds(zero: ZeroOptimizer, batches: Sequence[LocalBatch]) -> float:
-    """One step as `pretrain.trainer` makes it, waited for."""
+def step_seconds(
+    zero: ZeroOptimizer,
+    batches: Sequence[LocalBatch],
+    run: Callable[[Sequence[LocalBatch], Tensor], list[Tensor]] | None = None,
+) -> tuple[float, float]:
+    """Seconds and loss of one step as `pretrain.trainer` makes it, waited for.
+
+    run: of `parallel.graphs`, where micro-batches are graphs.
+    """
     where = batches[0].tokens.device
     begin = time.perf_counter()
-    sums = forward_backward(zero, batches, count_tokens(batches, where))
-    _, _, norm = sums.on_host(zero.grad_norm())
+    sums = forward_backward(zero, batches, count_tokens(batches, where), 1, run)
+    (loss,), (tokens,), norm = sums.on_host(zero.grad_norm())
     zero.step(1e-4, norm)
     if where.type == "cuda":
         torch.cuda.synchronize(where)
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, loss / tokens

@@ -1,6 +1,6 @@
 """Every parallel layout against one process: the same losses, gradients and parameters.
 
-    python -m benchmarks.parity [--quick] [--only NAME ...] [--steps 10]
+    python -m benchmarks.parity [--quick] [--only NAME ...] [--steps 10] [--graphs]
 
 A model of four layers learns synthetic text on up to 8 processes. For each layout, the worst
 relative difference from one process of the loss over all steps, of the global gradient norm over
@@ -9,6 +9,8 @@ norm-wise per tensor. float32 layouts are held to 1e-4; bf16 ones, measured agai
 for losses and 5e-2 for all else. Leak: whether the text of a document changes the loss or any
 gradient of the others by a bit.
 
+--graphs: the layouts whose micro-batches can be graphs, with graphs (on a CPU, recordings).
+
 Adam's eps is 1e-5, so that a gradient near zero does not turn an update round. Exits with 1 when a
 layout is out of bounds.
 """
@@ -16,7 +18,7 @@ layout is out of bounds.
 import argparse
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,12 +49,14 @@ class Layout:
     parallel: dict[str, Any]
     packed: bool = True
     dtype: str = "fp32"
+    graphs: bool = False
 
     @property
     def name(self) -> str:
         parts = [f"{field}={value}" for field, value in self.parallel.items()]
         parts += [] if self.packed else ["one document a row"]
         parts += [] if self.dtype == "fp32" else [self.dtype]
+        parts += ["graphs"] if self.graphs else []
         return f"{self.world_size} ranks: {', '.join(parts) or 'data'}"
 
 
@@ -140,6 +144,7 @@ def train(layout: Layout, steps: int) -> Trace:
     from parallel.compat import prepare_host
     from parallel.config import ModelConfig, ParallelConfig
     from parallel.context import local_batch
+    from parallel.graphs import MicroBatchGraphs, graph_maker
     from parallel.groups import init_distributed, init_groups
     from parallel.launch import launch_from_environment
     from parallel.schedule import count_tokens, forward_backward
@@ -156,6 +161,7 @@ def train(layout: Layout, steps: int) -> Trace:
         built, parallel, lr=LR, betas=(0.9, 0.95), eps=1e-5,
         weight_decay=0.01, clip_grad_norm=1.0,
     )  # fmt: skip
+    run = MicroBatchGraphs(zero, graph_maker(device)).run if layout.graphs else None
     rank = parallel_state.get_data_parallel_rank()
     share = GLOBAL_BATCH // parallel_state.get_data_parallel_world_size()
     losses, norms, gradients = [], [], {}
@@ -165,7 +171,8 @@ def train(layout: Layout, steps: int) -> Trace:
             local_batch(synthetic_batch(step, rows[at : at + MICRO_BATCH], layout.packed), device)
             for at in range(0, share, MICRO_BATCH)
         ]
-        losses.append(float(forward_backward(zero, batches, count_tokens(batches, device)).mean))
+        tokens = count_tokens(batches, device)
+        losses.append(float(forward_backward(zero, batches, tokens, 1, run).mean))
         if step == 0:
             gradients = zero.full_gradients()
         norms.append(zero.step(LR).grad_norm)
@@ -177,7 +184,7 @@ def train(layout: Layout, steps: int) -> Trace:
             local_batch(without_one(rows[at : at + MICRO_BATCH], layout.packed, altered), device)
             for at in range(0, share, MICRO_BATCH)
         ]
-        loss = forward_backward(zero, batches, count_tokens(batches, device)).mean
+        loss = forward_backward(zero, batches, count_tokens(batches, device), 1, run).mean
         seen.append([loss, *zero.full_gradients().values()])
         zero.step(0.0)  # nothing changes but Adam's moments
     leaks = not all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
@@ -278,6 +285,13 @@ def compare(layout: Layout, one: list[Trace], steps: int) -> dict[str, float]:
     }
 
 
+def _can_be_graphs(layout: Layout) -> bool:
+    from parallel.config import ParallelConfig
+    from parallel.graphs import why_eager
+
+    return why_eager(ParallelConfig(**layout.parallel)) is None
+
+
 def main(arguments: list[str]) -> int:
     """Print the table; the exit code."""
     # of the processes to come: torch renames collectives that Megatron-core still calls
@@ -286,12 +300,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help=f"{len(QUICK)} layouts")
     parser.add_argument("--only", nargs="+", default=[""], help="layouts whose names contain this")
     parser.add_argument("--steps", type=int, default=10, help="[10]")
+    parser.add_argument("--graphs", action="store_true", help="micro-batches as graphs")
     options = parser.parse_args(arguments)
     layouts = [
         layout
         for layout in (QUICK if options.quick else LAYOUTS)
         if any(word in layout.name for word in options.only)
     ]
+    if options.graphs:
+        layouts = [replace(layout, graphs=True) for layout in layouts if _can_be_graphs(layout)]
     console = Console(highlight=False, markup=False)
     table = Table("layout", "loss", "norm", "gradient", "parameter", "leak", "")
     one = {
