@@ -34,6 +34,8 @@ from kernels.slices import ROW_ELEMENTS, shared_stride
 from parallel.main_grads import main_grad, mark
 from parallel.products import add_product
 
+JOINED_BYTES = 1 << 23  # of what a CPU computes as one product, at most
+
 
 def project(
     h: Tensor, linears: Sequence[ColumnParallelLinear], config: ModelParallelConfig
@@ -93,7 +95,7 @@ class _JoinedLinears(torch.autograd.Function):
         u, gathering = _gather(h) if split else (h, None)
         _wait(gathering)
         outs: list[Tensor] = []
-        for part in _parts(weights):
+        for part in _parts(weights, u.shape[0]):
             outs += _product(u, weights[part])
         return tuple(outs)
 
@@ -102,7 +104,8 @@ class _JoinedLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h, *weights = ctx.saved_tensors
         u, gathering = _gather(h) if ctx.split else (h, None)
-        parts = [(part, joined_columns(grads[part])) for part in _parts(weights)]
+        tokens = grads[0].shape[0]
+        parts = [(part, joined_columns(grads[part])) for part in _parts(weights, tokens)]
         d_u: Tensor | None = None
         for part, joined in parts:
             product = joined @ joined_rows(weights[part])
@@ -117,12 +120,14 @@ class _JoinedLinears(torch.autograd.Function):
         return None, d_h, *d_weights
 
 
-def _parts(weights: Sequence[Tensor]) -> list[slice]:
-    """Which weights have a product together: all of them, but on a CPU in 16 bits each its own.
+def _parts(weights: Sequence[Tensor], tokens: int) -> list[slice]:
+    """Which weights have a product together: all of them; on a CPU, if it is large, each its own.
 
-    There a joined product is no faster, and reading and writing slices of its buffer is slower.
+    There a large product is no faster than its parts, slices of its buffer are read and written
+    more slowly, and what the allocator has returned to the system has to be mapped in again.
     """
-    if weights[0].is_cpu and weights[0].element_size() == 2:
+    width = sum(weight.shape[0] for weight in weights)
+    if weights[0].is_cpu and tokens * width * weights[0].element_size() > JOINED_BYTES:
         return [slice(n, n + 1) for n in range(len(weights))]
     return [slice(0, len(weights))]
 

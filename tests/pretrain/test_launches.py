@@ -63,7 +63,6 @@ def counted_with_torch(config: Config) -> Counts:
 def trained(config: Config) -> tuple[list[float], list[float], Kinds]:
     """Losses of a few steps of the trainer, those of another under the ledger, and the operations
     of the last step."""
-    from parallel import projections
     from parallel.compat import prepare_host
     from parallel.groups import init_distributed, init_groups
     from parallel.launch import launch_from_environment
@@ -72,7 +71,6 @@ def trained(config: Config) -> tuple[list[float], list[float], Kinds]:
     from pretrain.sources import open_data
 
     device = prepare_host()
-    projections._parts = lambda weights: [slice(0, len(weights))]  # as on a GPU in 16 bits, too
     init_distributed(launch_from_environment(), device)
     init_groups(config.parallel)
     data, validation = open_data(config)

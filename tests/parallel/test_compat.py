@@ -1,0 +1,32 @@
+"""What a host without CUDA is made ready with."""
+
+import platform
+import resource
+
+import pytest
+import torch
+
+from benchmarks.ranks import run_ranks
+
+BUFFERS, BYTES, ROUNDS = 4, 30 << 20, 6
+
+
+def pages_mapped_in() -> list[int]:
+    """Page faults of rounds that fill some buffers and free them all."""
+    from parallel.compat import prepare_host
+
+    prepare_host()
+    found = []
+    for _ in range(ROUNDS):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        buffers = [torch.ones(BYTES, dtype=torch.uint8) for _ in range(BUFFERS)]
+        del buffers
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return found
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_memory_of_a_step_stays_for_the_next() -> None:
+    (faults,) = run_ranks(1, pages_mapped_in)
+    pages = BUFFERS * BYTES // resource.getpagesize()
+    assert max(faults[2:]) < pages // 10, faults
