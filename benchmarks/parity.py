@@ -304,7 +304,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     layouts = [
         layout
-        for layout in (QUICK if options.quick else LAYOUTS)
+        for layout in (QUICK if options.quick and not options.graphs else LAYOUTS)
         if any(word in layout.name for word in options.only)
     ]
     if options.graphs:
