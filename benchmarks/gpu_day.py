@@ -46,7 +46,7 @@ PLAN = (
     ("scans", 60),
     ("products", 15),
     ("head", 15),
-    ("training_320m_long", 60),
+    ("training_320m_long", 90),
     ("training_1_3b", 100),
     ("untried", 180),
     ("tuning", 240),

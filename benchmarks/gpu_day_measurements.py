@@ -207,7 +207,7 @@ def training_1_3b(tiny: bool) -> list[Row]:
 
 
 def _training(preset: str, length: int, micro_batch_size: int, tiny: bool) -> list[Row]:
-    """Of the eager runs and of those as graphs, whose losses are to be the same."""
+    """Measure both models, eagerly and as graphs; the losses of the two must be equal."""
     join()
     rows = []
     for rival, graphs in itertools.product((TRANSXSSM, ATTENTION), (False, True)):

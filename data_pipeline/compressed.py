@@ -14,7 +14,8 @@ import zstandard
 
 from untrusted.files import open_regular
 
-COMPRESSED_SUFFIXES = frozenset({".gz", ".gzip", ".zst", ".zstd"})
+GZIP_SUFFIXES = frozenset({".gz", ".gzip"})
+COMPRESSED_SUFFIXES = GZIP_SUFFIXES | {".zst", ".zstd"}
 MAX_WINDOW = 1 << 31  # bytes; the largest that `zstd` itself writes and reads
 HEADER_BYTES = 18  # of a frame, at most
 INPUT_BYTES = 1 << 12  # decompressed at once; may become 128 MiB, usually some 10 KiB
@@ -39,7 +40,7 @@ def open_bytes(path: Path) -> IO[bytes]:
     if os.fstat(file.fileno()).st_size == 0:
         file.close()
         raise EOFError("it is empty, which no compressed file is: copied or written only in part?")
-    if path.suffix.lower() in (".gz", ".gzip"):
+    if path.suffix.lower() in GZIP_SUFFIXES:
         unpacked = gzip.GzipFile(fileobj=file)
         unpacked.myfileobj = cast(Any, file)  # closed with it, as one that it had opened
         return cast(IO[bytes], unpacked)

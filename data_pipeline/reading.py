@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import zstandard
 
-from data_pipeline.compressed import is_compressed, open_bytes
+from data_pipeline.compressed import GZIP_SUFFIXES, is_compressed, open_bytes
 from data_pipeline.corpus import LINE_SUFFIXES, ROW_SUFFIXES, TEXT_SUFFIXES, Piece, kind, units
 from data_pipeline.errors import DataError
 from data_pipeline.fields import NoText, field_names, find_field
@@ -37,6 +37,14 @@ MAX_VALUES = 1 << 21  # of a line of JSON, which take up to a hundred times thei
 FIRST_ROWS = 1000  # of an input, one of which has to have the field of the text
 # what a value of JSON begins with or is followed by: strings whole, also one that is cut off
 VALUES = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{,]', re.DOTALL)
+
+# First bytes of files that are not UTF-8 text, and what to do with them.
+BEGINNINGS = {
+    b"\xff\xfe": "it is UTF-16: `iconv -f UTF-16 -t UTF-8 {name} > fixed{suffix}`",
+    b"\xfe\xff": "it is UTF-16: `iconv -f UTF-16 -t UTF-8 {name} > fixed{suffix}`",
+    b"\x1f\x8b": "it is compressed by gzip: rename it to {name}.gz",
+    b"\x28\xb5\x2f\xfd": "it is compressed by Zstandard: rename it to {name}.zst",
+}
 
 TextField = str | Sequence[str]
 """The field that is the text, of a row in any input, or one for each input."""
@@ -138,18 +146,15 @@ def check_first_rows(pieces: Iterable[Piece], text_field: TextField) -> None:
             missing.append((path, field, {} if missing else row))
         else:
             for path, field, row in missing[:1]:
-                nor = (
-                    f", nor in any of the first {len(missing):,} rows of this input"
-                    if len(missing) > 1 else ""
-                )  # fmt: skip
+                rows = "its only row" if len(missing) == 1 else f"its first {len(missing):,} rows"
                 raise DataError(
-                    f"{path}: no field {field!r} (fields: {field_names(row)}) in its first row"
-                    f"{nor}. Name the text's field with --text-field.{_rows_within(row, path)}"
+                    f"{path}: no field {field!r} (fields: {field_names(row)}) in {rows}. Name the "
+                    f"text's field with --text-field.{_rows_within(row, path)}"
                 )
 
 
 def _rows_within(row: dict[str, Any], path: Path) -> str:
-    """What to do where a file is one object around a list of rows, if it looks so."""
+    """Return a hint for a file that is one object around a list of rows, or ""."""
     for name, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             command = _by_jq(path, f".{json.dumps(name)}[]")
@@ -336,7 +341,7 @@ def _by_jq(path: Path, program: str) -> str:
     source, target = shlex.quote(str(path)), shlex.quote(str(result))
     if not is_compressed(path):
         return f"jq -c '{program}' {source} > {target}"
-    unpack = "gzip" if path.suffix.lower() in (".gz", ".gzip") else "zstd"
+    unpack = "gzip" if path.suffix.lower() in GZIP_SUFFIXES else "zstd"
     return f"{unpack} -dc {source} | jq -c '{program}' > {target}"
 
 
@@ -444,7 +449,7 @@ def _field(
 
 
 def _instead(value: Any, text_field: str, path: Path) -> str:
-    """What to do where the field of the text holds fields or a list."""
+    """Return a hint for a text field that holds fields or a list, or ""."""
     if isinstance(value, dict) and value:
         fields = ", ".join(f"{text_field}.{name}" for name in [*value][:20])
         return f" Name one of its fields with --text-field: {fields}."
@@ -459,25 +464,16 @@ def _instead(value: Any, text_field: str, path: Path) -> str:
     return ""
 
 
-# What other kinds of file begin with, and what to do with them.
-BEGINNINGS = {
-    b"\xff\xfe": "it is UTF-16: `iconv -f UTF-16 -t UTF-8 {name} > fixed{suffix}`",
-    b"\xfe\xff": "it is UTF-16: `iconv -f UTF-16 -t UTF-8 {name} > fixed{suffix}`",
-    b"\x1f\x8b": "it is compressed by gzip: rename it to {name}.gz",
-    b"\x28\xb5\x2f\xfd": "it is compressed by Zstandard: rename it to {name}.zst",
-}
-
-
 def _decode(block: bytes, path: Path, offset: int) -> str:
     """`block`, which starts at byte `offset` of `path`, as text without a byte order mark."""
     try:
         return block.decode("utf-8").removeprefix("\ufeff" if offset == 0 else "")
     except UnicodeDecodeError as error:
+        remedies = [r for beginning, r in BEGINNINGS.items() if block.startswith(beginning)]
+        if remedies and offset == 0:
+            remedy = remedies[0].format(name=path.name, suffix=path.suffix)
+            raise DataError(f"{path}: not UTF-8; {remedy}.") from error
         at = offset + error.start
-        for beginning, remedy in BEGINNINGS.items():
-            if offset == 0 and block.startswith(beginning):
-                said = remedy.format(name=path.name, suffix=path.suffix)
-                raise DataError(f"{path}: not UTF-8; {said}.") from error
         raise DataError(
             f"{path}: not UTF-8 at byte {at} (0x{block[error.start]:02x}). Convert it, for example "
             f"`iconv -f LATIN1 -t UTF-8 {path.name} > fixed.txt`, with its real encoding after -f, "

@@ -87,11 +87,11 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     return out.transpose(1, 2)
 
 
-# -- on a CPU, where Python runs once and borders differ each time ---------------------------------
+# -- CPU attention as a custom operator, for recordings and torch.compile --------------------------
 
 
 def _recorded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None) -> Tensor:
-    """`_by_document` as one operator, inside which the borders are read whenever it runs."""
+    """Run `_by_document` as one operator, which reads cu_seqlens whenever it is called."""
     out: Tensor = _forward(q, k, v, cu_seqlens, scale)[0]
     return out
 
@@ -100,40 +100,42 @@ def _recorded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The result and the logarithms of its denominators, [Hq, T] in PyTorch's dtype for them."""
+    """Return attention [T, Hq, D], and the log-sum-exp of its scores [Hq, T]."""
     parts = []
     for size, *document in _blocks(cu_seqlens, q, k, v):
-        out, denominators = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        out, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *document, 0.0, True, scale=scale
         )
-        parts.append((out[0].transpose(0, 1)[:size], denominators[0, :, :size]))
-    outs, logs = zip(*parts, strict=True)
-    return torch.cat(outs), torch.cat(logs, dim=1)
+        parts.append((out[0].transpose(0, 1)[:size], log_sums[0, :, :size]))
+    outs, all_log_sums = zip(*parts, strict=True)
+    return torch.cat(outs), torch.cat(all_log_sums, dim=1)
 
 
 @torch.library.custom_op("transxssm::attention_by_document_backward", mutates_args=())
 def _backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, denominators: Tensor,
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor,
     cu_seqlens: Tensor, scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grads = []
     begin = 0
     for size, *document in _blocks(cu_seqlens, d_out, q, k, v, out):
         spare = document[0].shape[2] - size
-        # of padding: so large that its tokens have no weights
-        logs = pad(denominators[None, :, begin : begin + size], (0, spare), value=1e30)
-        of_document = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *document, logs, 0.0, True, scale=scale
+        # so large that padding has the weight exp(score - 1e30) = 0
+        padded = pad(log_sums[None, :, begin : begin + size], (0, spare), value=1e30)
+        document_grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *document, padded, 0.0, True, scale=scale
         )
-        grads.append([t[0].transpose(0, 1)[:size] for t in of_document])
+        grads.append([t[0].transpose(0, 1)[:size] for t in document_grads])
         begin += size
     d_q, d_k, d_v = (torch.cat(parts) for parts in zip(*grads, strict=True))
     return d_q, d_k, d_v
 
 
 def _blocks(cu_seqlens: Tensor, *tensors: Tensor) -> Iterator[Any]:
-    """Of each document: its tokens, and [1, H, tokens, D] of tensors [T, H, D], in 16 bits padded
-    as `_padded` does."""
+    """Yield the size of every document, and its part [1, H, size, D] of each tensor [T, H, D].
+
+    In 16 bits the parts are padded as in `_padded`.
+    """
     sizes = _sizes(cu_seqlens)
     is_short = tensors[0].dtype in (torch.float16, torch.bfloat16)
     for size, *parts in zip(sizes, *(t.split(sizes) for t in tensors), strict=True):
@@ -143,7 +145,8 @@ def _blocks(cu_seqlens: Tensor, *tensors: Tensor) -> Iterator[Any]:
 
 @_forward.register_fake
 def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _like(q), q.new_empty(q.shape[1], q.shape[0], dtype=_denominators_dtype(q))
+    exact = torch.promote_types(q.dtype, torch.float32)
+    return _like(q), q.new_empty(q.shape[1], q.shape[0], dtype=exact)
 
 
 @_backward.register_fake
@@ -153,10 +156,6 @@ def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tenso
 
 def _like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def _denominators_dtype(q: Tensor) -> torch.dtype:
-    return torch.promote_types(q.dtype, torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

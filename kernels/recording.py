@@ -1,7 +1,7 @@
-"""Whether calls are recorded, to be issued again with other values, or compiled.
+"""Tells operations whether they are recorded, to run again with other values, or compiled.
 
-Then the host may read no value of a tensor, and what it does by such a value has to be inside an
-operator of its own.
+The host must then read no value of a tensor. A decision that depends on values has to be made
+inside a custom operator.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ _recording = False
 
 
 def is_recorded() -> bool:
-    """Whether what runs now will run again without Python."""
+    """Return whether the operations that run now will run again without Python."""
     return _recording or torch.compiler.is_compiling()
 
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Calls within are recorded."""
+    """Declare that operations within the context are recorded."""
     global _recording
     before, _recording = _recording, True
     try:

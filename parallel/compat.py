@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-# of glibc's malloc.h
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-MOST_OF_MMAP_THRESHOLD = 32 << 20  # bytes; larger buffers always go back at once
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+MAX_MMAP_THRESHOLD = 32 << 20  # bytes; glibc returns larger buffers to the system in any case
 RETIRED_ARGUMENTS = {"async_tensor_model_parallel_allreduce"}  # gone in Megatron-core 0.19
 
 
@@ -69,11 +68,14 @@ def prepare_host(local_rank: int = 0) -> torch.device:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed: a step's activations, returned to the system, would be mapped
-    in again page by page in the next step, which takes up to a tenth of its time."""
+    """Have glibc keep freed memory, rather than return it to the system.
+
+    The next step would map the memory of its activations again, page by page, which takes up to a
+    tenth of the step's time.
+    """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, MOST_OF_MMAP_THRESHOLD)
+        libc.mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD)
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 

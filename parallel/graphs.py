@@ -1,18 +1,19 @@
-"""A micro-batch as one launch: forward, loss and backward, captured once a shape and replayed.
+"""A micro-batch as one launch: forward, loss and backward, captured once for each shape.
 
-The host needs longer to issue a micro-batch's operations than a GPU needs for many of them. A CUDA
-graph issues them all at once: its inputs are copied into buffers that stay, and gradients add up in
-the optimizer's buffers, as in eager execution. Shapes are what a graph is captured for: those of
-the tokens, and the number of segments, rounded up to a power of two by repeating the last border.
+The host needs longer to issue many of a micro-batch's operations than a GPU needs to run them. A
+CUDA graph issues them all at once. Its inputs are copied into static buffers; gradients accumulate
+in the optimizer's buffers, as in eager execution. A graph is captured for each shape of the tokens
+and each number of segments. That number is rounded up to a power of two, by repeating the last
+boundary, so that few graphs are needed.
 
-On a CPU a recording stands in for the graph (`parallel.replay`): the same path through this file,
-for tests and campaigns.
+On a CPU a recording stands in for the graph (`parallel.replay`), so that tests and campaigns take
+the same path through this file.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Protocol
@@ -26,40 +27,41 @@ from kernels.dispatch import strict
 from kernels.recording import recording
 from parallel.config import ParallelConfig
 from parallel.context import LocalBatch
+from parallel.main_grads import main_grad
 from parallel.replay import Replay
 from parallel.schedule import row_sums, run_schedule
 from parallel.zero import ZeroOptimizer
 
-WARM_UP = 2  # micro-batches of a shape that run eagerly, before it is captured
-MOST_GRAPHS = 12  # each has its inputs and a place in the memory that they share
+WARM_UP = 2  # micro-batches of a shape that run eagerly before its graph is captured
+MAX_GRAPHS = 12  # micro-batches of further shapes run eagerly
 
 log = logging.getLogger("transxssm")
 
 
 class Graph(Protocol):
-    """A call that is recorded, and then made again without Python."""
+    """A call that is recorded once and then repeated without Python."""
 
     def record(self, function: Callable[[], Tensor]) -> Tensor:
-        """Return the tensor of its result, which holds nothing of use before a replay."""
+        """Record a call and return its result, whose value is undefined before a replay."""
 
     def replay(self) -> None:
-        """Make the call again."""
+        """Repeat the call."""
 
 
 class CudaGraph:
-    """torch.cuda.CUDAGraph, with memory that all graphs of a `pool` share."""
+    """A torch.cuda.CUDAGraph whose memory is shared with the other graphs of its `pool`."""
 
     def __init__(self, pool: Any) -> None:
         self._graph, self._pool = torch.cuda.CUDAGraph(), pool
 
     def record(self, function: Callable[[], Tensor]) -> Tensor:
-        """Capture a call, which computes nothing yet."""
-        # of this thread alone: one that writes a checkpoint copies from the device meanwhile
+        """Capture a call, without computing it."""
+        # thread_local: a thread that writes a checkpoint may copy from the device meanwhile
         with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
             return function()
 
     def replay(self) -> None:
-        """Launch it."""
+        """Launch the graph."""
         self._graph.replay()
 
 
@@ -68,17 +70,17 @@ class _Captured:
     graph: Graph
     inputs: LocalBatch
     sums: Tensor
-    """`row_sums` of the newest micro-batch."""
+    """`row_sums` of the last micro-batch."""
     marked: list[Any]
-    """Parameters whose sums of gradients it adds to."""
+    """Parameters whose `main_grad` the graph adds to."""
 
 
 def why_eager(parallel: ParallelConfig) -> str | None:
-    """Return why micro-batches of a layout cannot be captured, or None where they can."""
+    """Return why micro-batches of a layout cannot be captured, or None if they can."""
     if parallel.pipeline > 1:
         return f"parallel.pipeline={parallel.pipeline}: stages wait for each other within a step"
     if parallel.context > 1:
-        return f"parallel.context={parallel.context}: ranks exchange tokens in a ring"
+        return f"parallel.context={parallel.context}: its exchanges of tokens are not captured yet"
     if parallel.reduces_in_backward:
         offloaded = ", with an offloaded optimizer" if parallel.offload == "optimizer" else ""
         return (
@@ -89,7 +91,7 @@ def why_eager(parallel: ParallelConfig) -> str | None:
 
 
 def graph_maker(device: torch.device) -> Callable[[], Graph]:
-    """Return what makes a graph for a device."""
+    """Return a function that makes an empty graph for a device."""
     if device.type == "cuda":
         return partial(CudaGraph, torch.cuda.graph_pool_handle())
     return Replay
@@ -98,11 +100,11 @@ def graph_maker(device: torch.device) -> Callable[[], Graph]:
 class MicroBatchGraphs:
     """Runs a stage's micro-batches for `parallel.schedule.forward_backward`.
 
-    The first of a shape run eagerly; so do all, from then on, after a capture that failed.
+    The first WARM_UP micro-batches of a shape run eagerly. After a failed capture all do.
     """
 
     def __init__(self, zero: ZeroOptimizer, make: Callable[[], Graph]) -> None:
-        """zero: of a layout without `why_eager`."""
+        """zero: of a layout for which `why_eager` is None."""
         self._zero, self._make = zero, make
         self._parameters = [p for _, p in zero.built.named_parameters()]
         self._scale = torch.zeros((), device=self._parameters[0].device)
@@ -110,20 +112,20 @@ class MicroBatchGraphs:
         self._captured: dict[tuple[int, ...], _Captured] = {}
         self._addresses: list[int] = []
         self._failed = False
-        # DeepSpeed drops gradients that have no buffers of its own; a graph adds to these
+        # outside of BF16_Optimizer, DeepSpeed drops the gradients after each step
         self._gradients = (
             [torch.zeros_like(p) for p in self._parameters] if zero.main_grads is None else []
         )
 
     def run(self, batches: Sequence[LocalBatch], scale: Tensor) -> list[Tensor]:
-        """Add the gradients of micro-batches to those before; return `row_sums` of each.
+        """Accumulate the gradients of a step's micro-batches; return `row_sums` of each.
 
-        scale: of the loss, float32 scalar. Raises what a capture raises in strict mode.
+        scale: factor of the loss, float32 scalar. In strict mode, raises what a capture raises.
         """
-        self._forget_moved()
+        self._drop_stale_graphs()
         self._scale.copy_(scale)
-        self._lay_gradients()
-        return [self._run(with_padded_borders(batch)) for batch in batches]
+        self._reset_gradients()
+        return [self._run(with_padded_boundaries(batch)) for batch in batches]
 
     def _run(self, batch: LocalBatch) -> Tensor:
         key = (*batch.tokens.shape, len(batch.cu_seqlens), len(batch.local_cu_seqlens))
@@ -134,7 +136,7 @@ class MicroBatchGraphs:
             buffer.copy_(given)
         captured.graph.replay()
         if self._zero.main_grads is not None:
-            for parameter in captured.marked:  # Python, which a replay does not run
+            for parameter in captured.marked:  # Python flags, which a replay does not set
                 self._zero.main_grads.mark(parameter)
         return captured.sums.clone()
 
@@ -143,83 +145,77 @@ class MicroBatchGraphs:
         return sums
 
     def _captured_now(self, key: tuple[int, ...], batch: LocalBatch) -> _Captured | None:
-        """The graph of a shape that has come often enough, or None."""
+        """Capture a shape after its warm-up. Returns None where it is to run eagerly."""
         self._seen[key] += 1
-        if self._failed or self._seen[key] <= WARM_UP or len(self._captured) >= MOST_GRAPHS:
+        if self._failed or self._seen[key] <= WARM_UP or len(self._captured) >= MAX_GRAPHS:
             return None
         inputs = LocalBatch(*(tensor.clone() for tensor in _tensors(batch)))
-        graph, watch = self._make(), _LastOperation()
+        graph, last_operation = self._make(), _LastOperation()
+        marked: list[Any] = []
+        main_grads = self._zero.main_grads
 
-        def watched() -> Tensor:
-            with watch:
+        def call() -> Tensor:
+            with last_operation:
                 return self._eager(inputs)
 
         try:
-            with recording(), self._marks() as marked:
-                sums = graph.record(watched)
+            with recording(), main_grads.noting(marked) if main_grads else nullcontext():
+                sums = graph.record(call)
         except Exception as error:
             if strict():
                 raise
             self._failed = True
             log.warning(
-                "a micro-batch cannot be captured (%s: %s; the last operation was %s): all run "
-                'eagerly from now on; set training.cuda_graphs = "off" to be told no more',
-                *(type(error).__name__, str(error).partition("\n")[0], watch.name),
+                "a micro-batch cannot be captured as a graph (%s: %s; the last operation was %s), "
+                'so that training continues eagerly; set training.cuda_graphs = "off" to avoid '
+                "this warning",
+                *(type(error).__name__, str(error).partition("\n")[0], last_operation.name),
             )
             return None
-        log.info("captured a micro-batch of %s × %s tokens, %s borders", *key[:3])
+        log.info("captured a graph for micro-batches of %d × %d tokens, %d segments",
+                 *batch.tokens.shape, len(batch.cu_seqlens) - 1)  # fmt: skip
         captured = self._captured[key] = _Captured(graph, inputs, sums, marked)
         return captured
 
-    @contextmanager
-    def _marks(self) -> Iterator[list[Any]]:
-        """The parameters that a capture marks; none of them is, if it fails."""
-        marked: list[Any] = []
-        main_grads = self._zero.main_grads
-        if main_grads is None:
-            yield marked
-            return
-        with main_grads.noting(marked):
-            yield marked
-
-    def _lay_gradients(self) -> None:
-        """Give parameters the buffers that graphs add to, at the begin of a step."""
+    def _reset_gradients(self) -> None:
+        """Let the parameters accumulate into the static buffers, from zero."""
         if not self._gradients:
             return
         torch._foreach_zero_(self._gradients)
         for parameter, buffer in zip(self._parameters, self._gradients, strict=True):
-            if parameter.grad is not None and parameter.grad is not buffer:
-                buffer.copy_(parameter.grad)
+            assert parameter.grad is None or parameter.grad is buffer  # else it would be lost
             parameter.grad = buffer
 
-    def _forget_moved(self) -> None:
-        """Drop the graphs if weights or sums of gradients lie elsewhere than they did."""
-        sums = [getattr(p, "main_grad", p) for p in self._parameters]
+    def _drop_stale_graphs(self) -> None:
+        """Drop the graphs if weights or their `main_grad` have other addresses than before."""
+        sums = [total for p in self._parameters if (total := main_grad(p)) is not None]
         addresses = [tensor.data_ptr() for tensor in (*self._parameters, *sums)]
         if self._captured and addresses != self._addresses:
-            log.info("weights have moved: micro-batches are captured anew")
+            log.info("weights have moved in memory: their graphs are captured again")
             self._captured.clear()
         self._addresses = addresses
 
 
-def with_padded_borders(batch: LocalBatch) -> LocalBatch:
-    """The batch with as many segments as a power of two, of which the last may be empty.
+def with_padded_boundaries(batch: LocalBatch) -> LocalBatch:
+    """Return the batch with a power of two of segments, of which the last ones may be empty.
 
-    Rows that are single documents stay so, since attention has one call for them.
+    Rows that are single documents are kept, because attention has a single call for them.
     """
     rows, tokens = len(batch.tokens), batch.tokens.numel()
     return replace(
         batch,
-        cu_seqlens=padded_borders(batch.cu_seqlens, rows, tokens),
-        local_cu_seqlens=padded_borders(batch.local_cu_seqlens, rows, tokens),
+        cu_seqlens=padded_boundaries(batch.cu_seqlens, rows, tokens),
+        local_cu_seqlens=padded_boundaries(batch.local_cu_seqlens, rows, tokens),
     )
 
 
-def padded_borders(borders: Tensor, rows: int, tokens: int) -> Tensor:
-    """Repeat the last border, `tokens`, until a power of two of segments is there."""
-    segments = len(borders) - 1
+def padded_boundaries(cu_seqlens: Tensor, rows: int, tokens: int) -> Tensor:
+    """Repeat the last boundary, `tokens`, until the number of segments is a power of two."""
+    segments = len(cu_seqlens) - 1
     wanted = segments if segments == rows else 1 << (segments - 1).bit_length()
-    return borders if wanted == segments else pad(borders, (0, wanted - segments), value=tokens)
+    if wanted == segments:
+        return cu_seqlens
+    return pad(cu_seqlens, (0, wanted - segments), value=tokens)
 
 
 def _tensors(batch: LocalBatch) -> list[Tensor]:
@@ -227,7 +223,7 @@ def _tensors(batch: LocalBatch) -> list[Tensor]:
 
 
 class _LastOperation(TorchDispatchMode):
-    """Knows the name of the last operation, for what is said of a failure."""
+    """Keeps the name of the last operation, for the message of a failure."""
 
     name = "none"
 

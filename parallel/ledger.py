@@ -17,29 +17,25 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kernels.audit.recording import Recorded, distinct_bytes
+from parallel.dispatched import READS, is_free, named_arguments, tensors_in, written_names
 from parallel.layers import ReplicatedScale
 from parallel.model import DecoderLayer
 from parallel.zero import ZeroOptimizer
 
 Direction = Literal["forward", "backward"]
 HOOKS, HEAD = "gradient hooks", "head and loss"
-# Beside views they give memory or a name to it, and launch nothing.
-FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view",
-         "unsafe_split_with_sizes", "_reshape_alias", "lift_fresh", "set_"}  # fmt: skip
 _OVERWRITES = {"copy_", "fill_", "zero_"}  # what stood in the first argument is not read
 _GATHERS = {"index", "index_select", "gather", "embedding"}  # read of it as much as they return
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}
 _ACCUMULATES = 1 << 63  # nodes that accumulate gradients have the highest of all numbers
 
 
@@ -166,10 +162,10 @@ class Ledger(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if _is_free(func):
+        if is_free(func):
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        given = _tensors((args, kwargs))
+        given = tensors_in((args, kwargs))
         here = any(t.device.type == self._device for t in given)
         to_host = here and _goes_to_host(name, args, kwargs, self._device)
         unwaited = kwargs.get("non_blocking") or (name == "copy_" and True in args[2:])
@@ -177,7 +173,7 @@ class Ledger(TorchDispatchMode):
         result = self._answer(func, name, args, kwargs, to_host)
         if isinstance(result, Tensor) and result.dtype == torch.bool:
             self._makers[result] = name
-        made = _tensors(result)
+        made = tensors_in(result)
         here = here or any(t.device.type == self._device for t in made)
         if here and not (func.namespace == "c10d" and _alone(args)):
             self.count(name, _bytes(func, name, args, kwargs, given, made), int(reads))
@@ -200,12 +196,6 @@ class Ledger(TorchDispatchMode):
 
     def _answer_of(self, tensor: Tensor) -> Any:
         return self._read(tensor, self._makers.get(tensor, ""))
-
-
-@cache
-def _is_free(func: Any) -> bool:
-    """Whether an operation is a view, an allocation or a question."""
-    return func.is_view or func.overloadpacket.__name__ in FREE
 
 
 def _goes_to_host(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> bool:
@@ -240,19 +230,14 @@ def _bytes(
         return 2 * _sum_bytes(made) + _sum_bytes(indices)
     if name in ("index_put_", "index_put"):
         return _scattered_bytes(*args[:3])
-    arguments = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-    changed = {a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write}
+    arguments, changed = named_arguments(func, args, kwargs), written_names(func)
     unread = {a.name for a in func._schema.arguments if a.is_out}
     unread |= changed if name in _OVERWRITES else set()
     if name.startswith("_fused_") and arguments.get("grad_scale") is None:
         changed -= {"grads"}  # optimizers write them where they scale them alone
-    written = _tensors([arguments.get(n) for n in changed]) or made
-    read = _tensors([given for n, given in arguments.items() if n not in unread])
+    written = tensors_in([arguments.get(n) for n in changed]) or made
+    read = tensors_in([given for n, given in arguments.items() if n not in unread])
     return _sum_bytes(read) + _sum_bytes(written)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
 def _scattered_bytes(target: Tensor, indices: Sequence[Tensor | None], values: Tensor) -> int:

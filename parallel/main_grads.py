@@ -54,13 +54,13 @@ class MainGrads:
 
     @contextmanager
     def noting(self, noted: list[Any]) -> Iterator[None]:
-        """Within, where a backward pass is recorded rather than run, only note what it marks."""
+        """Collect the parameters that a recorded backward pass marks, without setting flags."""
         self._noted = noted
         try:
             yield
         finally:
             self._noted = None
-            self._waiting.clear()  # there if it failed
+            self._waiting.clear()  # not empty after a failure
 
     @torch.no_grad()
     def _accumulated(self, parameter: Any) -> None:

@@ -14,6 +14,7 @@ which then is G.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -34,13 +35,16 @@ from kernels.slices import ROW_ELEMENTS, shared_stride
 from parallel.main_grads import main_grad, mark
 from parallel.products import add_product
 
-JOINED_BYTES = 1 << 23  # of what a CPU computes as one product, at most
+JOINED_BYTES = 1 << 23  # largest result that a CPU computes as one product
 
 
 def project(
     h: Tensor, linears: Sequence[ColumnParallelLinear], config: ModelParallelConfig
 ) -> tuple[Tensor, ...]:
-    """Project h [T or T/tp, 1, hidden] by every linear: [T, 1, out / tp] each, in one buffer."""
+    """Project h [T or T/tp, 1, hidden] by every linear: [T, 1, out / tp] each.
+
+    They lie in one buffer, unless a CPU computes them apart (`_parts`).
+    """
     split = config.sequence_parallel
     weights = (linear.weight for linear in linears)
     projected: tuple[Tensor, ...] = _JoinedLinears.apply(split, h, *weights)
@@ -106,11 +110,8 @@ class _JoinedLinears(torch.autograd.Function):
         u, gathering = _gather(h) if ctx.split else (h, None)
         tokens = grads[0].shape[0]
         parts = [(part, joined_columns(grads[part])) for part in _parts(weights, tokens)]
-        d_u: Tensor | None = None
-        for part, joined in parts:
-            product = joined @ joined_rows(weights[part])
-            d_u = product if d_u is None else d_u.add_(product)
-        assert d_u is not None, "no weights"
+        products = (joined @ joined_rows(weights[part]) for part, joined in parts)
+        d_u = reduce(Tensor.add_, products)
         d_h, summing = _sum(d_u.unsqueeze(1), ctx.split)
         _wait(gathering)
         d_weights: list[Tensor | None] = []
@@ -121,10 +122,10 @@ class _JoinedLinears(torch.autograd.Function):
 
 
 def _parts(weights: Sequence[Tensor], tokens: int) -> list[slice]:
-    """Which weights have a product together: all of them; on a CPU, if it is large, each its own.
+    """Return which weights share a product: all of them, or, if a CPU's is large, none.
 
-    There a large product is no faster than its parts, slices of its buffer are read and written
-    more slowly, and what the allocator has returned to the system has to be mapped in again.
+    On a CPU a large product is no faster than its parts, and slices of its buffer are read and
+    written more slowly.
     """
     width = sum(weight.shape[0] for weight in weights)
     if weights[0].is_cpu and tokens * width * weights[0].element_size() > JOINED_BYTES:
@@ -133,9 +134,7 @@ def _parts(weights: Sequence[Tensor], tokens: int) -> list[slice]:
 
 
 def _product(u: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """u Wᵀ of tokens u [T, 1, in]: [T, 1, outᵢ] each, in one buffer."""
-    if len(weights) == 1:
-        return (torch.mm(u.flatten(0, 1), weights[0].t()).unsqueeze(1),)
+    """Compute u Wᵀ of tokens u [T, 1, in]: [T, 1, outᵢ] each, in one buffer."""
     widths = [weight.shape[0] for weight in weights]
     width = sum(widths)
     out = u.new_empty(*u.shape[:2], width + -width % ROW_ELEMENTS)

@@ -1,9 +1,10 @@
-"""What stands in for a CUDA graph on a CPU: operations recorded below autograd, and issued again.
+"""A stand-in for CUDA graphs on a CPU: record operations below autograd, and run them again.
 
 As in a graph, Python does not run in a replay: every operation has the tensors of its recording,
-and new values come in through their memory alone. So whatever the host would have decided anew is
-found out here: a value that it reads ends the recording, and one that it has kept gives other
-losses than eager execution. Slower than that, and in need of memory for every intermediate result.
+and new values enter through their memory alone. This exposes code that no graph can hold. A value
+that the host reads through PyTorch ends the recording; a decision that the host made from an
+earlier value makes the losses differ from those of eager execution. A replay is slower than eager
+execution, and every intermediate result keeps its memory.
 """
 
 from collections.abc import Callable
@@ -13,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from parallel.ledger import FREE, READS
+from parallel.dispatched import READS, is_free, named_arguments, tensors_in, written_names
 
 Result = TypeVar("Result")
 
@@ -26,35 +27,37 @@ class CaptureError(Exception):
 
 @dataclass(frozen=True)
 class _Operation:
-    """One that has run, on these very arguments, into these results."""
+    """A recorded operation, with the tensors of its recording."""
 
     func: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     results: list[Tensor]
-    """Of those, what is in memory of its own."""
+    """Those that have memory of their own, which an argument has not."""
 
     def again(self) -> None:
-        """Compute from what the arguments hold now."""
+        """Compute the results from what the arguments hold now."""
         returned = _ended(self.func(*self.args, **self.kwargs))
-        if self.results:
-            own = _own(_tensors(returned), self.args, self.kwargs)
-            for result, new in zip(self.results, own, strict=True):
-                result.copy_(new)
+        own = _own(returned, self.args, self.kwargs)
+        for result, new in zip(self.results, own, strict=True):
+            result.copy_(new)
 
 
 class Replay:
-    """A recorded call. external: tensors that were there before it, by the address of their
-    memory."""
+    """A recorded call.
+
+    external: the tensors that existed before it, by the address of their memory.
+    """
 
     def __init__(self) -> None:
         self.external: dict[int, Tensor] = {}
         self._operations: list[_Operation] = []
 
     def record(self, function: Callable[[], Result]) -> Result:
-        """Record a call and undo what it writes into memory that was there before.
+        """Record a call, and restore the memory that existed before it.
 
-        Returns its result, which holds nothing of use before a replay. Raises CaptureError.
+        Returns the call's result, whose value is undefined before a replay. Raises CaptureError for
+        a value that the host reads.
         """
         recorder = _Recorder(self._operations)
         try:
@@ -67,7 +70,7 @@ class Replay:
 
     @torch.no_grad()
     def replay(self) -> None:
-        """Issue all operations again."""
+        """Run all operations again."""
         for operation in self._operations:
             operation.again()
 
@@ -77,13 +80,13 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.external: dict[int, Tensor] = {}
         self._operations = operations
-        self._made: dict[int, Tensor] = {0: torch.empty(0)}  # by address, and kept there
-        self._before: list[tuple[Tensor, Tensor]] = []  # memory, and what it held
-        self._kept: set[int] = set()
+        # by the address of their memory, which stays theirs; empty tensors have the address 0
+        self._made: dict[int, Tensor] = {0: torch.empty(0)}
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # memory, and a copy of its contents
 
     def undo(self) -> None:
-        """Give memory that was there before its contents back."""
-        for memory, content in self._before:
+        """Restore the contents of memory that existed before the recording."""
+        for memory, content in self._before.values():
             memory.copy_(content)
 
     def __torch_dispatch__(
@@ -98,40 +101,35 @@ class _Recorder(TorchDispatchMode):
         if name in READS:
             raise CaptureError(f"{name} reads a value of the device")
         if name == "lift_fresh":  # a constant, which Python has just made
-            self._made[args[0].untyped_storage().data_ptr()] = args[0]
-        for tensor in _tensors((args, kwargs)):
-            address = tensor.untyped_storage().data_ptr()
-            if address not in self._made:
-                self.external.setdefault(address, tensor)
-        self._keep(func, args, kwargs)
+            self._made[_address(args[0])] = args[0]
+        for tensor in tensors_in((args, kwargs)):
+            if _address(tensor) not in self._made:
+                self.external.setdefault(_address(tensor), tensor)
+        self._save_before_write(func, args, kwargs)
         returned = _ended(func(*args, **kwargs))
-        own = _own(_tensors(returned), args, kwargs)
-        self._made.update((t.untyped_storage().data_ptr(), t) for t in own)
-        if not func.is_view:
-            results = [] if name in FREE else own
-            self._operations.append(_Operation(func, args, kwargs, results))
+        own = _own(returned, args, kwargs)
+        self._made.update((_address(tensor), tensor) for tensor in own)
+        if not is_free(func):
+            self._operations.append(_Operation(func, args, kwargs, own))
         return returned
 
-    def _keep(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Copy what is about to be overwritten, unless the recording made it."""
-        arguments = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        changed = [a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+    def _save_before_write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Copy external memory that an operation is about to write."""
+        arguments = named_arguments(func, args, kwargs)
         # collectives do not say what they write
-        written = arguments if func.namespace == "c10d" else {n: arguments.get(n) for n in changed}
-        for tensor in _tensors(list(written.values())):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() in self._made or storage.data_ptr() in self._kept:
-                continue
-            self._kept.add(storage.data_ptr())
-            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-            self._before.append((whole, whole.clone()))
+        names = arguments.keys() if func.namespace == "c10d" else written_names(func)
+        for tensor in tensors_in([arguments.get(name) for name in names]):
+            address = _address(tensor)
+            if address in self.external and address not in self._before:
+                memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+                self._before[address] = memory, memory.clone()
 
 
 def _ended(returned: Any) -> Any:
-    """What an operation returns; of a collective, once it has ended.
+    """Wait for a collective, and return what an operation returned.
 
-    It is waited for here, where the recorder does not see what waiting does: gloo's reduce-scatter
-    copies its result then.
+    The recorder does not see operations of a wait that happens here. Gloo's reduce-scatter copies
+    its result during the wait.
     """
     return tree_map_only(torch.ScriptObject, _ended_work, returned)
 
@@ -145,11 +143,11 @@ def _ended_work(work: torch.ScriptObject) -> torch.ScriptObject:
     return ended
 
 
-def _own(results: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Results that lie in other memory than the arguments."""
-    given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
-    return [t for t in results if t.untyped_storage().data_ptr() not in given]
+def _own(returned: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors of `returned` that lie in other memory than the arguments."""
+    given = {_address(tensor) for tensor in tensors_in((args, kwargs))}
+    return [tensor for tensor in tensors_in(returned) if _address(tensor) not in given]
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -55,7 +55,7 @@ def ssd(
     cos, sin:      [B, L, N/2] float32, gathered by position; both None: no rotation
     dt_bias, D:    [H] float32 or x's dtype
     cu_seqlens:    [segments+1] int32 (or int64), borders over the flattened B·L tokens, 0 first,
-                   B·L last, every row start among them
+                   B·L last, every row start among them; equal ones enclose an empty document
     chunk_size:    a power of two; 0 leaves it to the implementation, Triton takes it as an upper
                    bound (`kernels.ssd.tiles`)
     initial_state: [B, H, P, N] float32, enters the first segment of each row
@@ -220,7 +220,7 @@ def _check_values(A: Tensor, log_A: bool, cu_seqlens: Tensor, batch: int, length
         raise ValueError("A has values that are not negative: every head's state must decay")
     borders = cu_seqlens.tolist()
     rows = set(range(0, batch * length + 1, length))
-    rising = all(a <= b for a, b in itertools.pairwise(borders))  # a document may be empty
+    rising = all(a <= b for a, b in itertools.pairwise(borders))  # equal: an empty document
     if borders[0] != 0 or borders[-1] != batch * length or not rising or rows - set(borders):
         raise ValueError(
             f"cu_seqlens {borders} does not cut {batch} rows of {length} tokens into documents:"

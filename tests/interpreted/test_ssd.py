@@ -180,6 +180,19 @@ def test_documents_of_one_token(shape):
     assert_close(run(ssd, inputs), run(ssd_naive, inputs), TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize(
+    "repeated", [1, 2, -1], ids=["inside a row", "at a row's start", "at the end"]
+)
+def test_empty_documents_change_no_bit(repeated, shape):
+    """As `parallel.graphs` pads the boundaries."""
+    inputs = make_inputs(2, 90, groups=2, documents=[37], dtype=torch.bfloat16)
+    boundaries = inputs["cu_seqlens"].tolist()
+    padded = torch.tensor(sorted([*boundaries, *[boundaries[repeated]] * 3]), dtype=torch.int32)
+    expected, found = run(ssd, inputs), run(ssd, inputs | {"cu_seqlens": padded})
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_documents_do_not_leak(dtype, shape):
     """Changing the first document changes no bit of the second, forward or backward."""

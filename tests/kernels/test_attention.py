@@ -7,7 +7,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import attention as module
 from kernels.attention import attention
 from kernels.recording import recording
-from tests.conftest import ON_GPU
 
 DOCUMENTS = {
     "rows": [0, 24, 48],
@@ -119,7 +118,14 @@ def test_bad_input_is_named(position, bad, error, says):
         attention(*arguments)
 
 
-# -- as one operator, on a CPU ---------------------------------------------------------------------
+# -- the custom operator of CPUs -------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_cpu():
+    """Tensors of this test are on the CPU, also where the tests run on a GPU."""
+    with torch.device("cpu"):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -128,8 +134,7 @@ def test_bad_input_is_named(position, bad, error, says):
 @pytest.mark.parametrize(
     "borders", [DOCUMENTS["packed"], DOCUMENTS["one-token-each"], [0, 24, 24, 48, 48, 48]]
 )
-@pytest.mark.skipif(ON_GPU, reason="of the CPU")
-def test_as_an_operator_it_is_the_same_bit_for_bit(borders, kv_heads, scale, dtype):
+def test_as_an_operator_it_is_the_same_bit_for_bit(borders, kv_heads, scale, dtype, on_cpu):
     tensors, given = make(kv_heads, dtype), torch.tensor(borders, dtype=torch.int32)
     plain = attention(*tensors, given, scale=scale)
     with recording():
@@ -141,7 +146,19 @@ def test_as_an_operator_it_is_the_same_bit_for_bit(borders, kv_heads, scale, dty
         assert torch.equal(found, wanted)
 
 
-@pytest.mark.skipif(ON_GPU, reason="of the CPU")
-def test_the_operator_is_registered_as_pytorch_wants_it():
+def test_packed_attention_compiles_without_a_graph_break(on_cpu):
+    """One compiled call serves other documents."""
+    tensors = make(2)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    for borders in ([0, 5, 24, 48], [0, 24, 30, 48]):
+        given = torch.tensor(borders, dtype=torch.int32)
+        plain, found = attention(*tensors, given), compiled(*tensors, given)
+        assert torch.equal(found, plain)
+        expected = torch.autograd.grad(plain.sum(), tensors)
+        for grad, wanted in zip(torch.autograd.grad(found.sum(), tensors), expected, strict=True):
+            assert torch.equal(grad, wanted)
+
+
+def test_the_operator_is_registered_as_pytorch_wants_it(on_cpu):
     q, k, v = (t.flatten(0, 1) for t in make(2))
     torch.library.opcheck(module._forward, (q, k, v, torch.tensor([0, 5, 24, 48]), None))

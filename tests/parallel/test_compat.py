@@ -1,14 +1,12 @@
-"""What a host without CUDA is made ready with."""
+"""How a host without CUDA is prepared."""
 
-import platform
 import resource
 
-import pytest
 import torch
 
 from benchmarks.ranks import run_ranks
 
-BUFFERS, BYTES, ROUNDS = 4, 30 << 20, 6
+BUFFERS, BYTES, ROUNDS = 4, 30 << 20, 10
 
 
 def pages_mapped_in() -> list[int]:
@@ -25,8 +23,7 @@ def pages_mapped_in() -> list[int]:
     return found
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 def test_memory_of_a_step_stays_for_the_next() -> None:
     (faults,) = run_ranks(1, pages_mapped_in)
     pages = BUFFERS * BYTES // resource.getpagesize()
-    assert max(faults[2:]) < pages // 10, faults
+    assert max(faults[-3:]) < pages // 10, faults  # the first rounds find the places

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.parity import MODEL, synthetic_batch
 from benchmarks.ranks import run_ranks
-from parallel.graphs import padded_borders, with_padded_borders
+from parallel.graphs import padded_boundaries, with_padded_boundaries
 from parallel.replay import CaptureError, Replay
 
 STEPS, ROWS = 6, 2
@@ -252,7 +252,7 @@ def test_a_capture_that_fails_is_an_error_in_strict_mode() -> None:
 )
 def test_segments_are_a_power_of_two(borders: list[int], rows: int, padded: list[int]) -> None:
     given = torch.tensor(borders, dtype=torch.int32)
-    found = padded_borders(given, rows, borders[-1])
+    found = padded_boundaries(given, rows, borders[-1])
     assert found.tolist() == padded
     assert found.dtype == torch.int32
 
@@ -271,7 +271,7 @@ def losses_and_gradients(dtype: str) -> list[list[tuple[Tensor, dict[str, Tensor
         seen = []
         for given in (
             batch,
-            with_padded_borders(batch),
+            with_padded_boundaries(batch),
             replace(batch, cu_seqlens=within, local_cu_seqlens=within),
         ):
             sums = forward_backward(zero, [given], count_tokens([given], device))

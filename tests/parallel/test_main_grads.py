@@ -36,14 +36,15 @@ class Sums:
 
 
 def sums_of_steps(
-    parallel: dict[str, Any], model: dict[str, Any], hooks: str, unused: bool
+    parallel: dict[str, Any], model: dict[str, Any], hooks: str, unused: bool, joined: bool
 ) -> tuple[list[Sums], list[float]]:
     """After the micro-batches of each of three steps, the second of which is refused; the norms.
 
-    hooks: whose, "ours" or "deepspeed"; unused: layer 0's mixer is passed over in one micro-batch
-    of a step, and layer 1's feed-forward in all of them.
+    hooks: whose, "ours" or "deepspeed"; joined: projections share products; unused: layer 0's mixer
+    is passed over in one micro-batch of a step, and layer 1's feed-forward in all of them.
     """
     import parallel.zero as zero_module
+    from parallel import projections
     from parallel.build import build_stage
     from parallel.compat import prepare_host
     from parallel.config import ModelConfig, ParallelConfig
@@ -52,6 +53,7 @@ def sums_of_steps(
     from parallel.launch import launch_from_environment
     from parallel.schedule import forward_backward
 
+    projections.JOINED_BYTES *= joined
     if hooks == "deepspeed":
         zero_module.MainGrads = lambda optimizer: None  # type: ignore[assignment, misc]
         zero_module.ZeroOptimizer._accumulated_gradient = (  # type: ignore[method-assign]
@@ -100,21 +102,21 @@ def _pass_over_layers(layers: nn.ModuleDict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "parallel", "model", "unused"),
+    ("ranks", "parallel", "model", "unused", "joined"),
     [
-        (1, {}, UNTIED, False),
-        (1, {"zero_stage": 0, "recompute": "full"}, UNTIED, False),
-        (2, {"tensor": 2}, MODEL, True),
-        (2, {"tensor": 2, "sequence": False}, MODEL, False),
-        (2, {"pipeline": 2}, MODEL, True),
+        (1, {}, UNTIED, False, True),
+        (1, {"zero_stage": 0, "recompute": "full"}, UNTIED, False, False),
+        (2, {"tensor": 2}, MODEL, True, False),
+        (2, {"tensor": 2, "sequence": False}, MODEL, False, True),
+        (2, {"pipeline": 2}, MODEL, True, True),
     ],
     ids=str,
 )
 def test_sums_and_flags_are_those_of_deepspeeds_hooks(
-    ranks: int, parallel: dict[str, Any], model: dict[str, Any], unused: bool
+    ranks: int, parallel: dict[str, Any], model: dict[str, Any], unused: bool, joined: bool
 ) -> None:
-    ours = run_ranks(ranks, sums_of_steps, parallel, model, "ours", unused)
-    theirs = run_ranks(ranks, sums_of_steps, parallel, model, "deepspeed", unused)
+    ours = run_ranks(ranks, sums_of_steps, parallel, model, "ours", unused, joined)
+    theirs = run_ranks(ranks, sums_of_steps, parallel, model, "deepspeed", unused, joined)
     for (mine, norms), (stock, stock_norms) in zip(ours, theirs, strict=True):
         assert norms == pytest.approx(stock_norms, rel=2e-3)
         assert [sums.flags for sums in mine] == [sums.flags for sums in stock]

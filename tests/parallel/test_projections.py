@@ -76,15 +76,20 @@ def test_columns_are_joined_wherever_they_lie(data: Any) -> None:
 # -- products --------------------------------------------------------------------------------------
 
 
-def projected(parallel: dict[str, Any]) -> tuple[list[float], list[bool]]:
-    """Errors of outputs and gradients beside products of their own, and what overlaps in memory."""
+def projected(parallel: dict[str, Any], joined_bytes: int) -> tuple[list[float], list[bool]]:
+    """Errors of outputs and gradients beside products of their own, and what overlaps in memory.
+
+    joined_bytes: the largest result that a CPU computes as one product.
+    """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
+    from parallel import projections
     from parallel.layers import column_linear
     from parallel.projections import project
     from tests.parallel.test_model import build
 
+    projections.JOINED_BYTES = joined_bytes
     stage, _ = build({}, parallel)
     config, generator = stage.config, torch.Generator().manual_seed(1)
     linears = [column_linear(32, size, config) for size in (48, 16, 2)]
@@ -117,9 +122,16 @@ def projected(parallel: dict[str, Any]) -> tuple[list[float], list[bool]]:
 
 @pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"tensor": 2, "sequence": False}], ids=str)
 def test_one_product_is_each_of_them(parallel: dict[str, Any]) -> None:
-    for errors, in_one in run_ranks(parallel.get("tensor", 1), projected, parallel):
+    for errors, in_one in run_ranks(parallel.get("tensor", 1), projected, parallel, 1 << 20):
         assert max(errors) < 1e-5, errors
         assert all(in_one)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"tensor": 2, "sequence": False}], ids=str)
+def test_large_products_on_a_cpu_are_apart(parallel: dict[str, Any]) -> None:
+    for errors, in_one in run_ranks(parallel.get("tensor", 1), projected, parallel, 0):
+        assert max(errors) < 1e-5, errors
+        assert not any(in_one)
 
 
 # -- after DeepSpeed -------------------------------------------------------------------------------

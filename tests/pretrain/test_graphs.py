@@ -82,7 +82,7 @@ def test_a_run_of_graphs_is_the_run_without(
         outputs = run(tmp_path / graphs, data, tiny_data, graphs, dtype)
         lines = read_metrics(tmp_path / graphs / "run")
         curves[graphs] = [{name: line.get(name) for name in EXACT} for line in lines]
-        captured = [output.count("captured a micro-batch") for output in outputs]
+        captured = [output.count("captured a graph") for output in outputs]
         if graphs == "on":
             assert captured[0] >= 1
             assert captured[1] >= 2  # of both stages' shapes
