@@ -21,8 +21,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, TypeAdapter
 from typing_extensions import TypedDict
 
-from pretrain.config import TrainingConfig
 from pretrain.records import WINDOWS as WINDOWS_KIND
+from pretrain.sections import TrainingConfig
 from untrusted.files import write_durably
 from untrusted.records import Finite, check_value, read_state
 from untrusted.secrets import redact_message, redact_values

@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from parallel import bounds
-from pretrain import stop
+from pretrain import data_cli, stop
 from pretrain.checkpoint_cli import checkpoint_app
-from pretrain.console import LogFormatter, local, print_fields, say, shown
+from pretrain.console import LogFormatter, local, say, shown
 from pretrain.evaluation import cli as evaluation_command
-from pretrain.text_options import DocumentSeparator, Strict, TextFields
+from pretrain.kernels_cli import kernels_app
+from pretrain.overrides import WITH_OVERRIDES
 from slurm import cli as job_commands
 from untrusted.errors import UserError, is_panic
-from untrusted.numbers import counted, number
 from untrusted.secrets import remember
 
 app = typer.Typer(
@@ -34,28 +32,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-tokenizer_app = typer.Typer(
-    help="Train or inspect a byte-level BPE tokenizer.", no_args_is_help=True
-)
-data_app = typer.Typer(help="Look into prepared shards.", no_args_is_help=True)
-kernels_app = typer.Typer(help="Audit, count, time and tune the kernels.", no_args_is_help=True)
-app.add_typer(tokenizer_app, name="tokenizer")
-app.add_typer(data_app, name="data")
+app.add_typer(data_cli.tokenizer_app, name="tokenizer")
+app.add_typer(data_cli.data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(kernels_app, name="kernels")
 
-WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=WITH_OVERRIDES)(job_commands.submit)
 for command in (job_commands.runs, job_commands.status, job_commands.logs, job_commands.cancel):
     app.command()(command)
+app.command()(data_cli.prepare)
 app.command()(evaluation_command.evaluate)
 
 REPORT_IT = "This is a fault of transxssm itself: please report it, with the lines above."
 SECONDS_TO_CAUSE = 8.0  # until another rank has said why it broke the collectives of this one
-Inputs = Annotated[
-    list[str],
-    typer.Argument(help="Files, folders or globs of text, JSON lines or Parquet; also .gz, .zst."),
-]
 
 
 def main() -> None:
@@ -350,174 +339,6 @@ def estimate(
 
 
 @app.command()
-def prepare(
-    inputs: Inputs,
-    out: Annotated[
-        str, typer.Option(help="New folder for train/ and validation/ shards, or a URL (s3://...).")
-    ],
-    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, or a folder that holds one.")],
-    seq_len: Annotated[
-        int, typer.Option(min=1, max=bounds.LENGTH, help="Tokens a sequence.")
-    ] = 1024,
-    packing: Annotated[
-        Literal["best_fit", "concat"], typer.Option(help="How documents fill sequences.")
-    ] = "best_fit",
-    validation_fraction: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of documents held out.")
-    ] = 0.02,
-    text_field: TextFields = None,
-    document_separator: DocumentSeparator = "",
-    strict: Strict = False,
-    max_lost_characters: Annotated[
-        float,
-        typer.Option(
-            min=0, max=1, help="Share of a sample's characters that the tokenizer may lose."
-        ),
-    ] = 0.001,
-    end_of_text: Annotated[
-        str | None,
-        typer.Option(help="Token that ends every document.", show_default="the tokenizer's own"),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=bounds.SEED, help="Of the train/validation split.")
-    ] = 1234,
-    format: Annotated[Literal["mds", "webdataset"], typer.Option(help="Of the shards.")] = "mds",
-    compression: Annotated[
-        Literal["none", "zstd"], typer.Option(help="Of the shards; readers keep them unpacked.")
-    ] = "none",
-    workers: Annotated[
-        int, typer.Option(min=0, max=bounds.RANKS_PER_NODE, help="Processes; 0: one a core.")
-    ] = 0,
-    shard: Annotated[
-        str, typer.Option(help="i/n: do the i-th of n shares of the work, for a job array.")
-    ] = "",
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Put the shares together, once all are done.")
-    ] = False,
-) -> None:
-    """Tokenise text and pack it into shards. Run again after a kill: it goes on.
-
-    A job array runs it with the same options and --shard 1/N to N/N, then once with --merge.
-    """
-    from data_pipeline.prepare import Progress as Done
-    from data_pipeline.prepare import prepare as run
-    from data_pipeline.reading import empty_rows_message
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("preparing", total=None)
-
-        def report(done: Done) -> None:
-            rates = f"{done.megabytes_per_second:.1f} MB/s  {done.tokens_per_second:,.0f} tokens/s"
-            text = f"{rates}  {done.tokens:,} tokens"
-            bar.update(task, completed=done.bytes_done, total=done.bytes_total, description=text)
-
-        metas = run(
-            [Path(i) for i in inputs],
-            tokenizer,
-            out,
-            seq_len,
-            packing=packing,
-            validation_fraction=validation_fraction,
-            text_field=text_field or "text",
-            seed=seed,
-            progress=report,
-            document_separator=document_separator,
-            strict=strict,
-            max_lost=max_lost_characters,
-            tell=say,
-            format=format,
-            compression=compression,
-            end_of_text=end_of_text,
-            workers=workers,
-            share=_share(shard),
-            merge=merge or not shard,
-        )
-    if empty_rows := sum(meta.empty_rows for meta in metas.values()):
-        say(empty_rows_message(empty_rows))
-    for split, meta in metas.items():
-        filled = meta.tokens / (meta.tokens + meta.padding)
-        say(
-            f"{out}/{split}: {counted(meta.samples, 'sequence')}, "
-            f"{counted(meta.tokens, 'token')} from {counted(meta.documents, 'document')} "
-            f"({number(meta.cut_documents)} cut), {filled:.2%} filled, "
-            f"unigram entropy {meta.unigram_entropy:.4f} nats"
-        )
-
-
-def _share(text: str) -> tuple[int, int]:
-    """(i, n) of "i/n"; all of it where nothing is said."""
-    parts = (text or "1/1").split("/")
-    if len(parts) != 2 or not all(part.isdecimal() and len(part) < 7 for part in parts):
-        raise typer.BadParameter(f"--shard {text!r}: write i/n, for example 3/16")
-    return int(parts[0]), int(parts[1])
-
-
-@tokenizer_app.command("train")
-def tokenizer_train(
-    inputs: Inputs,
-    out: Annotated[Path, typer.Option(help="Where tokenizer.json goes.", callback=local)],
-    vocab_size: Annotated[int, typer.Option(min=258, max=bounds.VOCABULARY)] = 8192,
-    text_field: TextFields = None,
-    document_separator: DocumentSeparator = "",
-    strict: Strict = False,
-) -> None:
-    """Train a byte-level BPE on text."""
-    from data_pipeline.tokenizer import train_tokenizer
-
-    made = train_tokenizer(
-        [Path(i) for i in inputs],
-        out,
-        vocab_size,
-        text_field or "text",
-        document_separator=document_separator,
-        strict=strict,
-    )
-    say(str(made))
-
-
-@tokenizer_app.command("inspect")
-def tokenizer_inspect(
-    tokenizer: Path,
-    text: Annotated[str, typer.Option(help="Text to encode.")] = "The quick brown fox, 3.14159.",
-    end_of_text: Annotated[
-        str | None,
-        typer.Option(help="Token that ends every document.", show_default="the tokenizer's own"),
-    ] = None,
-) -> None:
-    """Show size, special tokens and what it makes of a text."""
-    from data_pipeline.tokenizer import inspect_tokenizer
-
-    print_fields(inspect_tokenizer(tokenizer, text, end_of_text))
-
-
-@data_app.command("inspect")
-def data_inspect(
-    folder: Annotated[
-        str, typer.Argument(help="What `prepare` wrote, or one split of it; or a URL.")
-    ],
-) -> None:
-    """Show counts, lengths, the fingerprint and a decoded sample."""
-    from data_pipeline.inspection import inspect_dataset
-
-    for split, fields in inspect_dataset(folder).items():
-        print_fields({"split": split} | fields)
-
-
-@data_app.command("verify")
-def data_verify(
-    folder: Annotated[
-        str, typer.Argument(help="What `prepare` wrote, or one split of it; or a URL.")
-    ],
-) -> None:
-    """Read every shard and check it against its size and hash."""
-    from data_pipeline.inspection import verify_dataset
-
-    verify_dataset(folder)
-    print(shown(f"{folder}: every shard is sound"))
-
-
-@app.command()
 def generate(
     model: Annotated[Path, typer.Argument(help="Folder of an exported model.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
@@ -560,86 +381,6 @@ def report(
     from pretrain.report import write_report
 
     say(str(write_report(run, out or run / "report.html")))
-
-
-@kernels_app.command("audit")
-def kernels_audit(
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="sm_80, sm_90, sm_100 or gfx942, repeatable.", show_default="all"),
-    ] = None,
-    update: Annotated[bool, typer.Option("--update", help="Accept the numbers as golden.")] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write all here.", callback=local)
-    ] = None,
-) -> None:
-    """Compile every kernel without a GPU; report what the compiler made of it. 1: a rule broken."""
-    from kernels.audit.command import audit
-    from kernels.errors import KernelsError
-
-    try:
-        code = audit(target or [], update, json_file)
-    except KernelsError as error:
-        raise typer.BadParameter(str(error)) from error
-    raise typer.Exit(code)
-
-
-@kernels_app.command("launches", context_settings=WITH_OVERRIDES)
-def kernels_launches(
-    context: typer.Context,
-    config: Annotated[Path, typer.Argument(help="TOML file.")],
-    layer: Annotated[
-        Literal["ssd", "attention"] | None,
-        typer.Option(help="One layer by its operations, and what the host does for it."),
-    ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON value.")] = False,
-    update: Annotated[bool, typer.Option("--update", help="Accept the counts as golden.")] = False,
-    graphs: Annotated[
-        bool, typer.Option("--graphs", help="What the host launches with training.cuda_graphs.")
-    ] = False,
-) -> None:
-    """Count what one training step asks of a GPU, without one: operations, bytes and waits.
-
-    Fields are overridden by --section.field VALUE.
-    """
-    from kernels.target import interpreting
-    from pretrain.config import ConfigError, load_config
-
-    loaded = load_config(config, context.args)
-    if update and context.args:
-        raise ConfigError("--update accepts the counts of a file as it is; leave overrides out")
-    if interpreting():
-        raise ConfigError("TRITON_INTERPRET is set: unset it, so that launches are counted")
-    # before torch and DeepSpeed look for a GPU: none is used
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    from pretrain.launches_report import run
-
-    name = "" if context.args else config.name
-    run(loaded, name, layer, as_json=json_output, update=update, graphs=graphs)
-
-
-@kernels_app.command(
-    "bench",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
-def kernels_bench(context: typer.Context) -> None:
-    """Time the scan against attention and other scans; --help lists the options."""
-    from benchmarks.kernels import main
-
-    raise typer.Exit(main(context.args))
-
-
-@kernels_app.command(
-    "tune",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    add_help_option=False,
-)
-def kernels_tune(context: typer.Context) -> None:
-    """Find the scan's fastest tile on this GPU, for TRANSXSSM_TILES; --help lists the options."""
-    from kernels.ssd.tuning import main
-
-    raise typer.Exit(main(context.args))
 
 
 @app.command(context_settings=WITH_OVERRIDES)

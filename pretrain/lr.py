@@ -2,7 +2,7 @@
 
 import math
 
-from pretrain.config import OptimizerConfig
+from pretrain.sections import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, tokens: int, total_tokens: int) -> float:

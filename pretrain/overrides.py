@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+# settings of a command whose further options are overrides
+WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 BOOLEANS = {
     "true": True, "yes": True, "on": True, "1": True,
     "false": False, "no": False, "off": False, "0": False,

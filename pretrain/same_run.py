@@ -16,10 +16,11 @@ from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.manifest import read_manifest
 from data_pipeline.blend import Blend
 from data_pipeline.config import DataConfig
-from pretrain.config import Config, OptimizerConfig
+from pretrain.config import Config
 from pretrain.credentials import recorded
 from pretrain.lr import learning_rate
 from pretrain.phases import Phase, continued_phases, length, phase_at, run_phases
+from pretrain.sections import OptimizerConfig
 from pretrain.sources import stages_of, tokenizer_differences
 from untrusted.secrets import redact_values
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pretrain.config import LoggingConfig
+from pretrain.sections import LoggingConfig
 
 log = logging.getLogger("transxssm")
 

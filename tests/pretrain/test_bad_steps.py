@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from checkpoints_tools import folder as folders
 from pretrain.bad_steps import Judge, passed_to, read_windows
-from pretrain.config import TrainingConfig
 from pretrain.lost_checkpoints import keep_record, record_saves
 from pretrain.resume import go_back
+from pretrain.sections import TrainingConfig
 from tests.checkpoints_tools.test_folder import CutOffError, cut_off_at, save
 from tests.pretrain.command import Ended, paragraph, read_metrics, run_command, write_config
 from tests.pretrain.test_run import curve, die_after_save, stored_tensors

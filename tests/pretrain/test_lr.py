@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.config import OptimizerConfig
 from pretrain.lr import learning_rate
+from pretrain.sections import OptimizerConfig
 
 STEPS, TOKENS_PER_STEP = 200, 4096
 TOTAL = STEPS * TOKENS_PER_STEP

@@ -23,7 +23,8 @@ from data_pipeline.blend import Blend
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.packing import Sample
 from parallel.init import initial_tensor
-from pretrain.config import Config, OptimizerConfig, load_config
+from pretrain.config import Config, load_config
+from pretrain.sections import OptimizerConfig
 from tests.pretrain.command import read_metrics, run_command, succeed, write_config
 from tests.pretrain.test_run import die_after_save
 

@@ -10,10 +10,11 @@ import pytest
 
 from pretrain import bad_steps, failure, lost_checkpoints, metrics, report, run_dir
 from pretrain.bad_steps import Judge, read_windows, record_event
-from pretrain.config import ConfigError, TrainingConfig, dump_config, load_config
+from pretrain.config import ConfigError, dump_config, load_config
 from pretrain.metrics import MetricsWriter
 from pretrain.records import read_starts
 from pretrain.report import write_report
+from pretrain.sections import TrainingConfig
 from slurm.runs import run_status
 from tests.tiny import tiny_config
 from untrusted.errors import RecordError, UntrustedError
