@@ -249,7 +249,7 @@ def two_sources(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     prepare(sources, tiny_data / "tokenizer.json", out, 64, validation_fraction=0)
     listed = [
         {"path": str(tiny_data / "train"), "name": "code", "weight": 0.75},
-        {"path": str(out / "train"), "name": "kernels", "weight": 0.25, "max_epochs": 0.01},
+        {"path": str(out / "train"), "name": "kernels", "weight": 0.25, "max_epochs": 1e-4},
     ]
     return {
         "train": "",
