@@ -12,6 +12,7 @@ from benchmarks.parity import MODEL, synthetic_batch
 from benchmarks.ranks import run_ranks
 from parallel.graphs import padded_boundaries, with_padded_boundaries
 from parallel.replay import CaptureError, Replay
+from tests.parallel.test_main_grads import Sums
 
 STEPS, ROWS = 6, 2
 
@@ -52,8 +53,9 @@ def training(layout: dict[str, Any], dtype: str, model: dict[str, Any]) -> Any:
 
 def curve(
     layout: dict[str, Any], dtype: str, graphs: bool, model: dict[str, Any] = MODEL
-) -> tuple[list[float], list[float], dict[str, Tensor], int, list[bool]]:
-    """Losses, norms, parameters, number of graphs, and which steps' updates were made.
+) -> tuple[list[float], list[float], dict[str, Tensor], int, list[bool], list[Any]]:
+    """Losses, norms, parameters, number of graphs, which steps' updates were made, and of bf16
+    DeepSpeed's flags of every parameter before each update.
 
     The second step is refused, and the fourth has half the rows: another shape.
     """
@@ -62,17 +64,18 @@ def curve(
 
     zero, device, batches = training(layout, dtype, model)
     run = MicroBatchGraphs(zero, graph_maker(device)) if graphs else None
-    losses, norms, applied = [], [], []
+    losses, norms, applied, flags = [], [], [], []
     for step in range(STEPS):
         given = batches(step, ROWS // 2 if step == 3 else ROWS)
         tokens = count_tokens(given, device)
         sums = forward_backward(zero, given, tokens, 1, run.run if run else None)
         losses.append(float(sums.mean))
+        flags += [Sums(zero).flags] if dtype == "bf16" else []
         update = zero.step(1e-2, refused=step == 1)
         norms.append(update.grad_norm)
         applied.append(update.applied)
     count = len(run._captured) if run else 0
-    return losses, norms, zero.full_parameters(), count, applied
+    return losses, norms, zero.full_parameters(), count, applied, flags
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,7 @@ def test_replayed_micro_batches_train_as_eager_ones(
         assert replayed[0] == plain[0]
         assert replayed[1] == plain[1]
         assert replayed[4] == plain[4] == [True, False, True, True, True, True]
+        assert replayed[5] == plain[5]
         for name, parameter in plain[2].items():
             assert torch.equal(replayed[2][name], parameter), name
         assert replayed[3] >= 2  # or nothing was replayed

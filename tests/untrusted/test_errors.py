@@ -61,6 +61,7 @@ def test_a_refusal_is_a_users_error() -> None:
         "ModelError",  # of a file that imports torch alone; the command line knows it
         "ThriftError", "_FooterError", "_StoreGone",  # caught in their modules
         "NoCompilerError", "MemoryFault",  # of the audit, which is for developers
+        "CaptureError",  # of what no graph can hold: a warning, and in strict mode for developers
         "CampaignError", "CorpusError",  # of benchmarks, which print them
     }  # fmt: skip
 
