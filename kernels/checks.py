@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from kernels.slices import row_stride
+from kernels.slices import row_stride_of
 
 REMEMBERED = 10_000  # arguments that passed a check, at most: shapes of generation never repeat
 
@@ -22,7 +23,7 @@ def once_per_shape(check: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(check)
     def checked(*arguments: Any) -> None:
-        if torch.compiler.is_compiling():  # there a check runs once anyway
+        if is_dynamo_compiling():  # there a check runs once anyway
             return check(*arguments)
         key = tuple(
             [
@@ -74,7 +75,7 @@ def check_rows(name: str, tensor: Tensor) -> None:
 
 def check_tokens(name: str, tensor: Tensor) -> None:
     """Raises ValueError unless tokens are rows at equal distances, as of a slice of a buffer."""
-    if row_stride(tensor) is None:
+    if row_stride_of(tensor.shape, tensor.stride()) is None:
         raise ValueError(
             f"{name} has strides {tensor.stride()}; a token's numbers must be contiguous and tokens"
             f" at equal distances (pass {name}.contiguous())"

@@ -38,6 +38,7 @@ def check_environment() -> None:
         tuned_tiles()
 
 
+@torch.compiler.assume_constant_result
 def choose(op: str, device: torch.device, unsupported: str | None) -> Choice:
     """The implementation of `op` for tensors on `device`, which `chosen` remembers.
 

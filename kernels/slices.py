@@ -28,8 +28,8 @@ def row_stride(tensor: Tensor) -> int | None:
     return _row_stride(tensor.shape, tensor.stride())
 
 
-@lru_cache(1 << 12)
-def _row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+def row_stride_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+    """`row_stride` of a tensor of this shape and these strides."""
     width = 1
     for size, stride in zip(reversed(shape[TOKENS:]), reversed(strides[TOKENS:]), strict=True):
         if size != 1 and stride != width:
@@ -47,11 +47,16 @@ def _row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     return found or width  # of one token: as if there were more
 
 
+_row_stride = lru_cache(1 << 12)(row_stride_of)
+
+
 def shared_stride(tensors: Sequence[Tensor]) -> int:
     """The row stride of the buffer whose adjacent columns the tensors are, in this order.
 
-    0 where they are not.
+    0 where they are not, and for the tensors by which torch.compile traces.
     """
+    if type(tensors[0]) is not Tensor:
+        return 0
     layouts = tuple([(t.shape, t.stride(), t.storage_offset(), t.dtype) for t in tensors])
     stride = _shared_stride(layouts)
     if stride:
@@ -89,7 +94,9 @@ def sliced(buffer: Tensor, shapes: Sequence[torch.Size], stride: int) -> tuple[T
 
     For stride 0, contiguous tensors, one after the other.
     """
-    return tuple([buffer.as_strided(*view) for view in _views(tuple(shapes), stride)])
+    # sizes that torch.compile traces cannot be remembered
+    views = _views if type(buffer) is Tensor else _views.__wrapped__
+    return tuple([buffer.as_strided(*view) for view in views(tuple(shapes), stride)])
 
 
 @lru_cache(1 << 12)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from kernels.cross_entropy.cross_entropy import cross_entropy_
 from parallel.main_grads import main_grad, mark
@@ -37,7 +38,10 @@ def head_loss(
     weight that are tokens, the rest being padding of the vocabulary. The sum has the gradient of
     Σ_t mask_t (loss_t + z_loss · (log Σ_j exp(W h_t)_j)²), and the value without that term.
     """
-    total, by_token = _HeadLoss.apply(h, weight, labels, loss_mask, valid, z_loss)
+    given = (h, weight, labels, loss_mask, valid, z_loss)
+    total, by_token, *_ = (
+        head_loss_operator(*given) if is_dynamo_compiling() else _HeadLoss.apply(*given)
+    )
     return total, by_token
 
 
@@ -89,6 +93,21 @@ def _cross_entropy(
     )  # fmt: skip
 
 
+def _loss_and_gradients(
+    h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of every token, and the gradients of their sum: of h, and of the weight (float32)."""
+    by_token, missed = torch.empty_like(loss_mask), torch.empty_like(loss_mask)
+    grad_h, grad_weight = torch.empty_like(h), None
+    for part, logits in _blocks(h, weight):
+        out = by_token[part], missed[part]
+        _cross_entropy(logits, labels[part], loss_mask[part], valid, out, z_loss=z_loss)
+        torch.mm(logits, weight, out=grad_h[part])
+        grad_weight = add_product(grad_weight, logits.t(), h[part])
+    assert grad_weight is not None, "no tokens"
+    return by_token, grad_h, grad_weight
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -100,15 +119,9 @@ class _HeadLoss(torch.autograd.Function):
         valid: int,
         z_loss: float,
     ) -> tuple[Tensor, Tensor]:
-        by_token, missed = torch.empty_like(loss_mask), torch.empty_like(loss_mask)
-        grad_h, grad_weight = torch.empty_like(h), None
-        for part, logits in _blocks(h, weight):
-            out = by_token[part], missed[part]
-            _cross_entropy(logits, labels[part], loss_mask[part], valid, out, z_loss=z_loss)
-            torch.mm(logits, weight, out=grad_h[part])
-            grad_weight = add_product(grad_weight, logits.t(), h[part])
-        assert grad_weight is not None, "no tokens"
-        del logits  # before there are two sums
+        by_token, grad_h, grad_weight = _loss_and_gradients(
+            h, weight, labels, loss_mask, valid, z_loss
+        )
         ctx.parameter = weight if main_grad(weight) is not None else None
         if ctx.parameter is None:
             grad_weight = grad_weight.to(weight.dtype)
@@ -130,3 +143,35 @@ class _HeadLoss(torch.autograd.Function):
         total.addcmul_(grad_weight, scale)  # float32, not rounded before
         mark(ctx.parameter)
         return grad_h, None, None, None, None, None
+
+
+# -- the same as an operator that torch.compile takes as it is -------------------------------------
+
+
+@torch.library.custom_op("transxssm::head_loss", mutates_args=())
+def head_loss_operator(
+    h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, valid: int, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the sum, every token's loss, and the gradients of the sum: of h and the weight."""
+    by_token, grad_h, grad_weight = _loss_and_gradients(h, weight, labels, loss_mask, valid, z_loss)
+    return by_token.sum(), by_token, grad_h, grad_weight.to(weight.dtype)
+
+
+@head_loss_operator.register_fake
+def _(h: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor, *rest: Any) -> tuple[Any, ...]:
+    by_token = torch.empty_like(loss_mask)
+    return by_token.new_empty(()), by_token, torch.empty_like(h), torch.empty_like(weight)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_total: Tensor, *rest: None) -> tuple[Any, ...]:
+    grad_h, grad_weight = ctx.saved_tensors
+    return grad_h * d_total, grad_weight * d_total, None, None, None, None
+
+
+head_loss_operator.register_autograd(_differentiate, setup_context=_save)

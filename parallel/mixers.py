@@ -85,9 +85,11 @@ class AttentionMixer(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
         """What is between the projections: [T, 1, heads or kv_heads / tp · head_dim] → of heads."""
-        shape = (positions.batch_size, positions.seq_len, -1, self.head_dim)
+        rows, dim = (positions.batch_size, positions.seq_len), self.head_dim
         # [B, L, heads / tp, head_dim]; unsafe: for autograd no views, so they may be overwritten
-        q, k, v = (torch.ops.aten._unsafe_view(t, shape) for t in (q, k, v))
+        q, k, v = (
+            torch.ops.aten._unsafe_view(t, (*rows, t.shape[-1] // dim, dim)) for t in (q, k, v)
+        )
         if positions.attention_rope is not None:
             # in place, so that what remains of the projections' buffer is what attention keeps
             inplace = not self.recompute  # else they are read again

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import (
@@ -29,6 +30,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_dynamo_compiling
 
 from kernels.paths import COLUMN_SLICES, is_off
 from kernels.slices import ROW_ELEMENTS, shared_stride
@@ -47,6 +49,8 @@ def project(
     """
     split = config.sequence_parallel
     weights = (linear.weight for linear in linears)
+    if is_dynamo_compiling():
+        return _project_compiled(h, tuple(weights))
     projected: tuple[Tensor, ...] = _JoinedLinears.apply(split, h, *weights)
     return projected
 
@@ -59,6 +63,8 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """[T, 1, in / tp] → [T or T/tp, 1, out], and no bias."""
+        if is_dynamo_compiling():
+            return F.linear(x, self.weight), None
         product: Tensor = _Linear.apply(x, self.weight)
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(product), None
@@ -137,7 +143,7 @@ def _product(u: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Compute u Wᵀ of tokens u [T, 1, in]: [T, 1, outᵢ] each, in one buffer."""
     widths = [weight.shape[0] for weight in weights]
     width = sum(widths)
-    out = u.new_empty(*u.shape[:2], width + -width % ROW_ELEMENTS)
+    out = u.new_empty(*u.shape[:2], _padded(width))
     torch.mm(u.flatten(0, 1), joined_rows(weights).t(), out=out.flatten(0, 1)[:, :width])
     return columns(out, widths)
 
@@ -200,11 +206,69 @@ def joined_columns(grads: Sequence[Tensor]) -> Tensor:
     tokens, columns = grads[0].shape[0], sum(grad.shape[-1] for grad in grads)
     if stride := shared_stride(grads):
         return grads[0].as_strided((tokens, columns), (stride, 1))
-    buffer = grads[0].new_empty(tokens, columns + -columns % ROW_ELEMENTS)
+    buffer = grads[0].new_empty(tokens, _padded(columns))
     joined = buffer[:, :columns]
     for part, grad in zip(joined.split([g.shape[-1] for g in grads], -1), grads, strict=True):
         part.copy_(grad.flatten(0, 1))
     return joined
+
+
+# -- where torch.compile traces: of one tensor-parallel rank, with gradients left to autograd ------
+
+
+def _project_compiled(h: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    outs: list[Tensor] = []
+    for part in _parts(weights, h.shape[0]):
+        buffer = joined_product(h, weights[part])
+        outs += columns(buffer, [weight.shape[0] for weight in weights[part]])
+    return tuple(outs)
+
+
+@torch.library.custom_op("transxssm::joined_product", mutates_args=())
+def joined_product(u: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Compute u Wᵀ of tokens u [T, 1, in]: [T, 1, Σ outᵢ and padding of zeros]."""
+    width = sum(weight.shape[0] for weight in weights)
+    out = u.new_empty(*u.shape[:2], _padded(width))
+    out[..., width:].zero_()
+    torch.mm(u.flatten(0, 1), joined_rows(weights).t(), out=out.flatten(0, 1)[:, :width])
+    return out
+
+
+@torch.library.custom_op("transxssm::joined_product_backward", mutates_args=())
+def _joined_backward(grad: Tensor, u: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the gradients of u, and of W [Σ outᵢ, in]."""
+    joined = grad.flatten(0, 1)[:, : sum(weight.shape[0] for weight in weights)]
+    return (joined @ joined_rows(weights)).view(u.shape), joined.t() @ u.flatten(0, 1)
+
+
+@joined_product.register_fake
+def _(u: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return u.new_empty(*u.shape[:2], _padded(sum(weight.shape[0] for weight in weights)))
+
+
+@_joined_backward.register_fake
+def _(grad: Tensor, u: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    rows = sum(weight.shape[0] for weight in weights)
+    return u.new_empty(u.shape), u.new_empty(rows, u.shape[-1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Sequence[Tensor]], output: Tensor) -> None:
+    u, weights = inputs
+    ctx.save_for_backward(u, *weights)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+    u, *weights = ctx.saved_tensors
+    d_u, d_joined = _joined_backward(grad, u, weights)
+    return d_u, list(d_joined.split([weight.shape[0] for weight in weights]))
+
+
+joined_product.register_autograd(_differentiate, setup_context=_save)
+
+
+def _padded(width: int) -> int:
+    """Columns of a buffer, as kernels and products like their rows."""
+    return width + -width % ROW_ELEMENTS
 
 
 def _gather(h: Tensor) -> tuple[Tensor, Any]:

@@ -50,7 +50,10 @@ class Vitals:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Look at activations and decays; leaves the modules as they were."""
+        """Look at activations and decays; leaves the modules as they were.
+
+        Layers run eagerly meanwhile, because a compiled one would be compiled anew for hooks.
+        """
         handles: list[Any] = []
         mixers: list[SSDMixer] = []
         for chunk in self._zero.built.chunks:
@@ -61,7 +64,8 @@ class Vitals:
                     layer.observe = self._scan
                     mixers.append(layer)
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):
+                yield
         finally:
             for handle in handles:
                 handle.remove()

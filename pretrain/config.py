@@ -98,6 +98,7 @@ class Config(Section):
     def _check(self) -> "Config":
         _check_places(self)
         _check_training(self)
+        _check_compile(self)
         check_layout(self.model, self.parallel)
         _check_sequence(self)
         return self
@@ -215,6 +216,19 @@ def _check_training(config: Config) -> None:
             f"data.seq_len={max(config.seq_lens)} exceeds model.max_position_embeddings="
             f"{config.model.max_position_embeddings}; raise the latter or shorten the sequences"
         )
+
+
+def _check_compile(config: Config) -> None:
+    parallel = config.parallel
+    if config.training.compile == "none":
+        return
+    for field, largest in (("tensor", 1), ("context", 1), ("zero_stage", 2)):
+        if (value := getattr(parallel, field)) > largest:
+            raise ValueError(
+                f'training.compile="layers" with parallel.{field}={value}: ranks communicate '
+                "within a layer, which no single graph can hold; set training.compile="
+                f'"none" or parallel.{field}={largest}'
+            )
 
 
 def _largest_total(config: Config) -> int:

@@ -65,6 +65,9 @@ class TrainingConfig(Section):
     """Capture forward, loss and backward of a micro-batch once a shape, and launch them as one:
     under ZeRO 0 or 1, without pipeline stages, context parallelism and offloading. Other layouts
     run eagerly. On a CPU a recording stands in, for tests."""
+    compile: Literal["none", "layers"] = "none"
+    """Run each decoder layer as one graph of torch.compile. Needs parallel.tensor=1,
+    parallel.context=1 and parallel.zero_stage below 3."""
     eval_every: int = Field(50, ge=0, le=bounds.STEPS)
     """Steps between evaluations on data.validation, besides the one at the end; 0: never."""
     eval_batches: int = Field(8, ge=1, le=bounds.COUNT)

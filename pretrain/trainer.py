@@ -20,6 +20,7 @@ from data_pipeline.blend import Blend
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.tokenizer import parse_tokenizer
 from kernels.dispatch import chosen
+from parallel.compiled import compile_layers
 from parallel.context import local_batch
 from parallel.flops import training_flops_per_token
 from parallel.graphs import MicroBatchGraphs, graph_maker, why_eager
@@ -106,6 +107,8 @@ class Trainer:
         self.revision = git_revision() if dist.get_rank() == 0 else ""
         self.versions = package_versions()
         self.zero = configured_optimizer(config, device)
+        if config.training.compile == "layers":
+            compile_layers(self.zero.built)
         self.graphs = self._graphs()
         self.saver = CheckpointSaver(
             config.checkpoint_dir,
@@ -121,7 +124,10 @@ class Trainer:
         """What runs micro-batches as graphs, if they are to be."""
         if self.config.training.cuda_graphs == "off":
             return None
-        if reason := why_eager(self.config.parallel):
+        reason = why_eager(self.config.parallel)
+        if self.config.training.compile == "layers" and self.device.type == "cpu":
+            reason = 'training.compile="layers": a CPU cannot record what compiled layers compute'
+        if reason:
             if dist.get_rank() == 0:
                 log.warning("training.cuda_graphs: micro-batches run eagerly (%s)", reason)
             return None

@@ -13,18 +13,17 @@ A residual stream has two readers, the norm and the next residual. Operations th
 u take the gradients of both, so autograd has nothing left to add.
 """
 
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_dynamo_compiling
 
 from kernels.checks import check_floating, check_tensor, once_per_shape
 from kernels.dispatch import Choice, choose
-from kernels.norm import blocked
 from kernels.norm.naive import rms_norm_naive, weighted_residual_naive
+from kernels.norm.operator import add_rms_norm_operator, implementation_of
 from kernels.target import launch_on
 
 # A row lives in the registers of one Triton program: 16 warps of 32 threads with 32 bytes each.
@@ -53,6 +52,8 @@ def branch_rms_norm(h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tens
     choice = _choose("rms_norm", h)
     if choice == "naive":
         return h, rms_norm_naive(h, weight, eps).to(h.dtype)
+    if is_dynamo_compiling():
+        return h, add_rms_norm_operator(h, None, None, weight, eps, choice == "triton")[1]
     both: tuple[Tensor, Tensor] = _AddNorm.apply(choice, h.contiguous(), None, None, weight, eps)
     return both
 
@@ -66,7 +67,11 @@ def weighted_residual(h: Tensor, update: Tensor, weight: Tensor) -> Tensor:
     choice = _choose("weighted_residual", h)
     if choice == "naive":
         return weighted_residual_naive(h, update, weight).to(h.dtype)
-    new_h: Tensor = _AddNorm.apply(choice, h.contiguous(), update.contiguous(), weight, None, 0.0)
+    new_h: Tensor
+    if is_dynamo_compiling():
+        new_h, _ = add_rms_norm_operator(h, update, weight, None, 0.0, choice == "triton")
+        return new_h
+    new_h = _AddNorm.apply(choice, h.contiguous(), update.contiguous(), weight, None, 0.0)
     return new_h
 
 
@@ -83,7 +88,13 @@ def add_rms_norm(
     if choice == "naive":
         new_h = weighted_residual_naive(h, update, residual_weight).to(h.dtype)
         return new_h, rms_norm_naive(new_h, norm_weight, eps).to(h.dtype)
-    both: tuple[Tensor, Tensor] = _AddNorm.apply(
+    both: tuple[Tensor, Tensor]
+    if is_dynamo_compiling():
+        both = add_rms_norm_operator(
+            h, update, residual_weight, norm_weight, eps, choice == "triton"
+        )
+        return both
+    both = _AddNorm.apply(
         choice, h.contiguous(), update.contiguous(), residual_weight, norm_weight, eps
     )
     return both
@@ -109,7 +120,9 @@ class _AddNorm(torch.autograd.Function):
         ctx.choice, ctx.eps = choice, eps
         ctx.set_materialize_grads(False)
         with launch_on(h):
-            new_h, u = _implementation(choice).forward(h, update, residual_weight, norm_weight, eps)
+            new_h, u = implementation_of(choice == "triton").forward(
+                h, update, residual_weight, norm_weight, eps
+            )
         ctx.save_for_backward(
             None if update is None else h,
             None if norm_weight is None else new_h,
@@ -131,19 +144,10 @@ class _AddNorm(torch.autograd.Function):
             d_u = torch.zeros_like(new_h) if d_u is None else d_u.contiguous()
         if d_new_h is not None:
             d_new_h = d_new_h.contiguous()
-        d_h, d_update, d_residual_weight, d_norm_weight = _implementation(ctx.choice).backward(
-            d_new_h, d_u, h, new_h, residual_weight, norm_weight, ctx.eps
-        )
+        d_h, d_update, d_residual_weight, d_norm_weight = implementation_of(
+            ctx.choice == "triton"
+        ).backward(d_new_h, d_u, h, new_h, residual_weight, norm_weight, ctx.eps)
         return None, d_h, d_update, d_residual_weight, d_norm_weight, None
-
-
-@cache
-def _implementation(choice: Choice) -> ModuleType:
-    if choice == "triton":
-        from kernels.norm import fused
-
-        return fused
-    return blocked
 
 
 def _choose(op: str, h: Tensor) -> Choice:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_dynamo_compiling
 
 from kernels.checks import check_floating, check_rows, check_tensor, once_per_shape
 from kernels.dispatch import choose
 from kernels.rope import blocked
 from kernels.rope.naive import apply_rope_naive
+from kernels.rope.operator import rotate_operator
 from kernels.slices import buffer_size, shared_stride, sliced
 from kernels.target import launch_on
 
@@ -30,7 +32,7 @@ def rotate_qk(
     q, k:     [B, L, Hq, D] and [B, L, Hk, D] of one floating dtype, last dimension contiguous (a
               view of a projection will do); computed in float32 (float64 for float64)
     cos, sin: float32 [B, L, D/2], gathered by position from `kernels.rope.table.rotary_cos_sin`
-    inplace:  overwrite q and k and return them
+    inplace:  overwrite q and k and return them; torch.compile decides about that by itself
 
     Returns q and k rotated, contiguous unless in place.
 
@@ -79,6 +81,8 @@ def _rotate(
         if inplace:
             exact = tuple(t.copy_(e) for t, e in zip(tensors, exact, strict=True))
         return exact + others
+    if is_dynamo_compiling():  # which may overwrite what nobody reads again by itself
+        return *rotate_operator(tensors, cos, sin, False, choice == "triton"), *others
     rotated: tuple[Tensor, ...] = _Rotate.apply(
         choice, inplace, len(tensors), cos, sin, *tensors, *others
     )
@@ -146,7 +150,7 @@ def _empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _check(*named: tuple[str, Tensor], cos: Tensor, sin: Tensor, inplace: bool) -> None:
     _check_shapes(cos, sin, *itertools.chain.from_iterable(named))
-    if inplace:
+    if inplace and not is_dynamo_compiling():
         for name, tensor in named:
             _check_overwritable(name, tensor)
 

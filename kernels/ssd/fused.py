@@ -25,7 +25,7 @@ from kernels.ssd.shapes import Problem, Shape
 from kernels.ssd.tables import ScanTables
 from kernels.ssd.tiles import Tile, tile
 from kernels.ssd.traffic import PASSING_BLOCK
-from kernels.target import Target, current_target
+from kernels.target import current_target
 
 _PASSING_STAGES = 8
 _VECTOR_BLOCK = 128
@@ -56,10 +56,6 @@ def ssd_fused(
     return result
 
 
-def _shape(problem: Problem, choice: Tile, target: Target, *, backward: bool) -> Shape:
-    return choose_shape(problem, choice, target, backward, not is_off(SCAN_SEGMENTS))
-
-
 class _FusedScan(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -67,44 +63,13 @@ class _FusedScan(torch.autograd.Function):
         dt_bias: Tensor, documents: Tensor, initial_state: Tensor | None, D: Tensor | None,
         chunk_size: int, log_A: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        batch, length, heads, head_dim = x.shape
-        state_dim, groups = B.shape[-1], B.shape[2]
-        target = current_target()
-        choice = tile(target, x.dtype, head_dim, state_dim, chunk_size)
-        problem = Problem(batch, length, heads, groups, head_dim, state_dim, x.dtype)
-        shape = _shape(problem, choice, target, backward=False)
-        chunks = -(-length // choice.chunk)
-        y = x.new_empty(x.shape)
-        final = x.new_empty(batch, heads, head_dim, state_dim, dtype=torch.float32)
-        constants = _constants(problem, choice, log_A)
-        rows = {"X_ROW": row_stride(x), "B_ROW": row_stride(B), "DT_ROW": row_stride(dt)}
-        keep = any(ctx.needs_input_grad) or shape.kind == "split"
-        kept = (batch * heads, chunks, head_dim, state_dim)
-        states = x.new_empty(kept) if keep else None
-        if shape.kind == "split":
-            assert states is not None
-            grid = chunks, batch * heads // shape.heads
-            decays = x.new_empty(batch * heads, chunks, dtype=torch.float32)
-            chunk_state_kernel[grid](
-                x, dt, A, B, table, dt_bias, documents, states, decays,
-                length, chunks, WALKED=shape.heads, SPAN=1, GRADIENT=False, **constants, **rows,
-            )  # fmt: skip
-            _pass_states(states, decays, initial_state, final, reverse=False)
-            chunk_output_kernel[grid](
-                x, dt, A, B, C, table, dt_bias, D, documents, states, y,
-                length, chunks, WALKED=shape.heads, **constants, **rows, C_ROW=row_stride(C),
-            )  # fmt: skip
-        else:
-            exits, carries = _exits(x, batch * heads, head_dim, state_dim, shape)
-            programs = batch * groups * -(-problem.per_group // shape.heads)
-            for phase in _phases(shape):
-                scan_kernel[(programs, head_dim // choice.p_block, max(1, shape.segments - 1))](
-                    x, dt, A, B, C, table, dt_bias, D, documents, initial_state, y, states, final,
-                    exits, carries, length, chunks, shape.segments, shape.edge, shape.middle, 0,
-                    AT_ONCE=shape.heads, PHASE=phase, **constants, **rows, C_ROW=row_stride(C),
-                )  # fmt: skip
+        choice = tile(current_target(), x.dtype, x.shape[3], B.shape[3], chunk_size)
+        y, final, states = scan_forward(
+            x, dt, A, B, C, table, dt_bias, documents, initial_state, D, choice, log_A,
+            any(ctx.needs_input_grad),
+        )  # fmt: skip
         ctx.save_for_backward(x, dt, A, B, C, table, dt_bias, documents, D, states)
-        ctx.problem, ctx.choice, ctx.log_A = problem, choice, log_A
+        ctx.choice, ctx.log_A = choice, log_A
         ctx.has_initial_state = initial_state is not None
         ctx.set_materialize_grads(False)
         return y, final
@@ -113,59 +78,119 @@ class _FusedScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, table, dt_bias, documents, D, states = ctx.saved_tensors
-        problem: Problem = ctx.problem
-        choice: Tile = ctx.choice
-        batch, length, heads, head_dim = x.shape
-        groups, state_dim = B.shape[2:]
-        chunks = states.shape[1]
-        shape = _shape(problem, choice, current_target(), backward=True)
-        dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
-        d_final = None if d_final is None else d_final.contiguous()
-        dx, dB, dC, ddt = empty_together(x, B, C, dt)
-        d_initial = None
-        if ctx.has_initial_state:
-            d_initial = x.new_empty(batch, heads, head_dim, state_dim, dtype=torch.float32)
-        constants = _constants(problem, choice, ctx.log_A)
-        rows = {
-            "X_ROW": row_stride(x), "B_ROW": row_stride(B), "C_ROW": row_stride(C),
-            "DT_ROW": row_stride(dt), "D_X_ROW": row_stride(dx), "D_BC_ROW": row_stride(dB),
-            "D_DT_ROW": row_stride(ddt),
-        }  # fmt: skip
-        dA, d_bias, dD = x.new_empty(3, batch * heads, chunks, dtype=torch.float32)
-        if shape.kind == "split":
-            spans = -(-chunks // shape.span)
-            carries = x.new_empty(batch * heads, spans, dtype=torch.float32)
-            d_states = x.new_empty(batch * heads, spans, head_dim, state_dim)
-            chunk_state_kernel[(spans, batch * groups)](
-                dy, dt, A, C, table, dt_bias, documents, d_states, carries,
-                length, chunks, WALKED=shape.heads, SPAN=shape.span, GRADIENT=True, **constants,
-                X_ROW=heads * head_dim, B_ROW=row_stride(C), DT_ROW=row_stride(dt),
-            )  # fmt: skip
-            _pass_states(d_states, carries, d_final, d_initial, reverse=True)
-            chunk_backward_kernel[(chunks, batch * groups)](
-                x, dt, A, B, C, table, dt_bias, D, documents, states, d_states, dy,
-                dx, dB, dC, ddt, dA, d_bias, dD,
-                length, chunks, 0, SPAN=shape.span, **constants, **rows,
-            )  # fmt: skip
-        else:
-            del constants["GROUPS"], constants["P_BLOCK"]
-            exits, carries = _exits(x, batch * heads, head_dim, state_dim, shape)
-            for phase in _phases(shape):
-                scan_backward_kernel[(batch * heads, max(1, shape.segments - 1))](
-                    x, dt, A, B, C, table, dt_bias, D, documents, states, dy, d_final,
-                    dx, dB, dC, ddt, dA, d_bias, dD, d_initial, exits, carries,
-                    length, chunks, shape.segments, shape.edge, shape.middle, 0,
-                    PHASE=phase, **constants, **rows,
-                )  # fmt: skip
-        A_out, bias_out = torch.empty_like(A), torch.empty_like(dt_bias)
-        D_out = None if D is None else torch.empty_like(D)
-        vector_gradient_kernel[(heads,)](
-            A, dA, d_bias, dD, A_out, bias_out, D_out, batch, chunks,
-            HEADS=heads, BLOCK=_VECTOR_BLOCK, LOG_A=ctx.log_A,
+        dx, ddt, dA, dB, dC, d_bias, d_initial, dD = scan_backward(
+            dy, d_final, x, dt, A, B, C, table, dt_bias, documents, D, states, ctx.choice,
+            ctx.log_A, ctx.has_initial_state,
         )  # fmt: skip
-        return (
-            dx, ddt, A_out, dB, dC, None, bias_out, None, d_initial, D_out, None, None,
+        return dx, ddt, dA, dB, dC, None, d_bias, None, d_initial, dD, None, None
+
+
+def scan_forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, table: Tensor | None, dt_bias: Tensor,
+    documents: Tensor, initial_state: Tensor | None, D: Tensor | None, choice: Tile, log_A: bool,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """y, the final state, and where kept the state at the entry of every chunk, [B·H, K, P, N]."""
+    batch, length, heads, head_dim = x.shape
+    groups, state_dim = B.shape[2:]
+    problem = Problem(batch, length, heads, groups, head_dim, state_dim, x.dtype)
+    shape = _shape(problem, choice, backward=False)
+    chunks = -(-length // choice.chunk)
+    y = x.new_empty(x.shape)
+    final = x.new_empty(batch, heads, head_dim, state_dim, dtype=torch.float32)
+    constants = _constants(problem, choice, log_A)
+    rows = {"X_ROW": row_stride(x), "B_ROW": row_stride(B), "DT_ROW": row_stride(dt)}
+    kept = (batch * heads, chunks, head_dim, state_dim)
+    states = x.new_empty(kept) if keep_states or shape.kind == "split" else None
+    if shape.kind == "split":
+        assert states is not None
+        grid = chunks, batch * heads // shape.heads
+        decays = x.new_empty(batch * heads, chunks, dtype=torch.float32)
+        chunk_state_kernel[grid](
+            x, dt, A, B, table, dt_bias, documents, states, decays,
+            length, chunks, WALKED=shape.heads, SPAN=1, GRADIENT=False, **constants, **rows,
         )  # fmt: skip
+        _pass_states(states, decays, initial_state, final, reverse=False)
+        chunk_output_kernel[grid](
+            x, dt, A, B, C, table, dt_bias, D, documents, states, y,
+            length, chunks, WALKED=shape.heads, **constants, **rows, C_ROW=row_stride(C),
+        )  # fmt: skip
+    else:
+        exits, carries = _exits(x, batch * heads, head_dim, state_dim, shape)
+        programs = batch * groups * -(-problem.per_group // shape.heads)
+        for phase in _phases(shape):
+            scan_kernel[(programs, head_dim // choice.p_block, max(1, shape.segments - 1))](
+                x, dt, A, B, C, table, dt_bias, D, documents, initial_state, y, states, final,
+                exits, carries, length, chunks, shape.segments, shape.edge, shape.middle, 0,
+                AT_ONCE=shape.heads, PHASE=phase, **constants, **rows, C_ROW=row_stride(C),
+            )  # fmt: skip
+    return y, final, states
+
+
+def scan_backward(
+    dy: Tensor | None, d_final: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor,
+    C: Tensor, table: Tensor | None, dt_bias: Tensor, documents: Tensor, D: Tensor | None,
+    states: Tensor, choice: Tile, log_A: bool, has_initial_state: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Gradients of x, dt, A, B, C, dt_bias, the initial state and D, from `scan_forward`'s states.
+
+    None for an initial state or D that there was not. Those of x, B, C and dt are slices of one
+    buffer where these are.
+    """
+    batch, length, heads, head_dim = x.shape
+    groups, state_dim = B.shape[2:]
+    problem = Problem(batch, length, heads, groups, head_dim, state_dim, x.dtype)
+    chunks = states.shape[1]
+    shape = _shape(problem, choice, backward=True)
+    dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
+    d_final = None if d_final is None else d_final.contiguous()
+    dx, dB, dC, ddt = empty_together(x, B, C, dt)
+    d_initial: Tensor | None = None
+    if has_initial_state:
+        d_initial = x.new_empty(batch, heads, head_dim, state_dim, dtype=torch.float32)
+    constants = _constants(problem, choice, log_A)
+    rows = {
+        "X_ROW": row_stride(x), "B_ROW": row_stride(B), "C_ROW": row_stride(C),
+        "DT_ROW": row_stride(dt), "D_X_ROW": row_stride(dx), "D_BC_ROW": row_stride(dB),
+        "D_DT_ROW": row_stride(ddt),
+    }  # fmt: skip
+    dA, d_bias, dD = x.new_empty(3, batch * heads, chunks, dtype=torch.float32)
+    if shape.kind == "split":
+        spans = -(-chunks // shape.span)
+        decays = x.new_empty(batch * heads, spans, dtype=torch.float32)
+        d_states = x.new_empty(batch * heads, spans, head_dim, state_dim)
+        chunk_state_kernel[(spans, batch * groups)](
+            dy, dt, A, C, table, dt_bias, documents, d_states, decays,
+            length, chunks, WALKED=shape.heads, SPAN=shape.span, GRADIENT=True, **constants,
+            X_ROW=heads * head_dim, B_ROW=row_stride(C), DT_ROW=row_stride(dt),
+        )  # fmt: skip
+        _pass_states(d_states, decays, d_final, d_initial, reverse=True)
+        chunk_backward_kernel[(chunks, batch * groups)](
+            x, dt, A, B, C, table, dt_bias, D, documents, states, d_states, dy,
+            dx, dB, dC, ddt, dA, d_bias, dD,
+            length, chunks, 0, SPAN=shape.span, **constants, **rows,
+        )  # fmt: skip
+    else:
+        del constants["GROUPS"], constants["P_BLOCK"]
+        exits, carries = _exits(x, batch * heads, head_dim, state_dim, shape)
+        for phase in _phases(shape):
+            scan_backward_kernel[(batch * heads, max(1, shape.segments - 1))](
+                x, dt, A, B, C, table, dt_bias, D, documents, states, dy, d_final,
+                dx, dB, dC, ddt, dA, d_bias, dD, d_initial, exits, carries,
+                length, chunks, shape.segments, shape.edge, shape.middle, 0,
+                PHASE=phase, **constants, **rows,
+            )  # fmt: skip
+    A_out, bias_out = torch.empty_like(A), torch.empty_like(dt_bias)
+    D_out = None if D is None else torch.empty_like(D)
+    vector_gradient_kernel[(heads,)](
+        A, dA, d_bias, dD, A_out, bias_out, D_out, batch, chunks,
+        HEADS=heads, BLOCK=_VECTOR_BLOCK, LOG_A=log_A,
+    )  # fmt: skip
+    return dx, ddt, A_out, dB, dC, bias_out, d_initial, D_out
+
+
+def _shape(problem: Problem, choice: Tile, *, backward: bool) -> Shape:
+    return choose_shape(problem, choice, current_target(), backward, not is_off(SCAN_SEGMENTS))
 
 
 def _phases(shape: Shape) -> tuple[int, ...]:

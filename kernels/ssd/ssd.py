@@ -6,10 +6,12 @@ y_t = S_t c_t  (+ D x_t)
 """
 
 import itertools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from kernels.checks import (
     check_contiguous,
@@ -22,6 +24,7 @@ from kernels.dispatch import choose, strict
 from kernels.recording import is_recorded
 from kernels.ssd.chunked import ssd_chunked
 from kernels.ssd.naive import ssd_naive
+from kernels.ssd.operator import ssd_compiled
 from kernels.ssd.tables import ScanTables, rotation_dtype, scan_tables
 from kernels.target import launch_on
 
@@ -105,13 +108,16 @@ def _scan(
         _check_tables(tables, x, cos, sin, cu_seqlens)
     choice = choose("ssd", x.device, _unsupported(x, B, chunk_size))
     if choice == "triton":
-        from kernels.ssd.fused import ssd_fused
-
-        with launch_on(x):
+        with nullcontext() if is_dynamo_compiling() else launch_on(x):
             if tables is None:
                 rope = None if cos is None or sin is None else (cos, sin)
                 tables = scan_tables(cu_seqlens, rope, x.shape[0] * x.shape[1], x.dtype)
-            return ssd_fused(x, dt, A, B, C, tables, dt_bias, chunk_size, initial_state, D, log_A)
+            given = (x, dt, A, B, C, tables, dt_bias, chunk_size, initial_state, D, log_A)
+            if is_dynamo_compiling():
+                return ssd_compiled(*given)
+            from kernels.ssd.fused import ssd_fused
+
+            return ssd_fused(*given)
     if log_A:
         exact = torch.promote_types(x.dtype, torch.float32)
         A = -torch.exp(A.to(torch.float64 if choice == "naive" else exact))

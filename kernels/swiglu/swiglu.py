@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_dynamo_compiling
 
 from kernels.checks import check_floating, check_tensor, once_per_shape
 from kernels.dispatch import choose
 from kernels.slices import empty_together, row_stride
 from kernels.swiglu.naive import swiglu_naive
+from kernels.swiglu.operator import swiglu_operator
 from kernels.target import launch_on
 
 
@@ -37,6 +39,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     choice = choose("swiglu", gate.device, unsupported if gate.dtype == torch.float64 else None)
     if choice == "naive":
         return swiglu_naive(gate, up).to(gate.dtype)
+    if is_dynamo_compiling():
+        compiled: Tensor = swiglu_operator(gate, up, choice == "triton")
+        return compiled
     function = _TorchSwiGLU if choice == "torch" else _FusedSwiGLU
     product: Tensor = function.apply(gate, up)
     return product
