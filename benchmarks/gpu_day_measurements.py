@@ -29,9 +29,9 @@ from parallel.context import LocalBatch
 from parallel.flops import training_flops_per_token
 from parallel.graphs import MicroBatchGraphs, graph_maker
 from parallel.loss import head_loss
+from parallel.peaks import gpu_peak, product_peak
 from parallel.products import add_product
 from parallel.schedule import count_tokens, forward_backward
-from parallel.vitals import gpu_peak
 from parallel.zero import ZeroOptimizer
 from pretrain.config import Config, load_config
 
@@ -209,7 +209,7 @@ def training_1_3b(tiny: bool) -> list[Row]:
 def _training(preset: str, length: int, micro_batch_size: int, tiny: bool) -> list[Row]:
     """Measure both models, eagerly and as graphs; the losses of the two must be equal."""
     join()
-    rows = []
+    rows, measured = [], product_peak(device())
     for rival, graphs in itertools.product((TRANSXSSM, ATTENTION), (False, True)):
         config = _config(preset, length, micro_batch_size, tiny)
         model = rival_model(rival, config.model) if not tiny else config.model
@@ -235,6 +235,7 @@ def _training(preset: str, length: int, micro_batch_size: int, tiny: bool) -> li
                 "tokens/s": tokens / median,
                 "model TFLOP/s": flops / 1e12,
                 "share of the data sheet's peak": flops / peak if peak else None,
+                "share of a product's measured peak": flops / measured,
                 "memory GiB": memory / 2**30,
                 "last loss": f"{steps[-1][1]:.6f}",
             }

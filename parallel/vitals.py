@@ -20,7 +20,6 @@ from parallel.groups import replicas_group
 from parallel.mixers import SSDMixer
 from parallel.model import DecoderLayer
 from parallel.params import EMBEDDING, HEAD, ParamInfo
-from parallel.roofline import GPUS
 from parallel.zero import ZeroOptimizer
 
 KINDS = ("attention", "ssd", "feed_forward", "norm", "embedding")
@@ -154,11 +153,3 @@ class Vitals:
                               ("ssd_long_memory", "long")):  # fmt: skip
                 found[name] = of[key] / of["scans"]
         return found
-
-
-def gpu_peak(device: torch.device) -> float | None:
-    """FLOP/s of a device, dense bf16, if it is one of GPUS."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device).lower()
-    return next((gpu.flops for key, gpu in GPUS.items() if key in name), None)

@@ -39,6 +39,7 @@ TENSORBOARD_GROUPS = {
     "tokens_per_second": "speed/tokens_per_second",
     "model_flops_per_second": "speed/model_flops_per_second",
     "model_flop_utilisation": "speed/model_flop_utilisation",
+    "measured_flop_utilisation": "speed/measured_flop_utilisation",
     "memory_bytes": "memory/peak_bytes",
     "skipped_shards": "data/skipped_shards",
     "skipped_updates": "events/skipped_updates",

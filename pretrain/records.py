@@ -20,6 +20,9 @@ def _with_step(metrics: Metrics) -> Metrics:
     return metrics
 
 
+UTILISATION = ("model_flop_utilisation", "measured_flop_utilisation")
+"""Metrics of GPUs: model FLOP/s as a share of the data sheet's, and of a product's as measured."""
+
 METRICS: TypeAdapter[Metrics] = TypeAdapter(
     Annotated[dict[str, Number | None], AfterValidator(_with_step)]
 )

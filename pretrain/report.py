@@ -27,7 +27,7 @@ from pydantic import TypeAdapter
 from pretrain.bad_steps import EVENTS
 from pretrain.config import Config, ConfigError, load_config
 from pretrain.console import literal, shown
-from pretrain.records import EVENT, METRICS, Event, Metrics, Start, read_starts
+from pretrain.records import EVENT, METRICS, UTILISATION, Event, Metrics, Start, read_starts
 from pretrain.run_dir import check_run
 from pretrain.starts import how_ended, last_start, totals
 from untrusted.errors import UntrustedError
@@ -255,8 +255,8 @@ def pictures(record: Record) -> list[tuple[str, str]]:
         image = picture_by_position(record, title)
         found.append((title, image))
     found.append(one("Tokens per second", from_zero(lines(record, ["tokens_per_second"]))))
-    if record.names("model_flop_utilisation"):
-        found.append(one("Model FLOP utilisation", lines(record, ["model_flop_utilisation"])))
+    if shares := [name for name in UTILISATION if record.names(name)]:
+        found.append(one("Model FLOP utilisation", lines(record, shares)))
     if any(record.names(name) for name in PHASES):
         found.append(one("Where a step's time goes", time_shares(record)))
     found.append(one("Gradient norm", lines(record, ["grad_norm"]), log=True))

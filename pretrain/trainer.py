@@ -25,8 +25,9 @@ from parallel.context import local_batch
 from parallel.flops import training_flops_per_token
 from parallel.graphs import MicroBatchGraphs, graph_maker, why_eager
 from parallel.groups import from_rank_0
+from parallel.peaks import job_peaks
 from parallel.schedule import Mark, count_tokens, forward_backward, mean_loss
-from parallel.vitals import Vitals, gpu_peak
+from parallel.vitals import Vitals
 from pretrain import stop
 from pretrain.bad_steps import (
     EVENTS,
@@ -106,6 +107,7 @@ class Trainer:
         self.trackers = open_trackers(config) if dist.get_rank() == 0 else []
         self.revision = git_revision() if dist.get_rank() == 0 else ""
         self.versions = package_versions()
+        self.peaks = job_peaks(device)  # before the model takes the memory
         self.zero = configured_optimizer(config, device)
         if config.training.compile == "layers":
             compile_layers(self.zero.built)
@@ -321,22 +323,13 @@ class Trainer:
             "lr": lr,
             "tokens_per_second": rate,
             "model_flops_per_second": rate * flops_per_token,
-            **self._utilisation(rate * flops_per_token),
+            **{name: rate * flops_per_token / peak for name, peak in self.peaks.items()},
             "memory_bytes": peak_memory(self.device),
             "skipped_shards": len(self.skipped),
             "time_checkpoint": self.saver.take_stall(),
             **{f"time_{name}": seconds for name, seconds in watch.seconds.items()},
             **seen,
         }
-
-    def _utilisation(self, flops: float) -> dict[str, float]:
-        """Model FLOP/s as a share of the GPUs' peak, where that is known."""
-        peak = gpu_peak(self.device)
-        return (
-            {}
-            if peak is None
-            else {"model_flop_utilisation": flops / (peak * dist.get_world_size())}
-        )
 
     # -- bad steps ---------------------------------------------------------------------------------
 

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +31,7 @@ from parallel.build import DTYPES
 from parallel.compat import prepare_host
 from parallel.groups import destroy_groups, host_group, init_distributed, init_groups
 from parallel.launch import Launch, host_name
+from parallel.peaks import best_seconds, product_peak
 from pretrain import stop
 from pretrain.config import Config
 from pretrain.console import shown
@@ -235,28 +235,13 @@ def _path_failures(config: Config, device: torch.device) -> tuple[dict[str, str]
 
 def _speeds(device: torch.device) -> dict[str, float]:
     """Of a matrix product (TFLOP/s) and of copying memory (GB/s), the best of some tries."""
-    gpu = device.type == "cuda"
-    size, dtype = (8192, torch.bfloat16) if gpu else (512, torch.float32)
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    source = torch.ones((1 << 28) if gpu else (1 << 22), device=device)
+    source = torch.ones((1 << 28) if device.type == "cuda" else (1 << 22), device=device)
     target = torch.empty_like(source)
-    product = _seconds(lambda: a @ a, device)
-    copy = _seconds(lambda: target.copy_(source), device)
+    copy = best_seconds(lambda: target.copy_(source), device)
     return {
-        "matrix product TFLOP/s": 2 * size**3 / product / 1e12,
+        "matrix product TFLOP/s": product_peak(device) / 1e12,
         "memory GB/s": 2 * source.nbytes / copy / 1e9,
     }
-
-
-def _seconds(action: Callable[[], Any], device: torch.device) -> float:
-    found = []
-    for _ in range(8):
-        begin = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - begin)
-    return min(found[1:])
 
 
 def _collectives(device: torch.device) -> dict[str, float]:
@@ -279,7 +264,7 @@ def _collectives(device: torch.device) -> dict[str, float]:
             dist.all_reduce(numbers, group=group)
 
         found[f"all-reduce over {axis} ranks GB/s"] = (
-            numbers.nbytes / _seconds(reduce, device) / 1e9
+            numbers.nbytes / best_seconds(reduce, device) / 1e9
         )
         if not bool((numbers == size * (size + 1) / 2).all()):
             raise PreflightError(

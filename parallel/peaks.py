@@ -1,0 +1,61 @@
+"""The fastest that a device multiplies matrices: by its data sheet, and as measured here."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.groups import host_group
+from parallel.roofline import GPUS
+
+TRIES = 8  # of which the first warms up
+
+
+def gpu_peak(device: torch.device) -> float | None:
+    """FLOP/s of a device, dense bf16, if it is one of GPUS."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower()
+    return next((gpu.flops for key, gpu in GPUS.items() if key in name), None)
+
+
+def product_peak(device: torch.device) -> float:
+    """FLOP/s of a large bf16 matrix product, of a smaller float32 one on a CPU.
+
+    The best of some tries; waits for the device.
+    """
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    # random numbers: equal ones take less power, so that a GPU's clock stays higher
+    a = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / best_seconds(lambda: a @ a, device)
+
+
+def best_seconds(action: Callable[[], Any], device: torch.device) -> float:
+    """The shortest time that an action takes on the device."""
+    found = []
+    for _ in range(TRIES):
+        begin = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - begin)
+    return min(found[1:])
+
+
+def job_peaks(
+    device: torch.device, measured: Callable[[torch.device], float] = product_peak
+) -> dict[str, float]:
+    """FLOP/s of all ranks' GPUs together, by the metric that is a share of them. Collective.
+
+    Empty on CPUs. The data sheet's is left out where a rank's GPU is not one of GPUS.
+    """
+    if device.type != "cuda":
+        return {}
+    sheet = gpu_peak(device)
+    mine = torch.tensor([measured(device), sheet or 0.0, sheet is None], dtype=torch.float64)
+    dist.all_reduce(mine, group=host_group())
+    by_measurement, by_sheet, unknown = mine.tolist()
+    peaks = {"measured_flop_utilisation": by_measurement}
+    return peaks if unknown else {"model_flop_utilisation": by_sheet} | peaks
