@@ -9,6 +9,7 @@ import torch
 
 from checkpoints_tools.manifest import read_manifest
 from parallel import self_check
+from parallel.attention_choice import choose_attention
 from parallel.build import DTYPES
 from parallel.compat import prepare_host
 from parallel.groups import destroy_groups, from_rank_0, init_distributed, init_groups
@@ -75,6 +76,7 @@ def _train(config: Config, launch: Launch, device: torch.device, watchdog: Watch
     from_rank_0(lambda: record_saves(config))
     from_rank_0(lambda: keep_tokenizer(data, Path(config.logging.run_dir)))
     watchdog.at("checking kernels")
+    choose_attention(config.model, device, DTYPES[config.training.dtype])
     self_check.prove(config.model, device, DTYPES[config.training.dtype])
     watchdog.at("building the model")
     if start is not None:
