@@ -48,6 +48,7 @@ PLAN = (
     ("head", 15),
     ("training_320m_long", 90),
     ("training_1_3b", 100),
+    ("compiled_320m", 120),
     ("untried", 180),
     ("tuning", 240),
 )

@@ -25,6 +25,7 @@ from benchmarks.kernels import _both, causal_attention, make_inputs, ssd_without
 from benchmarks.rivals import ATTENTION, TRANSXSSM, rival_model
 from benchmarks.speed_calls import Problem, device, join, layer_call
 from benchmarks.timing import in_turns
+from parallel.compiled import compile_layers
 from parallel.context import LocalBatch
 from parallel.flops import training_flops_per_token
 from parallel.graphs import MicroBatchGraphs, graph_maker
@@ -206,15 +207,28 @@ def training_1_3b(tiny: bool) -> list[Row]:
     return _training("1.3b", 4096, 4, tiny)
 
 
-def _training(preset: str, length: int, micro_batch_size: int, tiny: bool) -> list[Row]:
-    """Measure both models, eagerly and as graphs; the losses of the two must be equal."""
+def compiled_320m(tiny: bool) -> list[Row]:
+    """Steps of `configs/320m.toml` and of its attention rival with compiled layers."""
+    return _training("320m", 4096, 8, tiny, compiled=True)
+
+
+def _training(
+    preset: str, length: int, micro_batch_size: int, tiny: bool, *, compiled: bool = False
+) -> list[Row]:
+    """Measure both models, without and with graphs; the losses of the two must be equal.
+
+    A CPU's stand-in for graphs cannot record compiled layers.
+    """
     join()
     rows, measured = [], product_peak(device())
-    for rival, graphs in itertools.product((TRANSXSSM, ATTENTION), (False, True)):
+    with_graphs = (False,) if compiled and device().type == "cpu" else (False, True)
+    for rival, graphs in itertools.product((TRANSXSSM, ATTENTION), with_graphs):
         config = _config(preset, length, micro_batch_size, tiny)
         model = rival_model(rival, config.model) if not tiny else config.model
         config = config.model_copy(update={"model": model})
         zero = _optimizer(config)
+        if compiled:
+            compile_layers(zero.built)
         batches = [random_batch(config) for _ in range(2)]
         run = MicroBatchGraphs(zero, graph_maker(device())).run if graphs else None
         if device().type == "cuda":

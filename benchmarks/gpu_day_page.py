@@ -12,6 +12,7 @@ TITLES = {
     "training_320m": "Training steps at 4,096 tokens, 320M",
     "training_320m_long": "Training steps at 16,384 tokens, 320M",
     "training_1_3b": "Training steps at 4,096 tokens, 1.3B",
+    "compiled_320m": "Training steps at 4,096 tokens, 320M, layers compiled",
     "profile_320m": "Where a step of 320M goes",
     "launch_floor": "What a launch costs",
     "layers": "A layer, forward and backward: issued by the host, and replayed as a CUDA graph",
