@@ -33,6 +33,9 @@ log = logging.getLogger("transxssm")
 
 TOLERANCE = 3e-2
 """Relative RMS difference of a result. Rounding to bf16 in another order makes a third of it."""
+SLICE_TOLERANCE = 0.3
+"""The same of a single row or column: where no other is wrong, the whole hardly shows it. Rounding
+makes less than a tenth of it."""
 ROWS, LENGTH = 2, 140  # of mixers: longer than the largest chunk
 
 
@@ -173,7 +176,25 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> str | No
         apart = float((one.double() - right.double()).norm()) / (size or 1.0)
         if not apart <= TOLERANCE:  # NaN too
             return f"results differ by {apart:.1e} of their size, more than {TOLERANCE}"
+        apart = _worst_slice(one.double(), right.double())
+        if apart > SLICE_TOLERANCE:
+            return (
+                f"a row or column differs by {apart:.1e} of its size, more than {SLICE_TOLERANCE}"
+            )
     return None
+
+
+def _worst_slice(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of a row or column (of a vector, an element), relative to its size or
+    to their RMS where that is larger."""
+    width = expected.shape[-1] if expected.ndim > 1 else 1
+    found, expected = found.reshape(-1, width), expected.reshape(-1, width)
+    worst = 0.0
+    for dim in (0, 1):
+        sizes = expected.norm(dim=dim)
+        sizes = sizes.clamp(min=float(sizes.square().mean().sqrt()) or 1.0)
+        worst = max(worst, float(((found - expected).norm(dim=dim) / sizes).max()))
+    return worst
 
 
 def _first_line(error: Exception) -> str:

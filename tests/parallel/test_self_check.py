@@ -215,6 +215,20 @@ def test_one_token_that_is_wrong_is_found(gpu: pytest.MonkeyPatch) -> None:
     assert list(failures(SMALL, CPU, BF16)) == ["ssd"]
 
 
+def test_one_channel_that_is_wrong_is_found(gpu: pytest.MonkeyPatch) -> None:
+    def forward(*args: Any) -> tuple[Tensor, Tensor | None]:
+        new_h, u = norm_in_torch.forward(*args)
+        if u is not None:
+            u[..., -1] += 1
+        return new_h, u
+
+    gpu.setattr(kernels.norm.fused, "forward", forward)
+    wide = SMALL.model_copy(update={"hidden_size": 4096})
+    found = failures(wide, CPU, BF16)
+    assert list(found) == ["rms_norm", "add_rms_norm"]
+    assert all(reason.startswith("a row or column differs by ") for reason in found.values())
+
+
 def test_numbers_that_are_not_finite_are_found(gpu: pytest.MonkeyPatch) -> None:
     def forward(gate: Tensor, up: Tensor) -> Tensor:
         out = swiglu_naive(gate, up).to(gate.dtype)
@@ -244,15 +258,22 @@ def add_elsewhere(total: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor:
     return total + a.float() @ b.float()
 
 
+def add_and_clear_the_next(total: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor:
+    """Writes one number too many."""
+    total.as_strided((1,), (1,), total.storage_offset() + total.numel()).zero_()
+    return total.add_(a.float() @ b.float())
+
+
 @pytest.mark.parametrize(
     "faulty",
     [
         {"addmm": add_only_to_zero},
         {"addmm": add_elsewhere},
+        {"addmm": add_and_clear_the_next},
         {"addmm": raising(product_of_cuda)},
         {"mm": lying(first_product_of_cuda)},
     ],
-    ids=["overwrites", "not in place", "raises", "first"],
+    ids=["overwrites", "not in place", "one too many", "raises", "first"],
 )
 def test_products_that_fail_or_lie_are_rounded_before_they_are_summed(
     faulty: dict[str, Any], gpu: pytest.MonkeyPatch
