@@ -182,6 +182,7 @@ class SSDMixer(nn.Module):
             xbc = self.conv(torch.cat((x, b, c), dim=-1).squeeze(1), positions.ages)
             widths = [x.shape[-1], b.shape[-1], c.shape[-1]]
             x, b, c = (t.contiguous().unsqueeze(1) for t in xbc.split(widths, dim=-1))
+            dt = dt.clone(memory_format=torch.contiguous_format)  # else it keeps all their buffer
         rows = (positions.batch_size, positions.seq_len)
         cos, sin = positions.ssd_rope or (None, None)
         dt = dt.view(*rows, -1)

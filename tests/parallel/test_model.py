@@ -72,6 +72,34 @@ def test_logits_match_float64_oracle(fields: dict[str, Any]) -> None:
     assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
 
 
+def live_projections(fields: dict[str, Any]) -> list[bool]:
+    """Whether what each SSD layer projects into is alive after a forward pass."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from parallel import mixers
+
+    buffers, project = [], mixers.project
+
+    def remembered(h: Any, linears: Any, config: Any) -> tuple[torch.Tensor, ...]:
+        parts = project(h, linears, config)
+        if len(parts) == 4:
+            buffers.append(StorageWeakRef(parts[0].untyped_storage()))
+        return parts
+
+    mixers.project = remembered  # type: ignore[assignment]
+    stage, _ = build(fields)
+    positions, cu_seqlens = packed([64])
+    hidden = stage.hidden(torch.zeros(1, 64, dtype=torch.int64), positions, cu_seqlens)
+    assert hidden.requires_grad
+    return [not buffer.expired() for buffer in buffers]
+
+
+def test_a_convolution_does_not_keep_what_it_has_read() -> None:
+    """Its inputs are copied side by side; the step sizes, of the same buffer, must not keep it."""
+    assert set(run_ranks(1, live_projections, {})[0]) == {True}
+    assert set(run_ranks(1, live_projections, {"ssd_conv_width": 4})[0]) == {False}
+
+
 def document_logits(parallel: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     """Logits of the second document: packed, packed behind a changed first, and alone."""
     stage, _ = build({}, parallel)
