@@ -34,7 +34,14 @@ def run(config: Config, job: Job, *, search: bool, as_json: bool) -> None:
     for warning in model_warnings(config.model, tokens_of_data(config)):
         warn(warning)
     if search:
-        found = best_first(e for e in layouts(config, job) if e.peak <= job.usable)
+        valid = list(layouts(config, job))
+        if not valid:
+            raise ConfigError(
+                "no layout shares out this model and training.global_batch_size = "
+                f"{config.training.global_batch_size} over {job.world_size} GPUs; give another "
+                "number of GPUs, or another batch"
+            )
+        found = best_first(e for e in valid if e.peak <= job.usable)
         if as_json:
             print(json.dumps([as_plain(e, job) for e in found[:SHOWN]]))
         elif found:

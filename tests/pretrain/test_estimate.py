@@ -231,6 +231,13 @@ def test_nothing_fits() -> None:
     assert "no layout of this model fits 8 GPUs" in end.output
 
 
+def test_a_batch_that_no_layout_shares_out_is_named() -> None:
+    words = ("--nodes", "3", "--gpus-per-node", "5", "--search")
+    end = run_command("estimate", CONFIGS / "demo.toml", *words)[0]
+    assert end.code == 2
+    assert "training.global_batch_size = 8 over 15 GPUs" in " ".join(end.output.split())
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("80GiB", 80 * GIB), ("80GB", 80 * 10**9), ("1.5 GiB", 3 * GIB // 2), ("1000", 1000)],
