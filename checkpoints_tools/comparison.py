@@ -296,7 +296,7 @@ class ExportedModel:
         attends, angles = self.config.is_attention(number), None
         if self.config.rope == "unified" or (self.config.rope != "none" and attends):
             table = backbone.attn_table if attends else backbone.ssd_table
-            angles = table.at(0, length, torch.device("cpu"))
+            angles = table.at(slice(length), length, torch.device("cpu"))
         output: Tensor = backbone.layers[number](hidden[None], angles, None)
         return output[0]
 

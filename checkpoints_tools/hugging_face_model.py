@@ -10,6 +10,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -23,12 +24,18 @@ from checkpoints_tools.single_gpu import (
     TransXSSMConfig,
     initial_value,
     linear,
+    new_slots,
     real_positions,
 )
 
 # The name that `generate` uses for the cache: past_key_values until transformers 5.2x renamed it.
 OUTPUT_FIELDS = {field.name for field in fields(CausalLMOutputWithPast)}
 CACHE_FIELD = "cache" if "cache" in OUTPUT_FIELDS else "past_key_values"
+OTHER_POSITIONS = (
+    "position_ids are others than follow from attention_mask, so they are not supported by "
+    "TransXSSM: leave them out. A row is one sequence, padded at any side; documents packed into a "
+    "row would see each other."
+)
 # Refused by `forward`. They are not in its signature, and position_ids are neither, because
 # `generate` gives what it finds there.
 NOT_SUPPORTED = {
@@ -73,20 +80,27 @@ class TransXSSMPretrainedConfig(PretrainedConfig):
         return TransXSSMConfig(**values)
 
 
-class GenerationCache(Cache):
-    """SSD states, convolution tails, keys and values, with what `generate` asks of a cache."""
+class GenerationCache(Cache, transformers.Cache):
+    """SSD states, convolution tails, keys and values, with what `generate` asks of a cache.
 
-    is_compileable = False
+    transformers 4 compiles steps with caches of its own class alone.
+    """
+
     is_croppable = False  # a state cannot forget its last tokens
     is_linear = (True,)  # `generate` then leaves the slicing of its inputs to the model
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` compiles the steps after the prompt, where it does so: on GPUs."""
+        return self.capacity is not None
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The number of tokens it remembers, padding included."""
-        return self.length
+        """The number of tokens it remembers, padding included; waits for the device if static."""
+        return int(self.length)
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """-1: it grows without end."""
-        return -1
+        """The most tokens that it can hold. -1: it grows without end."""
+        return -1 if self.capacity is None else self.capacity
 
     def crop(self, max_length: int) -> None:
         raise NotImplementedError(
@@ -124,6 +138,7 @@ class TransXSSMForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.word_embed.weight"}  # noqa: RUF012
     _supports_sdpa = True
     _is_stateful = True  # no decoding that takes tokens back
+    static_capacity = 1  # of the last static cache that `generate` made
 
     def __init__(self, config: TransXSSMPretrainedConfig) -> None:
         super().__init__(config)
@@ -198,10 +213,11 @@ class TransXSSMForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits float32 [B, L, vocab] of input_ids [B, L], and the loss where labels are given.
 
-        attention_mask [B, cached + L] is 0 for padding, at any side of a row. labels [B, L] are
-        input_ids, not shifted, with -100 where no loss is wanted: at padding, and at the first
-        token after it, which nothing predicts. past_key_values, in newer
-        transformers cache, is what an earlier call returned, and is updated in place.
+        attention_mask [B, cached + L], with a static cache [B, capacity] and 1 for tokens to come,
+        is 0 for padding, at any side of a row. labels [B, L] are input_ids, not shifted, with -100
+        where no loss is wanted: at padding, and at the first token after it, which nothing
+        predicts. past_key_values, in newer transformers cache, is what an earlier call returned,
+        and is updated in place.
         inputs_embeds [B, L, hidden] may take the place of input_ids. hidden_states, on request:
         what enters every layer, and what enters the head. logits_to_keep: only the last so many
         logits, or those at these indices; 0: all. position_ids [B, L] may be given where they
@@ -222,10 +238,10 @@ class TransXSSMForCausalLM(PreTrainedModel, GenerationMixin):
                 "earlier call of this model returned, or none."
             )
         batch, length = given.shape[:2]
-        seen = 0 if memory is None else memory.length
-        if length == 0 and (memory is None or seen):
+        if length == 0 and (memory is None or memory.length):
+            seen = 0 if memory is None else memory.get_seq_length()
             raise ValueError(f"input_ids holds no token beyond the {seen} in the cache: add some.")
-        check_positions(others.pop("position_ids", None), attention_mask, seen, length)
+        check_positions(others.pop("position_ids", None), attention_mask, memory, length)
         if use_cache is None:  # in training it would only hold memory
             use_cache = self.config.use_cache and not self.training
         again = torch.is_grad_enabled() and self.model.layers[0].gradient_checkpointing
@@ -268,12 +284,29 @@ class TransXSSMForCausalLM(PreTrainedModel, GenerationMixin):
         return False
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
-        """An empty cache where none is given: a prompt that is read in pieces wants one."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *others)
-        if generation_config.use_cache is not False and model_kwargs.get(CACHE_FIELD) is None:
-            model_kwargs[CACHE_FIELD] = GenerationCache(self.checked)
+        """An empty cache where none is given: a prompt that is read in pieces wants one.
+
+        A static one, where asked for, is no shorter than the last, which spares compiling again.
+        """
+        given = model_kwargs.get(CACHE_FIELD) is not None or generation_config.use_cache is False
+        static = generation_config.cache_implementation == "static"
+        if given or not static:  # to which it would say that it ignores "static"
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        if given:
+            return
+        if static:
+            self.static_capacity = max(self.static_capacity, max_cache_length)
+        capacity = self.static_capacity if static else None
+        model_kwargs[CACHE_FIELD] = GenerationCache(self.checked, capacity)
 
     def prepare_inputs_for_generation(
         self,
@@ -296,7 +329,7 @@ class TransXSSMForCausalLM(PreTrainedModel, GenerationMixin):
         or, with is_first_iteration alone, that all are; for 4 the attention_mask tells it.
         """
         memory = past_key_values if cache is None else cache
-        seen = 0 if memory is None else memory.length
+        seen = 0 if memory is None else memory.get_seq_length()
         so_far = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
         if next_sequence_length is None:
             next_sequence_length = input_ids.shape[1]
@@ -314,6 +347,14 @@ class TransXSSMForCausalLM(PreTrainedModel, GenerationMixin):
             of_prompt = cache_position is not None and position_ids.shape[-1] != so_far
             last = position_ids[..., max(0, position_ids.shape[-1] - tokens.shape[1]) :]
             position_ids = None if own or of_prompt else last
+        if memory is not None and memory.capacity is not None and attention_mask is not None:
+            missing = memory.capacity - attention_mask.shape[1]
+            if missing < 0:
+                raise ValueError(
+                    f"The static cache has room for {memory.capacity} tokens, too few for "
+                    f"{attention_mask.shape[1]}: begin with a longer one or a dynamic one."
+                )
+            attention_mask = nn.functional.pad(attention_mask, (0, missing), value=1)
         return {
             **given,
             "attention_mask": attention_mask,
@@ -326,28 +367,25 @@ class TransXSSMForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def check_positions(
-    position_ids: Tensor | None, attention_mask: Tensor | None, seen: int, length: int
+    position_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None, length: int
 ) -> None:
     """Raise ValueError for position_ids [B, L] of real tokens that the mask does not give.
 
-    The mask is of `seen` tokens in the cache and `length` new ones; None: nothing is padding.
+    The mask is of tokens in the cache and `length` new ones; None: nothing is padding. A compiled
+    graph raises RuntimeError instead, where it runs.
     """
     if position_ids is None:
         return
-    real = None
+    slots, width = new_slots(cache, length, position_ids.device)
+    if position_ids.shape[-1] != length:
+        raise ValueError(OTHER_POSITIONS)
     if attention_mask is None:
-        expected = torch.arange(seen, seen + length, device=position_ids.device)[None]
+        everywhere = torch.arange(width, device=position_ids.device)
+        wrong = position_ids != everywhere[slots]
     else:
         real = attention_mask.bool().to(position_ids.device)
-        expected = real_positions(real, length)
-        real = real[:, -length:]
-    same = position_ids.shape[-1] == length
-    if same:
-        differs = position_ids != expected
-        same = not bool((differs if real is None else differs & real).any())
-    if not same:
-        raise ValueError(
-            "position_ids are others than follow from attention_mask, so they are not supported by "
-            "TransXSSM: leave them out. A row is one sequence, padded at any side; documents "
-            "packed into a row would see each other."
-        )
+        wrong = (position_ids != real_positions(real, slots)) & real[:, slots]
+    if torch.compiler.is_compiling():
+        torch._assert_async(~wrong.any(), OTHER_POSITIONS)
+    elif bool(wrong.any()):
+        raise ValueError(OTHER_POSITIONS)

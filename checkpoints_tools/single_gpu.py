@@ -8,7 +8,7 @@
 
 One table of rotary angles turns Q and K in attention, C and B in SSD. A `Cache` carries K/V and the
 states S, so that a prompt, a few more tokens, or one token are all the same `forward`. Long scans
-use TransXSSM's `kernels` package when that is installed.
+use TransXSSM's `kernels` package when that is installed, unless torch.compile traces the model.
 
 The file needs torch alone, and stands alone, because `hugging_face` generates the Hugging Face
 modelling file of an export from it.
@@ -273,23 +273,17 @@ class RotaryTable:
         self.cos = self.sin = torch.empty(0, dim // 2, device="cpu")
 
     @torch.inference_mode(False)  # a table first built in inference mode could not train later
-    def at(self, start: int, length: int, device: torch.device) -> Angles:
-        """Of the positions from `start` on, [length, dim/2]."""
-        end = start + length
+    def at(self, positions: slice | Tensor, end: int, device: torch.device) -> Angles:
+        """Of positions before `end`, a slice or [L] or [B, L]: [.., L, dim/2]."""
         if end > len(self.cos):
             freq, magnitude = rotary_frequencies(self.config, self.dim)
-            positions = torch.arange(max(end, 2 * len(self.cos)), dtype=torch.float64, device="cpu")
-            angles = positions[:, None] * freq  # [positions, dim/2]
+            turns = torch.arange(max(end, 2 * len(self.cos)), dtype=torch.float64, device="cpu")
+            angles = turns[:, None] * freq  # [positions, dim/2]
             self.cos = (angles.cos() * magnitude).float().to(device)
             self.sin = (angles.sin() * magnitude).float().to(device)
         if self.cos.device != device:
             self.cos, self.sin = self.cos.to(device), self.sin.to(device)
-        return Angles(self.cos[start:end], self.sin[start:end])
-
-    def at_positions(self, positions: Tensor, end: int) -> Angles:
-        """Of positions [B, L], all of them before `end`, [B, L, dim/2]."""
-        table = self.at(0, end, positions.device)
-        return Angles(table.cos[positions], table.sin[positions])
+        return Angles(self.cos[positions], self.sin[positions])
 
 
 def rotate(x: Tensor, angles: Angles | None) -> Tensor:
@@ -375,6 +369,20 @@ class SSDCache:
     state: Tensor | None = None  # [B, H, P, N] float32
     conv_tail: Tensor | None = None  # [B, channels, width - 1], inputs of the convolution
 
+    def keep(self, name: str, new: Tensor) -> None:
+        setattr(self, name, new)
+
+
+class StaticSSDCache(SSDCache):
+    """Keeps its first tensors and writes later ones into them."""
+
+    def keep(self, name: str, new: Tensor) -> None:
+        old = getattr(self, name)
+        if old is None:
+            setattr(self, name, at_fixed_address(new))
+        else:
+            old.copy_(new)
+
 
 @dataclass
 class KVCache:
@@ -403,30 +411,88 @@ class KVCache:
         return buffer
 
 
-class Cache:
-    """The memory of all layers after `length` tokens. Use it under torch.no_grad()."""
+@dataclass
+class StaticKVCache:
+    """What an attention layer remembers, in buffers of a fixed size.
 
-    def __init__(self, config: TransXSSMConfig) -> None:
-        self.length = 0
+    The length is a tensor, so that no compiled graph depends on its value.
+    """
+
+    capacity: int
+    length: int | Tensor = 0
+    keys: Tensor | None = None  # [B, Hkv, capacity, head_dim], 0 where nothing is yet
+    values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add [B, Hkv, L, head_dim]; returns the whole buffers."""
+        batch, heads, length, width = keys.shape
+        if self.keys is None or self.values is None:
+            shape = (batch, heads, self.capacity, width)
+            self.keys = at_fixed_address(keys.new_zeros(shape))
+            self.values = at_fixed_address(values.new_zeros(shape))
+            self.length = zero_length(keys.device)
+        slots = self.length + torch.arange(length, device=keys.device)
+        self.keys.index_copy_(2, slots, keys)
+        self.values.index_copy_(2, slots, values)
+        self.length += length
+        return self.keys, self.values
+
+
+def zero_length(device: torch.device) -> Tensor:
+    return at_fixed_address(torch.zeros((), dtype=torch.long, device=device))
+
+
+def at_fixed_address(tensor: Tensor) -> Tensor:
+    """The tensor, which compiled graphs may now write to: CUDA graphs want inputs that stay."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(tensor)
+    return tensor
+
+
+class Cache:
+    """The memory of all layers after `length` tokens. Use it under torch.no_grad().
+
+    With a capacity, the most tokens that it will ever hold, it is static: its tensors are made once
+    and written in place, and a step that is compiled serves every token after it.
+    """
+
+    def __init__(self, config: TransXSSMConfig, capacity: int | None = None) -> None:
+        self.capacity = capacity
+        self.length: Any = 0  # of a static cache that is in use a tensor [], as in its layers
         self.padded = False  # whether any of those tokens is padding
-        self.layers: list[SSDCache | KVCache] = [
-            KVCache() if config.is_attention(i) else SSDCache()
-            for i in range(config.num_hidden_layers)
+        self.layers: list[SSDCache | KVCache | StaticKVCache] = [
+            self._layer(config.is_attention(i)) for i in range(config.num_hidden_layers)
         ]
+
+    def _layer(self, is_attention: bool) -> SSDCache | KVCache | StaticKVCache:
+        if self.capacity is None:
+            return KVCache() if is_attention else SSDCache()
+        return StaticKVCache(self.capacity) if is_attention else StaticSSDCache()
+
+
+def new_slots(cache: Cache | None, length: int, device: torch.device) -> tuple[slice | Tensor, int]:
+    """Columns of the next `length` tokens in an attention_mask, and how many it has."""
+    if cache is None:
+        return slice(length), length
+    if cache.capacity is None:
+        end = cache.length + length
+        return slice(cache.length, end), end
+    if isinstance(cache.length, int):
+        cache.length = zero_length(device)
+    return cache.length + torch.arange(length, device=device), cache.capacity
 
 
 # ------------------------------------------------------------------------------------ padding
 
 
 def real_tokens(
-    attention_mask: Tensor | None, batch: int, length: int, cache: Cache | None
+    attention_mask: Tensor | None, batch: int, length: int, width: int, cache: Cache | None
 ) -> Tensor | None:
-    """attention_mask as bool [B, S + L], S tokens in the cache, or None when nothing is padding.
+    """attention_mask as bool [B, width], or None when nothing is padding.
 
     Raises ValueError when the mask has another shape, or is missing though the cache needs it.
     """
-    cached = cache.length if cache is not None else 0
-    expected = (batch, cached + length)
+    expected = (batch, width)
     if attention_mask is None:
         if cache is not None and cache.padded:
             raise ValueError(
@@ -434,21 +500,25 @@ def real_tokens(
             )
         return None
     if attention_mask.shape != expected:
+        meaning = f"{width - length} tokens in the cache and {length} new ones"
+        if cache is not None and cache.capacity is not None:
+            meaning = f"{width} tokens that the static cache has room for, 1 for those to come"
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; expected {expected}: one "
-            f"value for each of {cached} tokens in the cache and {length} new ones."
+            f"value for each of {meaning}."
         )
     real = attention_mask.bool()
-    if bool(real.all()):  # waits for the device, as choosing the next token does
+    # waits for the device, as choosing the next token does; no compiled graph can
+    if not torch.compiler.is_compiling() and bool(real.all()):
         return None
     if cache is not None:
         cache.padded = True
     return real
 
 
-def real_positions(real: Tensor, length: int) -> Tensor:
-    """Positions [B, L] of the last `length` tokens of real [B, S + L]; padding does not count."""
-    return (real.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+def real_positions(real: Tensor, slots: slice | Tensor) -> Tensor:
+    """Positions [B, L] of the tokens at `slots` of real [B, S + L]; padding does not count."""
+    return (real.long().cumsum(-1) - 1).clamp(min=0)[:, slots]
 
 
 # ------------------------------------------------------------------------------------ layers
@@ -507,6 +577,19 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False)
 
 
+def seen_keys(
+    slots: slice | Tensor, width: int, real: Tensor | None, device: torch.device
+) -> Tensor:
+    """Mask of attention, [L, width] or [B, 1, L, width]: queries at `slots` see keys up to them."""
+    keys = torch.arange(width, device=device)
+    own = keys[slots][:, None]
+    mask = keys <= own
+    if real is not None:
+        # a padded query must see something, or its softmax is NaN: every query sees itself
+        mask = mask & (real[:, None, None] | (keys == own))
+    return mask
+
+
 class Attention(nn.Module):
     """Causal attention with grouped queries and rotated Q, K."""
 
@@ -521,8 +604,13 @@ class Attention(nn.Module):
         self.o_proj = linear(width, config.hidden_size)
 
     def forward(
-        self, u: Tensor, angles: Angles | None, cache: KVCache | None, real: Tensor | None = None
+        self,
+        u: Tensor,
+        angles: Angles | None,
+        cache: KVCache | StaticKVCache | None,
+        mask: Tensor | None = None,
     ) -> Tensor:
+        """mask: the keys that queries see, [.., L, S]; None: all up to their own token."""
         batch, length, _ = u.shape
         # [B, L, heads · head_dim] -> [B, L, heads, head_dim], rotated -> [B, heads, L, head_dim]
         heads = (batch, length, -1, self.head_dim)
@@ -531,14 +619,6 @@ class Attention(nn.Module):
         v = self.v_proj(u).view(heads).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        before = k.shape[2] - length
-        mask = None
-        if real is not None or (before and length > 1):  # query t sees the keys up to before + t
-            mask = torch.ones(length, before + length, dtype=torch.bool, device=u.device)
-            mask = mask.tril(before)
-        if mask is not None and real is not None:  # [B, 1, L, before + L]
-            # a padded query must see something, or its softmax is NaN: every query sees itself
-            mask = mask & (real[:, None, None] | mask.triu(before))
         with without_cudnn():
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None and length > 1, enable_gqa=True
@@ -571,10 +651,11 @@ class SSD(nn.Module):
     def forward(
         self, u: Tensor, angles: Angles | None, cache: SSDCache | None, real: Tensor | None = None
     ) -> Tensor:
+        """real: of these tokens, [B, L]."""
         batch, length, _ = u.shape
         config = self.config
         x, b, c, dt = self.x_proj(u), self.b_proj(u), self.c_proj(u), self.dt_proj(u)
-        padding = None if real is None else ~real[:, -length:, None]  # [B, L, 1]
+        padding = None if real is None else ~real[..., None]  # [B, L, 1]
         if padding is not None:
             dt = dt.masked_fill(padding, NO_STEP)
         if self.conv is not None:
@@ -588,7 +669,7 @@ class SSD(nn.Module):
         with without_autocast(u.device.type):
             y, state = self._scan(x, dt, b, c, angles, cache.state if cache else None)
         if cache is not None:
-            cache.state = state
+            cache.keep("state", state)
         return self.out_proj(y.reshape(batch, length, -1))
 
     def _convolve(self, xbc: Tensor, conv: nn.Conv1d, cache: SSDCache | None) -> tuple[Tensor, ...]:
@@ -600,7 +681,8 @@ class SSD(nn.Module):
             tail = xbc.new_zeros(batch, channels, self.config.ssd_conv_width - 1)
         xbc = torch.cat([tail, xbc], dim=-1)
         if cache is not None:
-            cache.conv_tail = xbc[..., length:].clone()  # a view would keep the whole prompt
+            # a view would keep the whole prompt
+            cache.keep("conv_tail", xbc[..., length:].clone())
         return F.silu(conv(xbc)).transpose(1, 2).split(self.widths, dim=-1)
 
     def _scan(
@@ -618,7 +700,8 @@ class SSD(nn.Module):
         batch, length, heads, width = x.shape
         A, dt_bias = -self.A_log.float().exp(), self.dt_bias.float()
         D = None if self.D is None else self.D.float()
-        fast = kernels_ssd() if length > 1 else None
+        # torch.compile cannot trace every path of the kernels, but every operation of this file
+        fast = kernels_ssd() if length > 1 and not torch.compiler.is_compiling() else None
         if fast is not None:
             x, dt, b, c = (t.contiguous() for t in (x, dt, b, c))
             cos = sin = None
@@ -689,24 +772,24 @@ class Layer(nn.Module):
         self,
         h: Tensor,
         angles: Angles | None,
-        cache: SSDCache | KVCache | None,
-        real: Tensor | None = None,
+        cache: SSDCache | KVCache | StaticKVCache | None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """h [B, L, hidden] after the layer."""
+        """h [B, L, hidden] after the layer. mask: as its mixer takes it."""
         if self.gradient_checkpointing and cache is None and torch.is_grad_enabled():
-            again: Tensor = self._gradient_checkpointing_func(self._run, h, angles, None, real)
+            again: Tensor = self._gradient_checkpointing_func(self._run, h, angles, None, mask)
             return again
-        return self._run(h, angles, cache, real)
+        return self._run(h, angles, cache, mask)
 
     def _run(
         self,
         h: Tensor,
         angles: Angles | None,
-        cache: SSDCache | KVCache | None,
-        real: Tensor | None,
+        cache: SSDCache | KVCache | StaticKVCache | None,
+        mask: Tensor | None,
     ) -> Tensor:
         mixer = self.attn if self.is_attention else self.ssd
-        update = mixer(self.pre_sequence_layernorm(h), angles, cache, real)
+        update = mixer(self.pre_sequence_layernorm(h), angles, cache, mask)
         h = self.post_sequence_residual(h, update)
         return self.post_state_residual(h, self.feed_forward(self.pre_state_layernorm(h)))
 
@@ -719,6 +802,7 @@ class Backbone(nn.Module):
         self.config = config
         self.word_embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.attends = [layer.is_attention for layer in self.layers]
         self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn_table = RotaryTable(config, config.head_dim)
         self.ssd_table = RotaryTable(config, config.state_dim)
@@ -739,40 +823,39 @@ class Backbone(nn.Module):
         the position of the first token; by default the number of tokens in the cache.
         attention_mask [B, cached + L] is 0 for padding: real tokens do not see it, and positions
         count them alone, so that a row padded on the left gives what it gives by itself. What
-        comes out at padding means nothing. inputs_embeds [B, L, hidden] take the place of
-        token_ids' embeddings. each: gets what goes into every layer, [B, L, hidden].
+        comes out at padding means nothing. With a static cache it is [B, capacity], 1 for tokens
+        to come. inputs_embeds [B, L, hidden] take the place of token_ids' embeddings. each: gets
+        what goes into every layer, [B, L, hidden].
         """
         h = self.word_embed(token_ids) if inputs_embeds is None else inputs_embeds
         batch, length, _ = h.shape
-        real = real_tokens(attention_mask, batch, length, cache)
+        slots, width = new_slots(cache, length, h.device)
+        real = real_tokens(attention_mask, batch, length, width, cache)
         if real is not None and position_offset is not None:
             raise ValueError("position_offset and padding in attention_mask exclude each other.")
+        seen = None
+        if real is not None or isinstance(slots, Tensor) or width > length > 1:
+            seen = seen_keys(slots, width, real, h.device) if any(self.attends) else None
+        positions, end = slots, width
+        if position_offset is not None:
+            end = position_offset + length
+            positions = slice(position_offset, end)
+        elif real is not None:
+            positions, real = real_positions(real, slots), real[:, slots]
         rope = self.config.rope
-        start = position_offset
-        if start is None:
-            start = cache.length if cache is not None else 0
         attn_angles = ssd_angles = None
         if rope != "none":
-            attn_angles = self._angles(self.attn_table, start, length, real, h.device)
+            attn_angles = self.attn_table.at(positions, end, h.device)
         if rope == "unified":
-            ssd_angles = self._angles(self.ssd_table, start, length, real, h.device)
+            ssd_angles = self.ssd_table.at(positions, end, h.device)
         for i, layer in enumerate(self.layers):
             if each is not None:
                 each.append(h)
-            angles = attn_angles if self.config.is_attention(i) else ssd_angles
-            h = layer(h, angles, cache.layers[i] if cache is not None else None, real)
+            angles, mask = (attn_angles, seen) if self.attends[i] else (ssd_angles, real)
+            h = layer(h, angles, cache.layers[i] if cache is not None else None, mask)
         if cache is not None:
             cache.length += length
         return self.final_layernorm(h)
-
-    @staticmethod
-    def _angles(
-        table: RotaryTable, start: int, length: int, real: Tensor | None, device: torch.device
-    ) -> Angles:
-        """Of the tokens, [L, dim/2], or [B, L, dim/2] where rows are padded."""
-        if real is None:
-            return table.at(start, length, device)
-        return table.at_positions(real_positions(real, length), real.shape[1])
 
 
 class TransXSSM(nn.Module):
