@@ -333,10 +333,7 @@ def chunked_scan(
         step = dt[:, start : start + chunk].transpose(1, 2)  # [B, H, T]
         decay = step * A[:, None]
         since_start = decay.cumsum(-1)  # log E_t0
-        length = decay.shape[-1]
-        # log E_ts, summed from s on: differences of two cumulative sums would cancel digits
-        log_e = decay[..., None].expand(-1, -1, -1, length).tril(-1).cumsum(-2)
-        e = log_e.exp().tril()  # [B, H, T, S], zero where s > t
+        e = decay_between(decay)  # [B, H, T, S], zero where s > t
         fed = xs * step[..., None]  # Δ_s x_s  [B, H, S, P]
         y = (e * (cs @ bs.mT)) @ fed
         y = y + since_start.exp()[..., None] * (cs @ state.mT)
@@ -344,6 +341,40 @@ def chunked_scan(
         weighted = bs * e[..., -1, :, None]
         state = since_start[..., -1, None, None].exp() * state + fed.mT @ weighted
     return torch.cat(outputs, dim=2).transpose(1, 2), state
+
+
+def decay_between(decay: Tensor) -> Tensor:
+    """E_ts = exp(Σ_{s<r≤t} decay_r) [.., T, T] of decay [.., T]; zero where s > t."""
+    length = decay.shape[-1]
+    # summed from s on: differences of two cumulative sums would cancel digits
+    log_e = decay[..., None].expand(*decay.shape, length).tril(-1).cumsum(-2)
+    return log_e.exp().tril()
+
+
+def batched_scan(
+    x: Tensor, dt: Tensor, A: Tensor, b: Tensor, c: Tensor, state: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """`chunked_scan` with all chunks at once: a graph that is no larger for longer sequences.
+
+    Every chunk is scanned from an empty state, then gets what the states before it add.
+    """
+    batch, length = x.shape[:2]
+    chunks = -(-length // chunk)
+    missing = chunks * chunk - length  # Δ = 0 there leaves the state alone
+    x, dt, b, c = (
+        F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing)).reshape(batch * chunks, chunk, *t.shape[2:])
+        for t in (x, dt, b, c)
+    )
+    y, added = chunked_scan(x, dt, A, b, c, torch.zeros_like(state[:1]), chunk)
+    since_start = (dt * A).cumsum(1)  # [B · chunks, T, H]
+    decay = since_start[:, -1].unflatten(0, (batch, chunks)).transpose(1, 2)  # [B, H, chunks]
+    # the first state, and what each chunk adds  [B, H, 1 + chunks, P, N]
+    states = torch.cat([state[:, None], added.unflatten(0, (batch, chunks))], dim=1).transpose(1, 2)
+    states = (decay_between(F.pad(decay, (1, 0))) @ states.flatten(-2)).view_as(states)
+    before = states[:, :, :-1].transpose(1, 2).flatten(0, 1)  # [B · chunks, H, P, N]
+    c = c.float().repeat_interleave(x.shape[2] // c.shape[2], dim=2)  # [B · chunks, T, H, N]
+    y = y + since_start.exp()[..., None] * (c.transpose(1, 2) @ before.mT).transpose(1, 2)
+    return y.reshape(batch, chunks * chunk, *y.shape[2:])[:, :length], states[:, :, -1]
 
 
 def single_step(
@@ -722,7 +753,8 @@ class SSD(nn.Module):
             y, state = single_step(x, dt, A, b, c, state)
         else:
             chunk = self.config.ssd_chunk_size or FALLBACK_CHUNK
-            y, state = chunked_scan(x, dt, A, b, c, state, chunk)
+            scan = batched_scan if torch.compiler.is_compiling() else chunked_scan
+            y, state = scan(x, dt, A, b, c, state, chunk)
         if D is not None:
             y = y + D[:, None] * x.float()
         return y.to(x.dtype), state

@@ -242,9 +242,10 @@ def scan_inputs(batch: int, length: int, heads: int, groups: int) -> dict[str, t
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 63, 100])
-def test_chunked_scan_equals_single_steps(length: int) -> None:
+@pytest.mark.parametrize("scan", ["chunked_scan", "batched_scan"])
+def test_scan_in_chunks_equals_single_steps(scan: str, length: int) -> None:
     inputs = scan_inputs(2, length, 4, 2)
-    y, last = single_gpu.chunked_scan(**inputs, chunk=16)
+    y, last = getattr(single_gpu, scan)(**inputs, chunk=16)
     state, steps = inputs["state"], []
     for t in range(length):
         now = {name: inputs[name][:, t : t + 1] for name in ("x", "dt", "b", "c")}
