@@ -25,6 +25,12 @@ would see each other, so `position_ids` that begin again in a row are refused. `
 is refused, too. The cache holds SSD states: it cannot be cropped, so assisted decoding is not
 supported.
 
+`torch.compile(model, fullgraph=True)` traces the model without a graph break, forward and backward.
+`generate(..., cache_implementation="static")` allocates keys and values once for the whole length
+and writes SSD states in place; on a GPU transformers then compiles one step for all tokens. To
+compile such a step yourself, give `attention_mask` for the whole length of the cache, with 1 for
+tokens to come.
+
 ## Fine-tuning
 
 - `Trainer`, `gradient_checkpointing`, `inputs_embeds`, `resize_token_embeddings` and `device_map`
