@@ -16,7 +16,8 @@ import torch
 from handoff_export import PROJECT, Export, Row, difference, gradients, refused, run, worst
 from handoff_export import row as row_of
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig
 
 BOUND = 1e-5  # of the largest difference, relative to the largest value
 ROWS: list[Row] = []
@@ -171,6 +172,41 @@ def prefill(export: Export) -> float:
     for size in (3, 5, 64):
         found = export.generated(export.model, **given, prefill_chunk_size=size)
         assert torch.equal(found, expected), f"other tokens with padding, pieces of {size}"
+    return 0.0
+
+
+@row("21", "torch.compile(fullgraph=True), forward and backward")
+def compiled(export: Export) -> float:
+    model = export.load().train()
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+    whole(export.ids, labels=export.ids).loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        found = difference(whole(export.ids, attention_mask=export.mask).logits, export.padded)
+        found = max(found, difference(whole(export.ids).logits, export.logits))
+    return max(found, worst(grads, export.grads))
+
+
+@row("21", "generate(cache_implementation='static'), compiled")
+def static_cache(export: Export) -> float:
+    compiling = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compiling._compile_all_devices = True  # not on GPUs alone
+    given: dict[str, Any] = {"attention_mask": export.mask, "cache_implementation": "static"}
+    torch._dynamo.reset()
+    counters.clear()
+    for length in (23, 17, 23):
+        inputs = {"inputs": export.ids[:, -length:], "attention_mask": export.mask[:, -length:]}
+        expected = export.generated(export.model, **inputs)
+        tokens = export.generated(export.model, **given | inputs, compile_config=compiling)
+        assert torch.equal(tokens, expected), f"other tokens after a prompt of {length}"
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 1, f"{graphs} graphs"
+    for arguments in ({"num_beams": 3}, {"prefill_chunk_size": 5}):
+        expected = export.generated(
+            export.model, inputs=export.ids, attention_mask=export.mask, **arguments
+        )
+        tokens = export.generated(export.model, inputs=export.ids, **given, **arguments)
+        assert torch.equal(tokens, expected), f"other tokens with {arguments}"
     return 0.0
 
 
