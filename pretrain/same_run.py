@@ -60,7 +60,8 @@ def check_same_run(folder: Path, config: Config, data: Blend) -> Start:
     """
     manifest, step = read_manifest(folder), manifest_step(folder)
     there, here = redact_values(manifest["config"]), recorded(config)
-    made = _phases_there(manifest, len(data.names)) or config.phases
+    is_new = not manifest["samples"]  # imported or averaged: it has read no data
+    made = (None if is_new else _phases_there(manifest, len(data.names))) or config.phases
     at = phase_at(made, step)
     counted = (manifest["samples"], manifest["tokens"])
     if counted != (ours := (at.samples_at(step), at.tokens_at(step))):
@@ -170,11 +171,14 @@ def _dangers(
     changed: dict[str, tuple[Any, Any]],
     data: Blend,
 ) -> dict[str, list[str]]:
-    """Lines about changes that need a flag, by the flag's word. Raises CheckpointError for those
-    that no flag allows."""
+    """Lines about changes that need a flag, by the flag's word. A checkpoint that has read no
+    sample goes on with any data. Raises CheckpointError for changes that no flag allows."""
     found: dict[str, list[str]] = {"data": [], "tokenizer": [], "model": []}
+    is_new = not manifest["samples"]
     for name, (old, new) in changed.items():
         section, _, field = name.partition(".")
+        if is_new and section == "data":
+            continue
         if name == "data.seq_len":
             raise CheckpointError(
                 f"{folder} was trained with another {_line(name, old, new)}; restore it and list "
@@ -191,7 +195,7 @@ def _dangers(
     if manifest["tokenizer_hash"] != data.meta.tokenizer_hash:
         found["tokenizer"] += tokenizer_differences(folder, data)
         same.add(data.fingerprint_with(stages, manifest["tokenizer_hash"]))
-    if there not in same:
+    if there not in same and not is_new:
         found["data"] += _other_sources(manifest, data)
     return found
 

@@ -163,6 +163,29 @@ def test_source_that_is_another_is_named(start: Check, ended: Path, tiny_data: P
     assert f"data of {tiny_data / 'train'}" not in str(raised.value)
 
 
+def test_checkpoint_that_has_read_no_data_goes_on_with_any(ended: Path, tmp_path: Path) -> None:
+    """Imported for no data in particular, or averaged: the order of samples is the new run's."""
+    model = tmp_path / "model"
+    succeed("checkpoint", "export", ended / STEP_2, model, "--no-verify")
+    succeed("checkpoint", "import", model, tmp_path / "imported")
+    other = shutil.copytree(ended / STEP_2, tmp_path / "other/step-00000002")
+    succeed("checkpoint", "average", ended / STEP_2, other, "--out", tmp_path / "mean")
+    words = ["--data.seed=7", "--data.shuffle_window=8192"]
+    words += ["--training.global_batch_size=8", "--training.steps=2"]
+    config = load_config(ended / "config.toml", words)
+    for made in ("imported", "mean"):
+        start = check_same_run(tmp_path / made / "step-00000000", config, open_blend(config))
+        assert (start.phases, start.has_ended) == (config.phases, False)
+        (end,) = run_command(
+            "pretrain", ended / "config.toml", *words,
+            f"--logging.run_dir={tmp_path / 'run' / made}",
+            f"--checkpoint.resume={tmp_path / made}",
+        )  # fmt: skip
+        assert end.code == 0, end.output
+        tokens = [line["tokens"] for line in read_metrics(tmp_path / "run" / made)]
+        assert tokens == [8 * 64, 2 * 8 * 64]
+
+
 @pytest.mark.parametrize(
     ("change", "is_offered"),
     [
