@@ -11,14 +11,30 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
 from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.manifest import FORMAT_VERSION, MANIFEST, file_entry, manifest_text
+from untrusted.errors import UntrustedError
 from untrusted.files import read_regular, sync_folder, write_durably
+from untrusted.records import Count, read_state
 
 log = logging.getLogger("transxssm")
 
 LATEST = "latest"
 MAX_LATEST_BYTES = 4096
+SAVES_FILE = "checkpoints.json"  # of a run directory
+
+
+class Saves(TypedDict):
+    """checkpoints.json: where the run's checkpoints are, and the step of the newest; 0: none."""
+
+    folder: str
+    step: Count
+
+
+SAVES = TypeAdapter(Saves)
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -36,24 +52,38 @@ def committed_steps(folder: Path) -> list[int]:
 
 def resolve(path: Path) -> Path:
     """The step folder that `path` means: itself, or what `latest` names in a folder of step-*
-    folders, else the newest of them.
+    folders, else the newest of them. A run directory means the folder of its checkpoints.
 
     Raises CheckpointError when there is none.
     """
     if (path / MANIFEST).exists():
         return path
-    steps = committed_steps(path) or committed_steps(path / "checkpoints")
-    if not steps:
+    places = [path, path / "checkpoints", *_recorded_folder(path)]
+    folder = next((place for place in places if committed_steps(place)), None)
+    if folder is None:
         raise CheckpointError(
             f"{path} is not a checkpoint: neither {MANIFEST} nor step-* folders in it; name a "
             "step-* folder, a checkpoints folder or a run directory"
         )
-    folder = path if committed_steps(path) else path / "checkpoints"
+    steps = committed_steps(folder)
     with contextlib.suppress(OSError, ValueError):  # after a fallback newer ones may be damaged
         named = read_regular(folder / LATEST, MAX_LATEST_BYTES, follow_link=True).decode().strip()
         if named in {step_folder(folder, step).name for step in steps}:
             return folder / named
     return step_folder(folder, steps[-1])
+
+
+def _recorded_folder(run_dir: Path) -> list[Path]:
+    """The folder of a run's checkpoints by its own record, if it has one: checkpoint.dir may lie
+    anywhere."""
+    if not run_dir.is_dir():
+        return []
+    try:
+        saves = read_state(run_dir / SAVES_FILE, SAVES, "name the folder of checkpoints itself")
+    except UntrustedError as error:
+        log.warning("%s", error)
+        return []
+    return [Path(saves["folder"])] if saves else []
 
 
 def begin(folder: Path, step: int) -> Path:

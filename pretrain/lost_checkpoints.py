@@ -13,19 +13,18 @@ import shutil
 from pathlib import Path
 
 from checkpoints_tools.errors import CheckpointError
-from checkpoints_tools.folder import committed_steps, step_folder
+from checkpoints_tools.folder import SAVES, SAVES_FILE, Saves, committed_steps, step_folder
 from pretrain.bad_steps import EVENTS, WINDOWS
 from pretrain.config import Config
-from pretrain.records import METRICS, SAVES, Saves
+from pretrain.records import METRICS
 from untrusted.errors import UntrustedError
 from untrusted.files import write_durably
 from untrusted.records import read_json_lines, read_state
 
 log = logging.getLogger("transxssm")
 
-FILE = "checkpoints.json"
 RECORD = (
-    "config.toml", "environment.json", "metrics.jsonl", "tensorboard", EVENTS, WINDOWS, FILE,
+    "config.toml", "environment.json", "metrics.jsonl", "tensorboard", EVENTS, WINDOWS, SAVES_FILE,
 )  # fmt: skip
 """What is set aside; logs stay, one of them is being written."""
 
@@ -78,7 +77,7 @@ def record_saves(config: Config, step: int | None = None, *, last_step: int | No
     last_step: the newest step that will stay, before later ones are removed. Where the record
     cannot be written the run goes on without it.
     """
-    folder, path = config.checkpoint_dir, Path(config.logging.run_dir) / FILE
+    folder, path = config.checkpoint_dir, Path(config.logging.run_dir) / SAVES_FILE
     try:
         if step is None:
             steps = committed_steps(folder)
@@ -91,7 +90,7 @@ def record_saves(config: Config, step: int | None = None, *, last_step: int | No
 
 def _read_saves(run_dir: Path) -> Saves | None:
     try:
-        return read_state(run_dir / FILE, SAVES, "it is written again")
+        return read_state(run_dir / SAVES_FILE, SAVES, "it is written again")
     except UntrustedError as error:
         log.warning("%s", error)
         return None

@@ -1,4 +1,4 @@
-"""What a run directory holds, in types: metrics, events, starts, samples left out, checkpoints."""
+"""What a run directory holds, in types: metrics, events, starts, samples left out."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
@@ -64,16 +64,8 @@ class Start(TypedDict):
     slurm_job_id: NotRequired[str]
 
 
-class Saves(TypedDict):
-    """checkpoints.json: where the run's checkpoints are, and the step of the newest; 0: none."""
-
-    folder: str
-    step: Count
-
-
 EVENT = TypeAdapter(Event)
 STARTS = TypeAdapter(list[Start])
-SAVES = TypeAdapter(Saves)
 WINDOWS = TypeAdapter(list[Annotated[list[Count], Field(min_length=2, max_length=2)]])
 
 

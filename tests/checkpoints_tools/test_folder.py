@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from checkpoints_tools import folder as folders
+from checkpoints_tools.errors import CheckpointError
 from checkpoints_tools.manifest import file_entry, read_manifest
 from checkpoints_tools.pieces_file import write_pieces
 from untrusted.files import write_durably
@@ -212,3 +213,20 @@ def test_without_a_usable_latest_the_newest_step_is_taken(
     (tmp_path / "latest").unlink()
     make(tmp_path / "latest")
     assert folders.resolve(tmp_path) == tmp_path / "step-00000002"
+
+
+def test_run_whose_checkpoints_lie_elsewhere_means_those(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `checkpoint.dir` says where, which the run has recorded."""
+    run, saves = tmp_path / "run", tmp_path / "saves"
+    (saves / "step-00000004").mkdir(parents=True)
+    run.mkdir()
+    (run / folders.SAVES_FILE).write_text(f'{{"folder": "{saves}", "step": 4}}')
+    assert folders.resolve(run) == saves / "step-00000004"
+    (run / folders.SAVES_FILE).write_text("{")
+    with pytest.raises(CheckpointError, match="run is not a checkpoint"):
+        folders.resolve(run)
+    assert f"{folders.SAVES_FILE} is damaged" in caplog.text
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        folders.resolve(run / folders.SAVES_FILE)
