@@ -113,12 +113,22 @@ def read_state(
     except FileNotFoundError:
         return None
     except RecordError:
+        if not _is_blank(path):
+            raise
+        log.warning("%s is empty, as after a power loss: it counts as missing", path)
+        return None
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether a file can be read and holds nothing but zeros and spaces."""
+    try:
         with open_regular(path, follow_link=True) as file:
             while block := file.read(1 << 20):
                 if block.strip(b"\0 \r\n\t"):
-                    raise
-        log.warning("%s is empty, as after a power loss: it counts as missing", path)
-        return None
+                    return False
+    except OSError:
+        return False
+    return True
 
 
 @dataclass

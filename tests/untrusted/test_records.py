@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from untrusted.errors import RecordError, UntrustedError
-from untrusted.records import Count, Finite, parse_json, read_json, read_json_lines
+from untrusted.records import Count, Finite, parse_json, read_json, read_json_lines, read_state
 
 
 class Start(TypedDict):
@@ -108,3 +108,10 @@ def test_a_page_that_a_crash_left_empty_does_not_spoil_the_line_after_it(tmp_pat
     found = read_json_lines(path, STARTS)
     assert len(found.entries) == 1
     assert not found.faults
+
+
+def test_state_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    """Where it is not even a file of which one could see whether it is empty."""
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RecordError, match=r"starts\.json cannot be read .*; remove it"):
+        read_state(tmp_path / "run/starts.json", STARTS, "remove it")
