@@ -13,6 +13,7 @@ from parallel import bounds
 from parallel.config import Section
 from pretrain.config import ConfigError
 from untrusted.files import read_regular
+from untrusted.paths import expand_path
 
 MAX_BYTES = 1 << 20
 MOST_CPUS = 1 << 16  # of a task
@@ -45,7 +46,10 @@ def load_cluster() -> ClusterConfig:
     Raises ConfigError.
     """
     named = os.environ.get("TRANSXSSM_CLUSTER")
-    places = [Path(named).expanduser()] if named else [Path(place).expanduser() for place in PLACES]
+    try:
+        places = [Path(expand_path(place)) for place in ((named,) if named else PLACES)]
+    except ValueError as error:
+        raise ConfigError(f"TRANSXSSM_CLUSTER={named}: {error}") from error
     for path in places:
         try:
             content = read_regular(path, MAX_BYTES, follow_link=True)

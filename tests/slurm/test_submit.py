@@ -99,6 +99,13 @@ def test_cluster_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_cluster().cpus_per_task == 12
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as some editors begin a file
     assert load_cluster().cpus_per_task == 12
+    monkeypatch.setenv("HERE", str(tmp_path))
+    monkeypatch.setenv("TRANSXSSM_CLUSTER", "$HERE/cluster.toml")
+    assert load_cluster().cpus_per_task == 12
+    monkeypatch.setenv("TRANSXSSM_CLUSTER", "${NOWHERE}/cluster.toml")
+    with pytest.raises(ConfigError, match=r"CLUSTER=.*: the variable NOWHERE is not set"):
+        load_cluster()
+    monkeypatch.setenv("TRANSXSSM_CLUSTER", str(path))
     path.write_text("gpu_per_node = 4")
     with pytest.raises(
         ConfigError, match=r"unknown field gpu_per_node; the nearest .* gpus_per_no"
