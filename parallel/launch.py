@@ -69,8 +69,9 @@ def meeting_place(launch: Launch) -> tuple[str, int]:
     Raises LaunchError where they are missing or are none.
     """
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        are = "is" if len(missing) == 1 else "are"
         raise LaunchError(
-            f"this is rank {launch.rank} of {launch.world_size}, but {' and '.join(missing)} is "
+            f"this is rank {launch.rank} of {launch.world_size}, but {' and '.join(missing)} {are} "
             "not set, so the processes cannot find each other; use torchrun, submit "
             "slurm/pretrain.sbatch, or export both: the first node's address and a free port"
         )
