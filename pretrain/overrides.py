@@ -92,13 +92,16 @@ def _words(annotation: Any) -> list[str]:
 def suggestion(name: str, names: Sequence[str]) -> str:
     """Return which of `names` (section.field) somebody meant by `name`, which is none of them.
 
-    The same field of another section comes first, then the most alike, of the same section above
-    all.
+    The same field of another section comes first, then those that it abbreviates or that have it in
+    full (`learning_rate` is `lr`, `batch_size` is `global_batch_size`), then the most alike, of the
+    same section above all.
     """
     section, _, field = name.rpartition(".")
     field = field.replace("-", "_")
     if same := [other for other in names if other.rpartition(".")[2] == field]:
         return " or ".join(same)
+    if longer := [other for other in names if _is_short_for(field, other.rpartition(".")[2])]:
+        return " or ".join(longer)
 
     def likeness(other: str) -> float:
         there, _, its_field = other.rpartition(".")
@@ -109,3 +112,11 @@ def suggestion(name: str, names: Sequence[str]) -> str:
     if likeness(best) >= NEAR:
         return best
     return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+
+
+def _is_short_for(field: str, other: str) -> bool:
+    """Whether a field of several words has all of them in the other's, or the other is their
+    initials."""
+    words = [word for word in field.split("_") if word]
+    initials = "".join(word[0] for word in words)
+    return len(words) > 1 and (other == initials or set(words) <= set(other.split("_")))

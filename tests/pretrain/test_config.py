@@ -159,6 +159,13 @@ def error_of(path: Path, *words: str) -> str:
         (["--steps=3"], "unexpected argument '--steps=3'"),
         (["--steps=3"], "did you mean --training.steps"),
         (["--training.lr=1"], "unknown field training.lr; the nearest valid name is optimizer.lr"),
+        (["--optimizer.learning_rate=1"], "the nearest valid name is optimizer.lr"),
+        (["--training.learning-rate=1"], "the nearest valid name is optimizer.lr"),
+        (["--training.grad_clip=1"], "the nearest valid name is optimizer.clip_grad_norm"),
+        (
+            ["--training.batch_size=1"],
+            "the nearest valid name is training.global_batch_size or training.micro_batch_size",
+        ),
         (["--optimizer.seed=1"], "the nearest valid name is data.seed or training.seed"),
         (["--model.zero-stage=1"], "the nearest valid name is parallel.zero_stage"),
         (["--train.lr=1"], "unknown field train.lr; the nearest valid name is optimizer.lr"),
