@@ -121,10 +121,11 @@ def sample(pieces: Sequence[Piece], options: Options) -> Iterator[str]:
     small one. Places that cannot be read are left to the work itself, which names them and keeps
     what is done before."""
     total = sum(piece.num_bytes for piece in pieces)
-    is_small = total <= SAMPLE_CHARACTERS and not any(is_compressed(p.path) for p in pieces)
-    places = list(pieces if is_small else _places(pieces, total))
+    is_small = total <= SAMPLE_CHARACTERS
+    places = list(pieces if is_small else _places(pieces, total))  # of a small one, each text once
     for place in places:
-        room = SAMPLE_CHARACTERS if is_small else SAMPLE_CHARACTERS // len(places)
+        is_whole = is_small and not is_compressed(place.path)
+        room = SAMPLE_CHARACTERS if is_whole else SAMPLE_CHARACTERS // len(places)
         with suppress(DataError):
             for document in options.documents([place]):
                 yield document.text[:room]

@@ -1,5 +1,6 @@
 """What a tokenizer loses of a corpus is said before it is tokenised."""
 
+import gzip
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,15 @@ def test_the_sample_of_a_large_corpus_is_from_all_over_it(
         assert max(b - a for a, b in pairwise(found)) < 120
     lost = {str(number): [piece] for number, piece in enumerate(pieces)}
     assert check_round_trip(lost, load_tokenizer(tokenizer_file), options, 0).lost == 0
+
+
+def test_the_sample_of_a_small_corpus_has_every_text_once(tmp_path: Path) -> None:
+    """Beside a compressed file, too."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name, open_file in (("a.jsonl", open), ("b.json.gz", gzip.open)):
+        with open_file(folder / name, "wt") as file:
+            file.writelines(f'{{"text": "{name} {n} {"x" * 60}"}}\n' for n in range(200))
+    options = Options(64, "best_fit", 0.0, "text", 0, 1 << 20, "mds")
+    found = list(sample([piece for unit in units([folder], 1 << 30) for piece in unit], options))
+    assert len(found) == len(set(found)) == 400
