@@ -15,6 +15,7 @@ from rich.text import Text
 from untrusted.errors import UnsafeNameError
 from untrusted.names import check_local
 from untrusted.numbers import counted, number
+from untrusted.paths import expand_path
 from untrusted.secrets import redact_message
 from untrusted.text import printable, printable_lines
 
@@ -94,13 +95,26 @@ def print_json(value: Any) -> None:
 
 
 def local(path: Path | None) -> Path | None:
-    """Refuse a URL as the place of what a command writes: the callback of such an argument."""
-    if path is not None:
-        try:
-            check_local(path, "it")
-        except UnsafeNameError as error:
-            raise typer.BadParameter(str(error)) from error
-    return path
+    """Refuse a URL as the place of what a command writes: the callback of such an argument.
+
+    Returns the place, `~` expanded as by `expanded`.
+    """
+    if path is None:
+        return None
+    try:
+        check_local(path, "it")
+    except UnsafeNameError as error:
+        raise typer.BadParameter(str(error)) from error
+    return Path(expanded(str(path)))
+
+
+def expanded(path: str) -> str:
+    """Expand `~` and variables in the place of what a command writes: shells leave those of
+    `--out=~/x` as they are. A callback, too."""
+    try:
+        return expand_path(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 class SafeConsole(Console):

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from parallel import bounds
-from pretrain.console import local, print_fields, say, shown
+from pretrain.console import expanded, local, print_fields, say, shown
 from pretrain.text_options import DocumentSeparator, Strict, TextFields
 from untrusted.numbers import counted, number
 
@@ -28,7 +28,11 @@ Inputs = Annotated[
 def prepare(
     inputs: Inputs,
     out: Annotated[
-        str, typer.Option(help="New folder for train/ and validation/ shards, or a URL (s3://...).")
+        str,
+        typer.Option(
+            help="New folder for train/ and validation/ shards, or a URL (s3://...).",
+            callback=expanded,
+        ),
     ],
     tokenizer: Annotated[Path, typer.Option(help="tokenizer.json, or a folder that holds one.")],
     seq_len: Annotated[

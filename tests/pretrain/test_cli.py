@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.ranks import run_ranks
+from data_pipeline.tokenizer import train_tokenizer
 from tests.pretrain.command import paragraph, run_command
 
 SOURCES = Path(__file__).parents[2] / "data_pipeline"
@@ -136,6 +137,30 @@ def test_what_is_not_there_is_a_paragraph(words: list[str], found: str, tmp_path
     (end,) = run_command(*[word.format(tmp=tmp_path) for word in words])
     assert end.code == 1
     assert found in paragraph(end.output)
+
+
+@pytest.mark.parametrize("command", [["tokenizer", "train"], ["prepare", "--tokenizer", "t.json"]])
+def test_home_folder_in_the_place_of_output_is_expanded(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell expands `--out ~/x`, but not `--out=~/x`."""
+    from typer.testing import CliRunner
+
+    from pretrain.cli import app
+
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("One text of several words.\n" * 100)
+    train_tokenizer([Path("text.txt")], Path("t.json"), 258)
+    words = ["--validation-fraction=0"] if command[0] == "prepare" else ["--vocab-size=258"]
+    end = CliRunner().invoke(app, [*command, "text.txt", "--out=~/made", *words])
+    assert end.exit_code == 0, end.output
+    assert (tmp_path / "home/made").exists()
+    assert not (tmp_path / "~").exists()
+    end = CliRunner().invoke(app, [*command, "text.txt", "--out=$NOWHERE/made", *words])
+    assert end.exit_code == 2
+    assert "the variable NOWHERE is not set" in " ".join(end.output.replace("│", " ").split())
 
 
 URL = "s3://user:S3cr3t@bucket/x"
