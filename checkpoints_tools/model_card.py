@@ -63,15 +63,17 @@ def provenance(source: Source, num_parameters: int) -> dict[str, str]:
         for a in state.get("averaged", [])
     ]
     imported = state.get("imported", {})
+    # an imported checkpoint's configuration is that of a run to come, whose data it has not read
+    has_read = bool(state.get("samples")) or not imported
     fields = {
         "parameters": f"{num_parameters:,}",
-        "training data": data_names(state["config"].get("data") or {}),
+        "training data": data_names(state["config"].get("data") or {}) if has_read else None,
         "longest training sequences": _number(state.get("longest_sequence")),
         "validation loss": _evaluation(state.get("evaluation")),
         "training tokens": f"{state.get('tokens', 0):,}",
         "training samples": f"{state.get('samples', 0):,}",
         "step": f"{state['step']:,}",
-        "data fingerprint": state.get("data_fingerprint"),
+        "data fingerprint": state.get("data_fingerprint") if has_read else None,
         "tokenizer (sha256)": state.get("tokenizer_hash"),
         "git revision": state.get("git_revision"),
         "versions": _pairs(state.get("versions")),

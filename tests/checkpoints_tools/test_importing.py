@@ -63,6 +63,10 @@ def test_run_starts_from_an_imported_model(trained: Path, tmp_path: Path) -> Non
     state = read_manifest(target / FIRST)
     of_run = read_manifest(trained / "run/checkpoints/step-00000004")
     assert state["data_fingerprint"] == of_run["data_fingerprint"]
+    succeed("checkpoint", "export", target, tmp_path / "again", "--no-verify")
+    card = (tmp_path / "again/README.md").read_text()  # the data is that of a run to come
+    assert "| training data | not recorded |" in card
+    assert "| data fingerprint | not recorded |" in card
     words = ["--logging.run_dir", tmp_path / "run", "--parallel.tensor", "1"]
     words += ["--checkpoint.resume", target, "--training.steps", "2"]
     (end,) = run_command("pretrain", config, *words)
