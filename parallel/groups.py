@@ -6,6 +6,7 @@ tensor-parallel peers are neighbours on a node and pipeline stages are far apart
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from megatron.core import parallel_state
 
 from parallel.config import ParallelConfig
 from parallel.launch import Launch
-from parallel.rendezvous import join_store
+from parallel.rendezvous import cannot_meet, join_store, told_if_slow
 from untrusted.errors import transferable
 
 T = TypeVar("T")
@@ -48,18 +49,26 @@ def init_distributed(
     """
     if dist.is_initialized():
         return
+    with told_if_slow(launch) if launch.world_size > 1 else nullcontext():
+        _join(launch, device, timeout)
+
+
+def _join(launch: Launch, device: torch.device, timeout: timedelta) -> None:
     store = join_store(launch, timeout)
     env = os.environ
     # DeepSpeed reads these itself
     env["RANK"], env["WORLD_SIZE"] = str(launch.rank), str(launch.world_size)
     env["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed selects this device once more
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timeout,
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise cannot_meet(error, launch) from error
 
 
 def init_groups(config: ParallelConfig) -> None:

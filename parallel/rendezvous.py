@@ -11,7 +11,11 @@ each agent counts its own. So rank 0 names the start, and every other rank asks 
 
 import os
 import socket
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -20,6 +24,8 @@ from parallel.launch import Launch, LaunchError, host_name, meeting_place
 
 SECONDS_BETWEEN_LOOKS = 0.05
 SECONDS_TO_FIND_HOST = 30.0  # a name that another node brings may come late
+
+SECONDS_OF_SILENCE = 30.0  # while ranks wait for each other
 
 _start = ""
 """Prefix of this start's keys."""
@@ -53,8 +59,30 @@ def join_store(launch: Launch, timeout: timedelta) -> dist.Store:
         if _agent_has_store():
             _start = _name_of_start(found, launch, timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise _unreachable(error, launch) from error
+        raise cannot_meet(error, launch) from error
     return dist.PrefixStore(_start, found) if _start else found
+
+
+@contextmanager
+def told_if_slow(launch: Launch) -> Iterator[None]:
+    """Say once, on stderr, that this rank waits for the others, if it still does after a while."""
+
+    def say() -> None:
+        address, port = meeting_place(launch)
+        print(
+            f"rank {launch.rank} of {launch.world_size} on {host_name()} is still waiting for the "
+            f"others at MASTER_ADDR={address}, MASTER_PORT={port}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    timer = threading.Timer(SECONDS_OF_SILENCE, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def connect(timeout: timedelta) -> dist.Store:
@@ -107,7 +135,8 @@ def _check_host(address: str) -> None:
             time.sleep(1)
 
 
-def _unreachable(error: Exception, launch: Launch) -> LaunchError:
+def cannot_meet(error: Exception, launch: Launch) -> LaunchError:
+    """Return what to raise for an error of connecting to the others."""
     address, port = meeting_place(launch)
     text = " ".join(str(error).split())
     if "EADDRINUSE" in text:

@@ -1,7 +1,9 @@
 """Where the processes of a job meet: torchrun's store over its starts, and bad variables."""
 
 import os
+from contextlib import redirect_stderr
 from datetime import timedelta
+from io import StringIO
 
 import pytest
 import torch
@@ -37,6 +39,26 @@ def test_every_start_under_torchrun_meets_anew_in_the_store_of_its_agent() -> No
     assert run_ranks(2, sum_of_ranks, port, [0, 0]) == [3.0, 3.0]
     agent.add("tickets", 1)  # of a rank that died before it was answered
     assert run_ranks(2, sum_of_ranks, port, [1, 0]) == [3.0, 3.0]
+
+
+def wait_for_nobody(port: int) -> tuple[str, str]:
+    """What rank 0 says, and what it ends with, whose only peer never comes."""
+    from parallel import rendezvous
+    from parallel.groups import init_distributed
+
+    rendezvous.SECONDS_OF_SILENCE = 0.3
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    with redirect_stderr(StringIO()) as said, pytest.raises(LaunchError) as raised:
+        init_distributed(launch_from_environment(), torch.device("cpu"), timedelta(seconds=2))
+    return said.getvalue(), str(raised.value)
+
+
+def test_a_rank_says_that_it_waits_for_the_others() -> None:
+    port = free_port()
+    ((said, error),) = run_ranks(1, wait_for_nobody, port)
+    assert said.count("rank 0 of 2") == 1
+    assert error.startswith("rank 0 of 2 cannot meet the others at MASTER_ADDR=127.0.0.1")
+    assert f"is still waiting for the others at MASTER_ADDR=127.0.0.1, MASTER_PORT={port}" in said
 
 
 def join_alone(environments: list[dict[str, str]]) -> list[int]:
