@@ -75,10 +75,12 @@ def compare_training(kind: str, padded: bool, backend: str, length: int) -> None
 
 
 PADDED = pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+EVERY_KIND = pytest.mark.parametrize(
+    ("kind", "padded"), [("mixed", False), *((kind, True) for kind in KINDS)]
+)
 
 
-@PADDED
-@pytest.mark.parametrize("kind", KINDS)
+@EVERY_KIND
 def test_compiled_forward_and_backward_equal_eager(kind: str, padded: bool) -> None:
     compare_training(kind, padded, "aot_eager", length=37)  # two chunks and a short one
 
@@ -114,9 +116,11 @@ def generated(model: Any, inputs: dict[str, Tensor], **arguments: Any) -> Tensor
     return tokens
 
 
-@PADDED
-@pytest.mark.parametrize("length", [1, 5, 17])
-@pytest.mark.parametrize("kind", [*KINDS, "rival"])
+@pytest.mark.parametrize(
+    ("kind", "length", "padded"),
+    [("mixed", n, padded) for n in (1, 5, 17) for padded in (False, True)]
+    + [(kind, 17, True) for kind in (*KINDS, "rival") if kind != "mixed"],
+)
 def test_static_cache_generates_the_same_tokens(kind: str, length: int, padded: bool) -> None:
     model, inputs = tiny(kind), batch(length, padded=padded)
     for arguments in ({}, {"num_beams": 3}, {"prefill_chunk_size": 3}):
@@ -157,8 +161,7 @@ def test_generation_allocates_what_it_needs() -> None:
     assert lengths == [5 + NEW_TOKENS - 1, 17 + NEW_TOKENS - 1, 17 + NEW_TOKENS - 1]
 
 
-@PADDED
-@pytest.mark.parametrize("kind", KINDS)
+@EVERY_KIND
 def test_one_compiled_step_serves_every_token(kind: str, padded: bool) -> None:
     model, inputs = tiny(kind), batch(17, padded=padded)
     capacity = 17 + NEW_TOKENS

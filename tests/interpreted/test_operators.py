@@ -21,11 +21,10 @@ def test_operators_are_registered_as_pytorch_wants_them():
     assert_registered(triton=True)
 
 
-@pytest.mark.parametrize("length", [37, 300])
-def test_the_scan_is_registered_as_pytorch_wants_it(length):
-    i = make_inputs(1, length, groups=2, documents=[5])
+def test_the_scan_is_registered_as_pytorch_wants_it():
+    i = make_inputs(1, 37, groups=2, documents=[5])
     i = {n: t.requires_grad_(n not in ("cos", "sin", "cu_seqlens")) for n, t in i.items()}
-    tables = scan_tables(i["cu_seqlens"], (i["cos"], i["sin"]), length, torch.float32)
+    tables = scan_tables(i["cu_seqlens"], (i["cos"], i["sin"]), 37, torch.float32)
     numbers = list(tile_numbers(torch.float32, 16, 16, 16))
     given = [i[n] for n in ("x", "dt", "A", "B", "C")]
     given += [tables.rotation, i["dt_bias"], tables.documents, i["initial_state"], i["D"]]
