@@ -91,7 +91,7 @@ class GenerationCache(Cache, transformers.Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `generate` compiles the steps after the prompt, where it does so: on GPUs."""
+        """Whether `generate` may compile the steps after the prompt; it does so on GPUs only."""
         return self.capacity is not None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

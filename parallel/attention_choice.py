@@ -1,8 +1,9 @@
-"""Which of PyTorch's attention kernels a GPU runs: chosen once a process, before training.
+"""Choice of the attention kernels of a GPU, made once in each process, before training.
 
-Packed rows run FlashAttention-2, or a newer one where its package is installed and its results are
-right. cuDNN's kernels for packed rows are none of the choices: PyTorch uses them without a window
-only, and causal attention is a window there. For rows that are single documents SDPA chooses.
+Packed rows run FlashAttention-2, or a newer version if its package is installed and its results are
+right. cuDNN's kernels for packed rows are not among the choices: PyTorch uses them only without a
+window, and its interface expresses causal attention as a window. If every row is a single document,
+SDPA chooses the kernel.
 """
 
 import importlib.util
@@ -20,9 +21,9 @@ from parallel.groups import host_group
 log = logging.getLogger("transxssm")
 
 PACKAGES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
-"""Modules of PyTorch's names of implementations."""
+"""Module of each implementation, by PyTorch's name for it."""
 CHOICES = {9: ("FA3", "FA4"), 10: ("FA4",)}
-"""By major compute capability, best first."""
+"""Implementations to try, best first, by major compute capability."""
 TOLERANCE = 3e-2
 """Relative RMS difference from float32. Rounding to bf16 makes a fifth of it."""
 
@@ -52,7 +53,7 @@ def choose_attention(model: ModelConfig, device: torch.device, dtype: torch.dtyp
 
 
 def _activated(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that is active from now on in this process."""
+    """Activate the best implementation in this process and return its name."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return ""
     major, _ = torch.cuda.get_device_capability(device)
@@ -62,7 +63,7 @@ def _activated(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
         try:
             activate_flash_attention_impl(name)
             fault = difference(model, device, dtype)
-        except Exception as error:  # whatever a foreign package raises
+        except Exception as error:  # a foreign package may raise anything
             fault = f"{type(error).__name__}: {error}".partition("\n")[0]
         if fault is None:
             return name
@@ -79,7 +80,7 @@ def _is_installed(module: str) -> bool:
 
 
 def difference(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return what attention and its gradients differ in from those in float32, or None."""
+    """Return how attention or its gradients differ from those in float32, or None."""
     for boundaries in ([0, 5, 140, 140, 203, 280], [0, 140, 280]):
         cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=device)
         found, expected = (_computed(model, cu_seqlens, t) for t in (dtype, torch.float32))
@@ -91,7 +92,7 @@ def difference(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _computed(model: ModelConfig, cu_seqlens: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Attention of two rows and its gradients, of the same numbers each time."""
+    """Compute attention of two rows and its gradients, of the same numbers in each call."""
     generator = torch.Generator(cu_seqlens.device).manual_seed(0)
 
     def normal(heads: int) -> Tensor:

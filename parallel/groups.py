@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 
 from parallel.config import ParallelConfig
 from parallel.launch import Launch
-from parallel.rendezvous import cannot_meet, join_store, told_if_slow
+from parallel.rendezvous import cannot_meet, join_store, reported_if_slow
 from untrusted.errors import transferable
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ def init_distributed(
     """
     if dist.is_initialized():
         return
-    with told_if_slow(launch) if launch.world_size > 1 else nullcontext():
+    with reported_if_slow(launch) if launch.world_size > 1 else nullcontext():
         _join(launch, device, timeout)
 
 

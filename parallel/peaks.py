@@ -1,4 +1,4 @@
-"""The fastest that a device multiplies matrices: by its data sheet, and as measured here."""
+"""Peak rate of matrix products on a device: by its data sheet, and as measured here."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ TRIES = 8  # of which the first warms up
 
 
 def gpu_peak(device: torch.device) -> float | None:
-    """FLOP/s of a device, dense bf16, if it is one of GPUS."""
+    """Return the data sheet's dense bf16 FLOP/s, or None for a device that is not one of GPUS."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower()
@@ -22,9 +22,9 @@ def gpu_peak(device: torch.device) -> float | None:
 
 
 def product_peak(device: torch.device) -> float:
-    """FLOP/s of a large bf16 matrix product, of a smaller float32 one on a CPU.
+    """Measure the FLOP/s of a large bf16 matrix product, or of a smaller float32 one on a CPU.
 
-    The best of some tries; waits for the device.
+    Return the best of some tries. Waits for the device.
     """
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     # random numbers: equal ones take less power, so that a GPU's clock stays higher
@@ -33,7 +33,7 @@ def product_peak(device: torch.device) -> float:
 
 
 def best_seconds(action: Callable[[], Any], device: torch.device) -> float:
-    """The shortest time that an action takes on the device."""
+    """Return the shortest time that an action takes on the device."""
     found = []
     for _ in range(TRIES):
         begin = time.perf_counter()
@@ -44,17 +44,15 @@ def best_seconds(action: Callable[[], Any], device: torch.device) -> float:
     return min(found[1:])
 
 
-def job_peaks(
-    device: torch.device, measured: Callable[[torch.device], float] = product_peak
-) -> dict[str, float]:
-    """FLOP/s of all ranks' GPUs together, by the metric that is a share of them. Collective.
+def job_peaks(device: torch.device) -> dict[str, float]:
+    """Sum the peak FLOP/s of all ranks' GPUs, by the metric that is a share of it. Collective.
 
-    Empty on CPUs. The data sheet's is left out where a rank's GPU is not one of GPUS.
+    Return nothing on CPUs. Leave out the data sheet's peak if a rank's GPU is not one of GPUS.
     """
     if device.type != "cuda":
         return {}
     sheet = gpu_peak(device)
-    mine = torch.tensor([measured(device), sheet or 0.0, sheet is None], dtype=torch.float64)
+    mine = torch.tensor([product_peak(device), sheet or 0.0, sheet is None], dtype=torch.float64)
     dist.all_reduce(mine, group=host_group())
     by_measurement, by_sheet, unknown = mine.tolist()
     peaks = {"measured_flop_utilisation": by_measurement}

@@ -24,7 +24,6 @@ from parallel.launch import Launch, LaunchError, host_name, meeting_place
 
 SECONDS_BETWEEN_LOOKS = 0.05
 SECONDS_TO_FIND_HOST = 30.0  # a name that another node brings may come late
-
 SECONDS_OF_SILENCE = 30.0  # while ranks wait for each other
 
 _start = ""
@@ -64,10 +63,16 @@ def join_store(launch: Launch, timeout: timedelta) -> dist.Store:
 
 
 @contextmanager
-def told_if_slow(launch: Launch) -> Iterator[None]:
-    """Say once, on stderr, that this rank waits for the others, if it still does after a while."""
+def reported_if_slow(launch: Launch) -> Iterator[None]:
+    """Print once, on stderr, that this node waits for the others, if it still does after a while.
 
-    def say() -> None:
+    Printed by the first rank of each node.
+    """
+    if launch.local_rank:
+        yield
+        return
+
+    def report() -> None:
         address, port = meeting_place(launch)
         print(
             f"rank {launch.rank} of {launch.world_size} on {host_name()} is still waiting for the "
@@ -76,7 +81,7 @@ def told_if_slow(launch: Launch) -> Iterator[None]:
             flush=True,
         )
 
-    timer = threading.Timer(SECONDS_OF_SILENCE, say)
+    timer = threading.Timer(SECONDS_OF_SILENCE, report)
     timer.daemon = True
     timer.start()
     try:

@@ -49,9 +49,9 @@ class Vitals:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Look at activations and decays; leaves the modules as they were.
+        """Record activations and decays, and restore the modules afterwards.
 
-        Layers run eagerly meanwhile, because a compiled one would be compiled anew for hooks.
+        Layers run eagerly meanwhile: with hooks, compiled layers would be compiled again.
         """
         handles: list[Any] = []
         mixers: list[SSDMixer] = []

@@ -48,13 +48,7 @@ def branch_rms_norm(h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tens
     of the norm in the same pass. The returned h is a view of the given one, or a contiguous copy.
     Otherwise as rms_norm.
     """
-    _check(h, None, None, weight)
-    choice = _choose("rms_norm", h)
-    if choice == "naive":
-        return h, rms_norm_naive(h, weight, eps).to(h.dtype)
-    if is_dynamo_compiling():
-        return h, add_rms_norm_operator(h, None, None, weight, eps, choice == "triton")[1]
-    both: tuple[Tensor, Tensor] = _AddNorm.apply(choice, h.contiguous(), None, None, weight, eps)
+    both: tuple[Tensor, Tensor] = _run("rms_norm", h, None, None, weight, eps)
     return both
 
 
@@ -63,15 +57,7 @@ def weighted_residual(h: Tensor, update: Tensor, weight: Tensor) -> Tensor:
 
     h, update [..., N] and weight [N] of one floating dtype. Raises as rms_norm.
     """
-    _check(h, update, weight, None)
-    choice = _choose("weighted_residual", h)
-    if choice == "naive":
-        return weighted_residual_naive(h, update, weight).to(h.dtype)
-    new_h: Tensor
-    if is_dynamo_compiling():
-        new_h, _ = add_rms_norm_operator(h, update, weight, None, 0.0, choice == "triton")
-        return new_h
-    new_h = _AddNorm.apply(choice, h.contiguous(), update.contiguous(), weight, None, 0.0)
+    new_h: Tensor = _run("weighted_residual", h, update, weight, None, 0.0)
     return new_h
 
 
@@ -83,21 +69,35 @@ def add_rms_norm(
     The statistics are those of h' as returned, in h's dtype. h, update [..., N] and both weights
     [N] of one floating dtype. Raises as rms_norm.
     """
-    _check(h, update, residual_weight, norm_weight)
-    choice = _choose("add_rms_norm", h)
-    if choice == "naive":
-        new_h = weighted_residual_naive(h, update, residual_weight).to(h.dtype)
-        return new_h, rms_norm_naive(new_h, norm_weight, eps).to(h.dtype)
-    both: tuple[Tensor, Tensor]
-    if is_dynamo_compiling():
-        both = add_rms_norm_operator(
-            h, update, residual_weight, norm_weight, eps, choice == "triton"
-        )
-        return both
-    both = _AddNorm.apply(
-        choice, h.contiguous(), update.contiguous(), residual_weight, norm_weight, eps
-    )
+    both: tuple[Tensor, Tensor] = _run("add_rms_norm", h, update, residual_weight, norm_weight, eps)
     return both
+
+
+def _run(
+    op: str,
+    h: Tensor,
+    update: Tensor | None,
+    residual_weight: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+) -> Any:
+    """Check and compute h' and u, or h' alone without norm_weight; what `op` lacks is None."""
+    _check(h, update, residual_weight, norm_weight)
+    choice = _choose(op, h)
+    new_h: Tensor = h
+    if choice == "naive":
+        if update is not None and residual_weight is not None:
+            new_h = weighted_residual_naive(h, update, residual_weight).to(h.dtype)
+        if norm_weight is None:
+            return new_h
+        return new_h, rms_norm_naive(new_h, norm_weight, eps).to(h.dtype)
+    triton = choice == "triton"
+    if is_dynamo_compiling():
+        sum_, u = add_rms_norm_operator(h, update, residual_weight, norm_weight, eps, triton)
+        new_h = h if update is None else sum_
+        return new_h if norm_weight is None else (new_h, u)
+    update = None if update is None else update.contiguous()
+    return _AddNorm.apply(triton, h.contiguous(), update, residual_weight, norm_weight, eps)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -110,19 +110,17 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        choice: Choice,
+        triton: bool,
         h: Tensor,
         update: Tensor | None,
         residual_weight: Tensor | None,
         norm_weight: Tensor | None,
         eps: float,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        ctx.choice, ctx.eps = choice, eps
+        ctx.implementation, ctx.eps = implementation_of(triton), eps
         ctx.set_materialize_grads(False)
         with launch_on(h):
-            new_h, u = implementation_of(choice == "triton").forward(
-                h, update, residual_weight, norm_weight, eps
-            )
+            new_h, u = ctx.implementation.forward(h, update, residual_weight, norm_weight, eps)
         ctx.save_for_backward(
             None if update is None else h,
             None if norm_weight is None else new_h,
@@ -144,9 +142,9 @@ class _AddNorm(torch.autograd.Function):
             d_u = torch.zeros_like(new_h) if d_u is None else d_u.contiguous()
         if d_new_h is not None:
             d_new_h = d_new_h.contiguous()
-        d_h, d_update, d_residual_weight, d_norm_weight = implementation_of(
-            ctx.choice == "triton"
-        ).backward(d_new_h, d_u, h, new_h, residual_weight, norm_weight, ctx.eps)
+        d_h, d_update, d_residual_weight, d_norm_weight = ctx.implementation.backward(
+            d_new_h, d_u, h, new_h, residual_weight, norm_weight, ctx.eps
+        )
         return None, d_h, d_update, d_residual_weight, d_norm_weight, None
 
 

@@ -25,7 +25,7 @@ from kernels.ssd.shapes import Problem, Shape
 from kernels.ssd.tables import ScanTables
 from kernels.ssd.tiles import Tile, tile
 from kernels.ssd.traffic import PASSING_BLOCK
-from kernels.target import current_target
+from kernels.target import Target, current_target
 
 _PASSING_STAGES = 8
 _VECTOR_BLOCK = 128
@@ -63,10 +63,11 @@ class _FusedScan(torch.autograd.Function):
         dt_bias: Tensor, documents: Tensor, initial_state: Tensor | None, D: Tensor | None,
         chunk_size: int, log_A: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        choice = tile(current_target(), x.dtype, x.shape[3], B.shape[3], chunk_size)
+        target = current_target()
+        choice = tile(target, x.dtype, x.shape[3], B.shape[3], chunk_size)
         y, final, states = scan_forward(
             x, dt, A, B, C, table, dt_bias, documents, initial_state, D, choice, log_A,
-            any(ctx.needs_input_grad),
+            any(ctx.needs_input_grad), target,
         )  # fmt: skip
         ctx.save_for_backward(x, dt, A, B, C, table, dt_bias, documents, D, states)
         ctx.choice, ctx.log_A = choice, log_A
@@ -88,13 +89,13 @@ class _FusedScan(torch.autograd.Function):
 def scan_forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, table: Tensor | None, dt_bias: Tensor,
     documents: Tensor, initial_state: Tensor | None, D: Tensor | None, choice: Tile, log_A: bool,
-    keep_states: bool,
+    keep_states: bool, target: Target,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """y, the final state, and where kept the state at the entry of every chunk, [B·H, K, P, N]."""
     batch, length, heads, head_dim = x.shape
     groups, state_dim = B.shape[2:]
     problem = Problem(batch, length, heads, groups, head_dim, state_dim, x.dtype)
-    shape = _shape(problem, choice, backward=False)
+    shape = _shape(problem, choice, target, backward=False)
     chunks = -(-length // choice.chunk)
     y = x.new_empty(x.shape)
     final = x.new_empty(batch, heads, head_dim, state_dim, dtype=torch.float32)
@@ -141,7 +142,7 @@ def scan_backward(
     groups, state_dim = B.shape[2:]
     problem = Problem(batch, length, heads, groups, head_dim, state_dim, x.dtype)
     chunks = states.shape[1]
-    shape = _shape(problem, choice, backward=True)
+    shape = _shape(problem, choice, current_target(), backward=True)
     dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     dx, dB, dC, ddt = empty_together(x, B, C, dt)
@@ -189,8 +190,8 @@ def scan_backward(
     return dx, ddt, A_out, dB, dC, bias_out, d_initial, D_out
 
 
-def _shape(problem: Problem, choice: Tile, *, backward: bool) -> Shape:
-    return choose_shape(problem, choice, current_target(), backward, not is_off(SCAN_SEGMENTS))
+def _shape(problem: Problem, choice: Tile, target: Target, *, backward: bool) -> Shape:
+    return choose_shape(problem, choice, target, backward, not is_off(SCAN_SEGMENTS))
 
 
 def _phases(shape: Shape) -> tuple[int, ...]:

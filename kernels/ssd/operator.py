@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.ssd.tables import ScanTables
-from kernels.target import launch_on
+from kernels.target import current_target, launch_on
 
 
 def ssd_compiled(
@@ -36,7 +36,6 @@ def tile_numbers(
 ) -> tuple[int, ...]:
     """Return the tile that eager execution takes, as numbers; 0 registers: no limit."""
     from kernels.ssd.tiles import tile
-    from kernels.target import current_target
 
     chosen = astuple(tile(current_target(), dtype, head_dim, state_dim, chunk_size))
     return tuple(number or 0 for number in chosen)
@@ -54,7 +53,7 @@ def fused_scan_operator(
     with launch_on(x):
         y, final, states = scan_forward(
             x, dt, A, B, C, table, dt_bias, documents, initial_state, D, _tile(tile), log_A,
-            backward,
+            backward, current_target(),
         )  # fmt: skip
     return y, final, states if states is not None and backward else x.new_empty(0)
 
